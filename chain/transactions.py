@@ -1,0 +1,262 @@
+"""Transactions: the closed union of payloads and the signed envelope that carries one.
+
+A transaction whose envelope is valid is always included with a receipt; a payload that the ledger
+refuses costs its fee and its nonce and changes nothing else. Duties (claims, commits, openings,
+reveals, leases, evidence) pay no fee: the ledger admits them only from those who owe them.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from chain.codec import AccountId, Hash, Record, SignatureBytes, Uint, decode, encode
+from chain.hashing import digest
+from chain.keys import PrivateKey, verify
+
+VERSION = 1
+MAX_TRANSACTION_BYTES = 64 * 1024
+SKETCH_BYTES = 3 * 32 * 4
+
+Index = Annotated[int, Meta(ge=0, le=2**20)]
+BasisPoints = Annotated[int, Meta(ge=0, le=10_000)]
+Sketch = Annotated[bytes, Meta(min_length=SKETCH_BYTES, max_length=SKETCH_BYTES)]
+"""32 random-sign projections (float32, little-endian) of each of y, gx and gw."""
+Proof = Annotated[tuple[Hash, ...], Meta(max_length=20)]
+
+
+class Transfer(Record, frozen=True, tag=1):
+    """Move `amount` base units to account `to`."""
+
+    to: AccountId
+    amount: Uint
+
+
+class Bond(Record, frozen=True, tag=2):
+    """Lock `amount` of the sender's balance as stake."""
+
+    amount: Uint
+
+
+class Unbond(Record, frozen=True, tag=3):
+    """Start to release `amount` of stake; it can be withdrawn after the unbonding period."""
+
+    amount: Uint
+
+
+class Withdraw(Record, frozen=True, tag=4):
+    """Move every released unbonding of the sender to its balance."""
+
+
+class RegisterValidator(Record, frozen=True, tag=5):
+    """Join the validators with the tip of a hash onion; the envelope proves possession of the key."""
+
+    onion_tip: Hash
+
+
+class Unjail(Record, frozen=True, tag=6):
+    """Return to the validator set after jailing."""
+
+
+class Faucet(Record, frozen=True, tag=7):
+    """Ask for the faucet's fixed grant, once per account, where the genesis allows it."""
+
+
+class PostTask(Record, frozen=True, tag=8):
+    """Post a training task with escrow. `price` is per cell; `depth` bounds unsettled steps."""
+
+    manifest: Hash
+    stages: Annotated[int, Meta(ge=1, le=256)]
+    replicas: Annotated[int, Meta(ge=1, le=256)]
+    steps: Annotated[int, Meta(ge=1, le=2**31)]
+    microbatches: Annotated[int, Meta(ge=1, le=1024)]
+    price: Uint
+    escrow: Uint
+    worker_bond: Uint
+    audit_rate: BasisPoints
+    depth: Annotated[int, Meta(ge=1, le=1024)]
+    lifetime: Annotated[int, Meta(ge=1, le=2**31)]
+    """Heights until the task's deadline."""
+
+
+class TopUp(Record, frozen=True, tag=9):
+    """Add `amount` to a task's escrow."""
+
+    task: Hash
+    amount: Uint
+
+
+class CloseTask(Record, frozen=True, tag=10):
+    """End the sender's task: settled work stays paid, the rest of the escrow returns."""
+
+    task: Hash
+
+
+class TakeSeat(Record, frozen=True, tag=11):
+    """Apply for a seat in a task. `kernel` is the digest of the applicant's known-answer cell."""
+
+    task: Hash
+    kernel: Hash
+
+
+class RenewLease(Record, frozen=True, tag=12):
+    """Keep the sender's seat or application in a task alive for another lease period."""
+
+    task: Hash
+
+
+class LeaveSeat(Record, frozen=True, tag=13):
+    """Give up the sender's seat or application; the bond returns when its claims have settled."""
+
+    task: Hash
+
+
+class Claim(Record, frozen=True):
+    """A worker's commitment to its cells of one step.
+
+    `root` is `chain.commitment.claim_root` over one salted leaf per entry of `cells` (ascending
+    micro-batch indices); `state_before`/`state_after` are the stage's state roots around the step.
+    """
+
+    task: Hash
+    generation: Index
+    step: Uint
+    stage: Index
+    cells: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=1024)]
+    root: Hash
+    state_before: Hash
+    state_after: Hash
+
+
+class SubmitClaims(Record, frozen=True, tag=14):
+    """Commit to the results of one or more steps."""
+
+    claims: Annotated[tuple[Claim, ...], Meta(min_length=1, max_length=16)]
+
+
+class Commitment(Record, frozen=True):
+    """`digest` binds the sender to the reveal of its re-execution of `audit` in `round`."""
+
+    audit: Hash
+    round: Annotated[int, Meta(ge=0, le=2)]
+    digest: Hash
+
+
+class Commit(Record, frozen=True, tag=15):
+    """Commit to re-executions: round 0 the auditor, 1 the third opinion, 2 the voters."""
+
+    entries: Annotated[tuple[Commitment, ...], Meta(min_length=1, max_length=32)]
+
+
+class Trace(Record, frozen=True):
+    """Content addresses of everything that one cell's execution read and produced."""
+
+    x: Hash
+    y: Hash
+    gy: Hash
+    gx: Hash
+    gw: Hash
+    boundaries: Hash
+    state: Hash
+
+
+class Opening(Record, frozen=True):
+    """The worker's opening of the audited leaf, with its results sketched under the audit's key."""
+
+    audit: Hash
+    salt: Hash
+    trace: Trace
+    proof: Proof
+    sketch: Sketch
+
+
+class Open(Record, frozen=True, tag=16):
+    """Open audited cells after their auditors have committed."""
+
+    entries: Annotated[tuple[Opening, ...], Meta(min_length=1, max_length=16)]
+
+
+class Reveal(Record, frozen=True):
+    """A re-execution's result: sketches under the audit's key and under the revealer's own key.
+
+    `contradiction` says that the tensors behind the opened roots, fetched by hash, differ from the
+    re-execution beyond the threshold although the opened sketch may not.
+    """
+
+    audit: Hash
+    round: Annotated[int, Meta(ge=0, le=2)]
+    salt: Hash
+    shared: Sketch
+    own: Sketch
+    contradiction: bool
+
+
+class RevealAll(Record, frozen=True, tag=17):
+    """Reveal committed re-executions."""
+
+    entries: Annotated[tuple[Reveal, ...], Meta(min_length=1, max_length=16)]
+
+
+class Evidence(Record, frozen=True, tag=18):
+    """Two signed, conflicting consensus messages of one validator in one (height, view)."""
+
+    first: Annotated[bytes, Meta(max_length=8192)]
+    second: Annotated[bytes, Meta(max_length=8192)]
+
+
+Payload = (
+    Transfer | Bond | Unbond | Withdraw | RegisterValidator | Unjail | Faucet
+    | PostTask | TopUp | CloseTask | TakeSeat | RenewLease | LeaveSeat
+    | SubmitClaims | Commit | Open | RevealAll | Evidence
+)  # fmt: skip
+
+DUTIES = (RenewLease, SubmitClaims, Commit, Open, RevealAll, Evidence)
+
+
+class Unsigned(Record, frozen=True):
+    """Everything of a transaction that its signature covers."""
+
+    version: Annotated[int, Meta(ge=VERSION, le=VERSION)]
+    chain_id: Hash
+    sender: AccountId
+    nonce: Uint
+    valid_from: Uint
+    valid_until: Uint
+    fee: Uint
+    memo: Annotated[bytes, Meta(max_length=64)]
+    payload: Payload
+
+
+class Transaction(Record, frozen=True):
+    """A signed transaction; `tx_id` names it."""
+
+    body: Unsigned
+    signature: SignatureBytes
+
+    @property
+    def tx_id(self) -> bytes:
+        """The 32-byte id: digest of the whole signed envelope."""
+        return digest("transaction", encode(self))
+
+    def is_signed(self) -> bool:
+        """Whether the signature is the sender's."""
+        return verify(self.body.sender, signing_bytes(self.body), self.signature)
+
+
+def signing_bytes(body: Unsigned) -> bytes:
+    """Return the domain-separated digest that a sender signs."""
+    return digest("transaction body", encode(body))
+
+
+def sign(key: PrivateKey, body: Unsigned) -> Transaction:
+    """Return `body` signed by `key`."""
+    return Transaction(body, key.sign(signing_bytes(body)))
+
+
+def decode_transaction(data: bytes) -> Transaction:
+    """Return the transaction that `data` encodes; raise `DecodeError`."""
+    return decode(Transaction, data, MAX_TRANSACTION_BYTES)
+
+
+def reveal_commitment(account: bytes, reveal: Reveal) -> bytes:
+    """Return the digest that `account` must have committed to before it may send `reveal`."""
+    return digest("reveal", account, encode(reveal))
