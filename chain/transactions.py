@@ -7,7 +7,7 @@ reveals, leases, evidence) pay no fee: the ledger admits them only from those wh
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from chain.codec import AccountId, Hash, Record, SignatureBytes, Uint, decode, encode
 from chain.hashing import digest
@@ -258,5 +258,8 @@ def decode_transaction(data: bytes) -> Transaction:
 
 
 def reveal_commitment(account: bytes, reveal: Reveal) -> bytes:
-    """Return the digest that `account` must have committed to before it may send `reveal`."""
-    return digest("reveal", account, encode(reveal))
+    """Return the digest that `account` must have committed to before it may send `reveal`.
+
+    The contradiction flag is left out: it speaks of an opening that comes after the commitment.
+    """
+    return digest("reveal", account, encode(structs.replace(reveal, contradiction=False)))
