@@ -155,11 +155,12 @@ def complete(draft: TaskManifest) -> TaskManifest:
     _check_names(draft)
     _check_fit(draft, config)
     costs = family.costs(config, draft.sequence)
-    cuts = draft.cuts or balanced_cuts(family.layers(config), draft.stages, costs)
-    if len(cuts) != draft.stages or min(cuts) < 1 or sum(cuts) != family.layers(config):
+    layers = family.layers(config)
+    cuts = draft.cuts or balanced_cuts(layers, draft.stages, costs)
+    if len(cuts) != draft.stages or min(cuts) < 1 or sum(cuts) != layers:
         raise ManifestError(
             ManifestReason.BAD_CUTS,
-            f"The cuts must be {draft.stages} positive numbers of layers that add up to {family.layers(config)}.",
+            f"The cuts must be {draft.stages} positive numbers of layers that add up to {layers}.",
         )
     return msgspec.structs.replace(draft, config=config, cuts=tuple(cuts))
 

@@ -1,6 +1,6 @@
 """One stage of the model: forward and backward of cells on a flat fp32 weight vector.
 
-Shapes: B sequences, T tokens, D hidden width. Several cells may be in flight (1F1B); each keeps its own graph.
+Shapes: B sequences, T tokens, D hidden width. Several cells may be in flight (1F1B), each with its own graph.
 A cell's results are bit-equal in every process of one kernel class (`trainer.kernel`) with one torch thread.
 """
 
@@ -110,7 +110,7 @@ class Stage:
         if weights.dtype != torch.float32 or weights.shape != self._flat.shape:
             raise StageError(
                 StageReason.WRONG_STATE,
-                f"Stage {self.spec.index} holds {self.layout.total} fp32 weights, not {tuple(weights.shape)}.",
+                f"Stage {self.spec.index} holds {self.layout.total} fp32 weights, not this tensor.",
             )
         self._graphs.clear()
         self._flat.copy_(weights)
@@ -157,7 +157,7 @@ class Stage:
         self._graphs.pop(cell, None)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return what the stage makes of `x` without labels: hidden (B,T,D), or logits (B,T,V) at the last."""
+        """Return hidden (B,T,D), or logits (B,T,V) at the last stage, without keeping a graph."""
         with torch.no_grad():
             return self._module(aligned(x), None, [])
 

@@ -1,4 +1,4 @@
-"""State of one stage after a step: weights and moments as flat fp32 vectors, their root, and the kept ring."""
+"""State of one stage after a step: flat fp32 weights and moments, their root, and the ring of kept states."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class StageState:
     @property
     def bytes(self) -> int:
         """Memory that the three vectors take."""
-        return 4 * (self.weights.numel() + self.m.numel() + self.v.numel())
+        return sum(len(buffer) for buffer in self.buffers())
 
     def buffers(self) -> tuple[memoryview, memoryview, memoryview]:
         """Return the raw bytes of weights, m and v: the blobs that the state manifest names."""

@@ -25,7 +25,8 @@ def buffer_of(tensor: Tensor) -> memoryview:
         raise RuntimeError("tensors travel as little-endian bytes; this machine is big-endian")
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.detach().contiguous().numpy().reshape(-1).data.cast("B")
+    data: memoryview = tensor.detach().contiguous().numpy().reshape(-1).data
+    return data.cast("B")
 
 
 def vector_of(data: bytes | memoryview, size: int) -> Tensor:

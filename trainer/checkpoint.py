@@ -1,0 +1,172 @@
+"""Checkpoints: a folder that `transformers` opens as a model, with `state/` in it to resume from.
+
+`state/step-N/` holds task.json (manifest, step, roots, losses) and one safetensors file per stage (weights
+and moments, flat). It is renamed into place as a whole, so the newest one that is there is complete.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.curve import loss_curve
+from trainer.errors import CheckpointError, CheckpointReason, ManifestError
+from trainer.families import family_of
+from trainer.files import transaction
+from trainer.manifest import TaskManifest, decode_manifest, encode_manifest
+from trainer.stage import stage_layout
+from trainer.state import StageState
+from trainer.tokens import Tokenizer, open_tokenizer
+
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointReason", "resume", "save", "whole_tensors"]
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {family}, {parameters:,} parameters
+
+Trained by a TDML swarm of {stages} stages × {replicas} replicas.
+Steps: {steps} of {planned}, {tokens:,} tokens each.
+Last loss: {loss}.
+
+![loss](loss.svg)
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+`state/` resumes the run (`tdml-peer train --resume`). Task manifest: `{address}`.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A run after some step: manifest, the state of every stage, tokenizer, and (step, loss) so far."""
+
+    manifest: TaskManifest
+    states: tuple[StageState, ...]
+    tokenizer: Tokenizer
+    losses: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.states[0].step
+
+
+class _Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    manifest: msgspec.Raw
+    step: int
+    roots: tuple[str, ...]
+    losses: tuple[tuple[int, float], ...]
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write `checkpoint` into `folder`; raise `CheckpointError`, leaving the previous one whole."""
+    if len({state.step for state in checkpoint.states}) != 1:
+        raise ValueError("the stages of a checkpoint must be at one step")
+    state_folder = folder / "state"
+    step = f"step-{checkpoint.step:010d}"
+    with transaction(state_folder) as change:
+        for index, state in enumerate(checkpoint.states):
+            parts = {"weights": state.weights, "m": state.m, "v": state.v}
+            change.write_tensors(f"{step}/stage-{index}.safetensors", parts, {"root": state.root.hex()})
+        change.write(f"{step}/task.json", _task_bytes(checkpoint))
+    with transaction(folder) as change:
+        tensors = whole_tensors(checkpoint.manifest, checkpoint.states)
+        change.write_tensors("model.safetensors", tensors, {"format": "pt"})
+        for name, data in _texts(checkpoint).items():
+            change.write(name, data)
+    for old in state_folder.glob("step-*"):
+        if old.name != step:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def resume(folder: Path) -> Checkpoint:
+    """Return the newest checkpoint in `folder`, checked against its roots; raise `CheckpointError`."""
+    found = sorted((folder / "state").glob("step-*/task.json"))
+    if not found:
+        raise CheckpointError(
+            CheckpointReason.MISSING,
+            f"There is no checkpoint in {folder}.",
+            "Give the --out folder of a former run.",
+        )
+    try:
+        task = msgspec.json.decode(found[-1].read_bytes(), type=_Task)
+        manifest = decode_manifest(bytes(task.manifest))
+        states = tuple(
+            _stage_state(found[-1].parent, manifest, task, index) for index in range(manifest.stages)
+        )
+    except (OSError, msgspec.DecodeError, ManifestError, SafetensorError, KeyError, IndexError) as error:
+        raise _damaged(folder, str(error)) from None
+    return Checkpoint(manifest, states, open_tokenizer(folder), task.losses)
+
+
+def whole_tensors(manifest: TaskManifest, states: Sequence[StageState]) -> dict[str, Tensor]:
+    """Return the whole model's state dict, its tensors being views of the stages' weights."""
+    tensors: dict[str, Tensor] = {}
+    for index, state in enumerate(states):
+        layout = stage_layout(manifest, index)
+        for tensor, (start, stop) in zip(layout.tensors, layout.ranges, strict=True):
+            tensors[tensor.name] = state.weights[start:stop].view(tensor.shape)
+    return tensors
+
+
+def _stage_state(folder: Path, manifest: TaskManifest, task: _Task, index: int) -> StageState:
+    parts = load_file(folder / f"stage-{index}.safetensors")
+    state = StageState(task.step, parts["weights"], parts["m"], parts["v"])
+    total = stage_layout(manifest, index).total
+    is_right = all(part.dtype == torch.float32 and part.shape == (total,) for part in parts.values())
+    if not is_right or state.root.hex() != task.roots[index]:
+        raise _damaged(folder, f"stage {index} is not the one that was saved")
+    return state
+
+
+def _damaged(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        CheckpointReason.DAMAGED,
+        f"The checkpoint in {folder} cannot be read: {why[:200]}.",
+        "Resume from another copy, or start anew in an empty folder.",
+    )
+
+
+def _task_bytes(checkpoint: Checkpoint) -> bytes:
+    manifest = msgspec.Raw(encode_manifest(checkpoint.manifest))
+    roots = tuple(state.root.hex() for state in checkpoint.states)
+    return msgspec.json.encode(_Task(manifest, checkpoint.step, roots, checkpoint.losses))
+
+
+def _texts(checkpoint: Checkpoint) -> dict[str, bytes]:
+    manifest, tokenizer = checkpoint.manifest, checkpoint.tokenizer
+    family = family_of(manifest.family)
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+    title = f"{manifest.family}, {manifest.parameters:,} parameters: loss by step"
+    card = _CARD.format(
+        family=manifest.family,
+        parameters=manifest.parameters,
+        steps=checkpoint.step,
+        planned=manifest.steps,
+        tokens=manifest.tokens_per_step,
+        stages=manifest.stages,
+        replicas=manifest.replicas,
+        loss=f"{checkpoint.losses[-1][1]:.4f}" if checkpoint.losses else "none yet",
+        address=manifest.address.hex(),
+    )
+    config = {**family.whole_config(manifest.config), **special}
+    return {
+        "config.json": json.dumps(config, indent=2).encode(),
+        "generation_config.json": json.dumps(special, indent=2).encode(),
+        **tokenizer.files(family.context(manifest.config)),
+        "loss.svg": loss_curve(checkpoint.losses, title).encode(),
+        "README.md": card.encode(),
+    }
