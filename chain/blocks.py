@@ -127,7 +127,7 @@ class Vote(Record, frozen=True, dict=True, tag=2):
 
 
 class Certificate(Record, frozen=True, dict=True, tag=3):
-    """A quorum of votes of one kind for one subject: bitmap over the ordered set, then signatures in order."""
+    """A quorum of equal votes: bitmap over the ordered set, then the signatures in that order."""
 
     kind: VoteKind
     chain_id: Hash

@@ -1,0 +1,1 @@
+"""Deterministic virtual-time simulation of consensus and the oracle that judges it."""
