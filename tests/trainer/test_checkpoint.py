@@ -1,0 +1,120 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from training_samples import loaded_stages, small_batches, small_manifest
+from transformers import AutoModelForCausalLM
+
+from trainer.checkpoint import Checkpoint, resume, save
+from trainer.errors import CheckpointError, CheckpointReason
+from trainer.generate import generate
+from trainer.local import LocalStep, train_locally
+from trainer.state import StageState, initial_state
+from trainer.tokens import byte_tokenizer
+
+
+def checkpoint(stages: int = 2, step: int = 3) -> Checkpoint:
+    manifest = small_manifest(stages)
+    states = []
+    for index in range(stages):
+        fresh = initial_state(manifest, index)
+        states.append(StageState(step, fresh.weights + 0.01 * step, fresh.m + step, fresh.v + step))
+    return Checkpoint(manifest, tuple(states), byte_tokenizer(), ((1, 5.5), (2, 5.25), (3, 5.0)))
+
+
+def test_transformers_opens_the_model_and_agrees_with_the_stages(tmp_path: Path) -> None:
+    saved = checkpoint()
+    save(saved, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stages = loaded_stages(saved.manifest)
+    tokens, _ = small_batches(saved.manifest).batch(1, 0)
+    x = tokens
+    for stage, state in zip(stages, saved.states, strict=True):
+        stage.load(state.weights)
+        x = stage.logits(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens.long()).logits, x, rtol=0, atol=1e-5)
+    assert (tmp_path / "loss.svg").read_text().startswith("<svg")
+    assert "3 of 100" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_resumes_from_what_was_saved(tmp_path: Path) -> None:
+    saved = checkpoint()
+    save(checkpoint(step=2), tmp_path)
+    save(saved, tmp_path)
+    back = resume(tmp_path)
+    assert back.manifest == saved.manifest
+    assert [state.root for state in back.states] == [state.root for state in saved.states]
+    assert back.losses == saved.losses
+    assert back.step == 3
+    assert back.tokenizer.name == "bytes"
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-0000000003"]
+
+
+def test_equal_checkpoints_have_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(checkpoint(), tmp_path / name)
+    for file in (tmp_path / "a").rglob("*"):
+        if file.is_file():
+            assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(checkpoint(step=2), tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    room, write = [50_000], os.write
+
+    def limited(descriptor: int, data: memoryview) -> int:
+        if len(data) > room[0]:
+            raise OSError(28, "No space left on device")
+        room[0] -= len(data)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    with pytest.raises(CheckpointError) as caught:
+        save(checkpoint(step=3), tmp_path)
+    assert caught.value.reason == CheckpointReason.DISK
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert resume(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("damage", ["no state", "cut", "flipped", "task"])
+def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
+    if damage != "no state":
+        save(checkpoint(), tmp_path)
+        folder = tmp_path / "state" / "step-0000000003"
+        file = folder / ("task.json" if damage == "task" else "stage-1.safetensors")
+        data = bytearray(file.read_bytes())
+        if damage == "cut":
+            data = data[:-10]
+        else:
+            data[-5 if damage == "flipped" else 1] ^= 255
+        file.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        resume(tmp_path)
+    expected = CheckpointReason.MISSING if damage == "no state" else CheckpointReason.DAMAGED
+    assert caught.value.reason == expected
+
+
+def test_text_is_generated_and_the_seed_decides(tmp_path: Path) -> None:
+    save(checkpoint(), tmp_path)
+    first = generate(tmp_path, "import ", 5, seed=1)
+    assert first.startswith("import ")
+    assert first == generate(tmp_path, "import ", 5, seed=1)
+    assert generate(tmp_path, "", 3, temperature=0) == generate(tmp_path, "", 3, temperature=0, seed=9)
+    with pytest.raises(CheckpointError):
+        generate(tmp_path / "absent", "x", 1)
+
+
+def test_a_resumed_local_run_is_the_undisturbed_run() -> None:
+    manifest = small_manifest(2)
+    data = small_batches(manifest)
+    steps: list[LocalStep] = []
+    straight = train_locally(manifest, data, 6, steps.append)
+    half = train_locally(manifest, data, 3)
+    assert train_locally(manifest, data, 6, state=half).root == straight.root
+    assert [step.step for step in steps] == list(range(1, 7))
+    assert steps[0].loss == pytest.approx(5.77, abs=0.2)

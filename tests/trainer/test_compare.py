@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from training_samples import loaded_stages, run_cell, small_batches, small_manifest
+
+from trainer.compare import FP32, Thresholds, compare
+from trainer.stage import CellResult, execute
+from trainer.state import initial_state
+
+
+@pytest.fixture(scope="module")
+def cell() -> tuple[torch.Tensor, torch.Tensor, CellResult]:
+    """Input, output gradient and honest result of a middle stage."""
+    manifest = small_manifest(4)
+    tokens, labels = small_batches(manifest).batch(1, 0)
+    results = run_cell(loaded_stages(manifest), tokens, labels)
+    return results[0].y, results[2].gx, results[1]
+
+
+def test_equal_results_match(cell: tuple[torch.Tensor, torch.Tensor, CellResult]) -> None:
+    verdict = compare(cell[2], cell[2])
+    assert (verdict.y, verdict.gx, verdict.gw) == (0.0, 0.0, 0.0)
+    assert verdict.is_match
+    assert not verdict.is_fraud
+
+
+def test_honest_noise_stays_far_below_the_thresholds(
+    cell: tuple[torch.Tensor, torch.Tensor, CellResult],
+) -> None:
+    x, gy, honest = cell
+    stage = loaded_stages(small_manifest(4))[1]
+    halves = [execute(stage, x[row : row + 1], None, gy[row : row + 1]) for row in range(2)]
+    other = CellResult(
+        torch.cat([half.y for half in halves]),
+        torch.cat([half.gx for half in halves]),
+        halves[0].gw + halves[1].gw,
+        (),
+    )
+    verdict = compare(other, honest)
+    assert verdict.is_match
+    assert verdict.gw > 0
+    assert max(verdict.y / FP32.y, verdict.gx / FP32.gx, verdict.gw / FP32.gw) < 0.5
+
+
+ATTACKS = {
+    "sign flip": lambda t: -t,
+    "zeros": torch.zeros_like,
+    "scale 1.01": lambda t: t * 1.01,
+    "noise 1e-2": lambda t: t + 1e-2 * t.abs().mean() * torch.ones_like(t),
+    "one element": lambda t: t.reshape(-1).index_fill(0, torch.tensor([5]), 9.0).view_as(t),
+    "nan": lambda t: t * math.nan,
+    "infinity": lambda t: t * math.inf,
+    "shape": lambda t: t[:-1],
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("field", ["y", "gx", "gw"])
+def test_every_attack_on_one_tensor_is_fraud(
+    cell: tuple[torch.Tensor, torch.Tensor, CellResult], attack: str, field: str
+) -> None:
+    honest = cell[2]
+    verdict = compare(honest._replace(**{field: ATTACKS[attack](getattr(honest, field))}), honest)
+    assert verdict.is_fraud
+    assert not verdict.is_match
+
+
+def test_stale_weights_are_fraud(cell: tuple[torch.Tensor, torch.Tensor, CellResult]) -> None:
+    x, gy, honest = cell
+    manifest = small_manifest(4)
+    stage = loaded_stages(manifest)[1]
+    stage.load(initial_state(manifest, 1).weights * 1.001)
+    assert compare(execute(stage, x, None, gy), honest).is_fraud
+
+
+def test_between_match_and_fraud_lies_fault(cell: tuple[torch.Tensor, torch.Tensor, CellResult]) -> None:
+    honest = cell[2]
+    verdict = compare(honest._replace(y=honest.y * (1 + 1e-5)), honest)
+    assert not verdict.is_match
+    assert not verdict.is_fraud
+    assert compare(honest._replace(y=honest.y * (1 + 1e-5)), honest, Thresholds(y=1e-3)).is_match
+
+
+def test_one_wrong_token_is_not_averaged_away(cell: tuple[torch.Tensor, torch.Tensor, CellResult]) -> None:
+    honest = cell[2]
+    y = honest.y.clone()
+    y[1, 3] *= 1.01
+    assert compare(honest._replace(y=y), honest).y == pytest.approx(1e-2, rel=0.05)
+
+
+def test_zeros_against_zeros_match_and_nothing_else_does() -> None:
+    nothing = CellResult(torch.zeros(2, 3), torch.empty(0), torch.zeros(5), ())
+    assert compare(nothing, nothing).is_match
+    assert compare(nothing._replace(gw=torch.full((5,), 1e-30)), nothing).is_fraud
