@@ -1,0 +1,47 @@
+"""Parameters of a network, fixed in its genesis. Windows are block counts, amounts base units."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from chain.codec import Record, Uint
+
+Count = Annotated[int, Meta(ge=1, le=2**31)]
+
+
+class Params(Record, frozen=True):
+    """All parameters, with the defaults of a new network."""
+
+    block_interval_ms: Count = 1000
+    heartbeat_ms: Count = 5000
+    epoch_blocks: Count = 20
+    min_fee_per_byte: Uint = 0
+    min_stake: Count = 1000
+    unbonding_blocks: Count = 200
+    jail_window: Count = 100
+    jail_missed: Count = 80
+    jail_blocks: Count = 60
+    faucet_grant: Uint = 0
+    formation_blocks: Count = 3
+    draw_delay: Annotated[int, Meta(ge=2, le=100)] = 2
+    claim_window: Count = 20
+    commit_window: Count = 15
+    open_window: Count = 12
+    reveal_window: Count = 10
+    vote_window: Count = 20
+    lease_blocks: Count = 120
+    absence_blocks: Count = 60
+    redraws: Uint = 2
+    newcomer_cells: Uint = 50
+    newcomer_rate: Uint = 5000
+    floor_rate: Uint = 500
+    withheld_limit: Count = 3
+    tau: tuple[Uint, Uint, Uint] = (2500, 27_000, 35_000)
+    """Thresholds of y, gx and gw in units of 1e-9 (relative L2)."""
+    fraud_factor: Count = 100
+    reporter_share: Annotated[int, Meta(ge=0, lt=5000)] = 2500
+    """Basis points of a slashed bond that go to the auditor; the rest is burnt."""
+    colluding_share: Annotated[int, Meta(ge=0, lt=10_000)] = 2500
+    """Share f of colluding auditors, in basis points, that a task's bond must withstand."""
+    max_block_transactions: Count = 2048
+    max_block_bytes: Count = 900_000
