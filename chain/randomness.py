@@ -9,9 +9,12 @@ from functools import lru_cache
 
 from chain.blocks import ValidatorSet
 from chain.hashing import digest
+from chain.keys import PrivateKey
 
 CHECKPOINT = 256
 """Layers between remembered ones: a reveal costs at most this many hashes."""
+ONION_LENGTH = 2**17
+"""Blocks that a validator can propose with one onion."""
 
 
 def peel(reveal: bytes) -> bytes:
@@ -55,6 +58,12 @@ class Onion:
                     return layer
                 layer, index = above, index + 1
         raise LookupError("the tip is not a layer of this onion, or the onion is used up")
+
+
+@lru_cache(maxsize=16)
+def onion_of(key: PrivateKey) -> Onion:
+    """Return the onion of a validator's key, derived from its secret seed."""
+    return Onion(digest("onion of key", key.seed), ONION_LENGTH)
 
 
 def next_seed(seed: bytes, reveal: bytes) -> bytes:

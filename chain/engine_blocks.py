@@ -1,0 +1,155 @@
+"""Making and checking one block on top of the final state, without I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chain.blocks import (
+    Block,
+    BlockContext,
+    Certificate,
+    Header,
+    Reason,
+    Refused,
+    ValidatorSet,
+    Verifier,
+    VoteKind,
+    transactions_root,
+    verify_certificate,
+)
+from chain.codec import encode
+from chain.hashing import ZERO
+from chain.ledger import Executed, execute
+from chain.randomness import next_seed
+from chain.state import State
+from chain.transactions import Transaction
+
+MAX_CLOCK_DRIFT_MS = 10_000
+"""How far a proposal's timestamp may lie ahead of the local clock."""
+
+
+@dataclass(frozen=True)
+class Tip:
+    """The final chain that the next block stands on; header and certificate are None at genesis."""
+
+    chain_id: bytes
+    state: State
+    header: Header | None = None
+    certificate: Certificate | None = None
+    signers: ValidatorSet | None = None
+    """The set that `certificate` is a bitmap over."""
+
+    @property
+    def height(self) -> int:
+        """The latest final height, 0 at genesis."""
+        return self.header.height if self.header else 0
+
+    @property
+    def hash(self) -> bytes:
+        """The parent hash of the next block."""
+        return self.header.hash if self.header else self.chain_id
+
+    @property
+    def timestamp(self) -> int:
+        """The least timestamp of the next block, minus one."""
+        return self.header.timestamp if self.header else self.state.chain.timestamp
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a proposer decides about its block."""
+
+    proposer: bytes
+    view: int
+    timestamp: int
+    reveal: bytes
+
+
+def assemble(tip: Tip, draft: Draft, transactions: Sequence[Transaction]) -> tuple[Block, Executed]:
+    """Return the block of these transactions and what it does; raises what `execute` raises."""
+    context = _context(tip, draft, tip.certificate)
+    executed = execute(tip.state, context, tuple(transactions))
+    header = Header(
+        chain_id=tip.chain_id,
+        height=context.height,
+        parent=tip.hash,
+        proposer=draft.proposer,
+        view=draft.view,
+        timestamp=draft.timestamp,
+        transactions_root=transactions_root(transactions),
+        certificate_hash=tip.certificate.hash if tip.certificate else ZERO,
+        state_root=executed.state.root,
+        validators_hash=tip.state.validators().hash,
+        next_validators_hash=executed.state.validators().hash,
+        reveal=draft.reveal,
+        seed=context.seed,
+        leader_seed=tip.state.leader_seed,
+    )
+    return Block(header, tuple(transactions), tip.certificate), executed
+
+
+def check(tip: Tip, block: Block, now_ms: int | None, verify: Verifier) -> Executed:
+    """Return what a proposed (or, without `now_ms`, a final) block does.
+
+    Raises `Refused` for a header that says anything else than the rules and the execution do, and
+    what `execute` raises. The transactions' signatures must have been checked before.
+    """
+    header, certificate = block.header, block.parent_certificate
+    params = tip.state.params
+    if not block.is_consistent or header.timestamp <= tip.timestamp:
+        raise Refused(Reason.WRONG_BLOCK, "inconsistent body or timestamp not after the parent's")
+    if now_ms is not None and header.timestamp > now_ms + MAX_CLOCK_DRIFT_MS:
+        raise Refused(Reason.WRONG_BLOCK, "timestamp ahead of the clock")
+    if len(block.transactions) > params.max_block_transactions:
+        raise Refused(Reason.WRONG_BLOCK, "too many transactions")
+    if sum(len(encode(transaction)) for transaction in block.transactions) > params.max_block_bytes:
+        raise Refused(Reason.WRONG_BLOCK, "too many bytes of transactions")
+    if certificate is not None:
+        _check_parent(tip, certificate, verify)
+    draft = Draft(header.proposer, header.view, header.timestamp, header.reveal)
+    executed = execute(tip.state, _context(tip, draft, certificate), block.transactions)
+    expected = (
+        tip.chain_id,
+        tip.height + 1,
+        tip.hash,
+        executed.state.root,
+        tip.state.validators().hash,
+        executed.state.validators().hash,
+        next_seed(tip.state.seed, header.reveal),
+        tip.state.leader_seed,
+    )
+    said = (
+        header.chain_id,
+        header.height,
+        header.parent,
+        header.state_root,
+        header.validators_hash,
+        header.next_validators_hash,
+        header.seed,
+        header.leader_seed,
+    )
+    if said != expected:
+        raise Refused(Reason.WRONG_BLOCK, "the header differs from the execution")
+    return executed
+
+
+def _check_parent(tip: Tip, certificate: Certificate, verify: Verifier) -> None:
+    if tip.header is None or tip.signers is None:
+        raise Refused(Reason.WRONG_BLOCK, "a certificate of the genesis")
+    said = (certificate.kind, certificate.chain_id, certificate.height, certificate.block_hash)
+    if said != (VoteKind.FINALIZE, tip.chain_id, tip.height, tip.hash):
+        raise Refused(Reason.WRONG_BLOCK, "not the parent's finalization")
+    if certificate != tip.certificate:
+        verify_certificate(certificate, tip.signers, verify)
+
+
+def _context(tip: Tip, draft: Draft, certificate: Certificate | None) -> BlockContext:
+    signers = certificate.accounts(tip.signers) if certificate and tip.signers else None
+    return BlockContext(
+        tip.chain_id,
+        tip.height + 1,
+        draft.timestamp,
+        draft.proposer,
+        draft.reveal,
+        next_seed(tip.state.seed, draft.reveal),
+        signers,
+    )

@@ -1,0 +1,98 @@
+"""The genesis of a network: its digest is the chain id, its JSON form travels and is kept on disk."""
+
+import json
+from functools import cached_property
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from chain.codec import AccountId, Hash, Record, Uint, encode
+from chain.hashing import digest
+from chain.keys import account_of, peer_id
+from chain.params import Params
+
+
+class Allocation(Record, frozen=True):
+    """Balance of an account at the start."""
+
+    account: AccountId
+    amount: Uint
+
+
+class GenesisValidator(Record, frozen=True):
+    """A validator at the start: its stake, issued beside its balance, and the tip of its hash onion."""
+
+    account: AccountId
+    stake: Annotated[int, Meta(ge=1, le=2**62)]
+    onion_tip: Hash
+
+
+class Genesis(Record, frozen=True, dict=True):
+    """Everything that defines a network. `faucet` is what the faucet may give in all."""
+
+    name: Annotated[bytes, Meta(max_length=64)]
+    timestamp: Uint
+    """Milliseconds since the Unix epoch."""
+    params: Params
+    accounts: Annotated[tuple[Allocation, ...], Meta(max_length=100_000)]
+    validators: Annotated[tuple[GenesisValidator, ...], Meta(min_length=1, max_length=256)]
+    faucet: Uint = 0
+
+    @cached_property
+    def chain_id(self) -> bytes:
+        """The 32-byte digest that names the network."""
+        return digest("genesis", encode(self))
+
+    @property
+    def issued(self) -> int:
+        """All base units that ever exist."""
+        staked = sum(validator.stake for validator in self.validators)
+        return staked + self.faucet + sum(allocation.amount for allocation in self.accounts)
+
+
+def to_json(genesis: Genesis) -> str:
+    """Return the JSON text of a genesis: peer ids for accounts, strings for amounts, hex for hashes."""
+    document = {
+        "name": genesis.name.decode("utf-8", "replace"),
+        "timestamp": genesis.timestamp,
+        "chain_id": genesis.chain_id.hex(),
+        "faucet": str(genesis.faucet),
+        "params": msgspec.structs.asdict(genesis.params),
+        "accounts": [{"account": peer_id(a.account), "amount": str(a.amount)} for a in genesis.accounts],
+        "validators": [
+            {"account": peer_id(v.account), "stake": str(v.stake), "onion_tip": v.onion_tip.hex()}
+            for v in genesis.validators
+        ],
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Genesis:
+    """Return the genesis in `text`; raise `ValueError` saying what is wrong, also for a false chain id."""
+    try:
+        document = json.loads(text)
+        genesis = _genesis_of(document)
+    except (KeyError, TypeError, msgspec.ValidationError, RecursionError) as error:
+        raise ValueError(f"a field is missing or wrong: {error}") from None
+    if document.get("chain_id", genesis.chain_id.hex()) != genesis.chain_id.hex():
+        raise ValueError("its content does not hash to its chain_id")
+    return genesis
+
+
+def _genesis_of(document: dict[str, Any]) -> Genesis:
+    params = dict(document["params"])
+    params["tau"] = tuple(params["tau"])
+    genesis = Genesis(
+        name=str(document["name"]).encode(),
+        timestamp=int(document["timestamp"]),
+        params=Params(**params),
+        accounts=tuple(Allocation(account_of(a["account"]), int(a["amount"])) for a in document["accounts"]),
+        validators=tuple(
+            GenesisValidator(account_of(v["account"]), int(v["stake"]), bytes.fromhex(v["onion_tip"]))
+            for v in document["validators"]
+        ),
+        faucet=int(document["faucet"]),
+    )
+    # a Struct's constructor checks nothing: bounds are checked by reading the encoding back
+    return msgspec.msgpack.decode(encode(genesis), type=Genesis)

@@ -1,0 +1,147 @@
+"""The working copy that the rules write on: accounts moved, events noted, value conserved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from chain.blocks import ValidatorSet
+from chain.keys import peer_id
+from chain.params import Params
+from chain.reasons import Reason, Refused
+from chain.records import Account, Audit, AuditStatus, Chain, ClaimRecord, Task, Unbonding, Worker, status_of
+from chain.state import Draft, Table
+
+_ONLY = b""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a block did, for people and queries; not part of the state."""
+
+    kind: str
+    data: dict[str, Any]
+
+
+class Book:
+    """A draft of the state at the height of the block being executed."""
+
+    def __init__(self, draft: Draft, height: int, seed: bytes, validators: ValidatorSet) -> None:
+        self.draft = draft
+        self.height = height
+        self.seed = seed
+        self.validators = validators
+        self.params: Params = draft.get(Table.PARAMS, _ONLY)
+
+    def fork(self) -> "Book":
+        """Return a book whose changes can be thrown away."""
+        return Book(self.draft.fork(), self.height, self.seed, self.validators)
+
+    def merge(self, fork: "Book") -> None:
+        """Take over a fork's changes."""
+        self.draft.merge(fork.draft)
+
+    def note(self, kind: str, **data: Any) -> None:
+        """Record an event: accounts as peer ids, other bytes as hex, amounts as strings where named so."""
+        self.draft.events.append(Event(kind, data))
+
+    @property
+    def chain(self) -> Chain:
+        """The chain's own record."""
+        return self.draft.get(Table.CHAIN, _ONLY)
+
+    def set_chain(self, **changes: Any) -> None:
+        """Change the chain's own record."""
+        self.draft.put(Table.CHAIN, _ONLY, replace(self.chain, **changes))
+
+    def account(self, account: bytes) -> Account:
+        """Return an account, empty if new."""
+        return self.draft.get(Table.ACCOUNTS, account) or Account()
+
+    def set_account(self, account: bytes, **changes: Any) -> None:
+        """Change an account."""
+        self.draft.put(Table.ACCOUNTS, account, replace(self.account(account), **changes))
+
+    def credit(self, account: bytes, amount: int) -> None:
+        """Add to a balance."""
+        self.set_account(account, balance=self.account(account).balance + amount)
+
+    def debit(self, account: bytes, amount: int) -> None:
+        """Take from a balance; raise `Refused`."""
+        balance = self.account(account).balance
+        if balance < amount:
+            raise Refused(Reason.NO_FUNDS)
+        self.set_account(account, balance=balance - amount)
+
+    def burn(self, amount: int) -> None:
+        """Count an amount, taken from somewhere, as burned."""
+        self.set_chain(burned=self.chain.burned + amount)
+
+    def task(self, task: bytes) -> Task:
+        """Return a task; raise `Refused`."""
+        found: Task | None = self.draft.get(Table.TASKS, task)
+        if found is None:
+            raise Refused(Reason.UNKNOWN_TASK)
+        return found
+
+    def set_task(self, task: Task, **changes: Any) -> Task:
+        """Change a task and return it."""
+        changed = replace(task, **changes)
+        self.draft.put(Table.TASKS, task.id, changed)
+        return changed
+
+    def worker(self, task: bytes, account: bytes) -> Worker | None:
+        """Return an applicant or worker."""
+        return self.draft.get(Table.WORKERS, task + account)
+
+    def workers(self, task: bytes) -> list[Worker]:
+        """Return all applicants and workers of a task, by account."""
+        return [worker for _, worker in self.draft.items(Table.WORKERS, task)]
+
+    def set_worker(self, worker: Worker, **changes: Any) -> Worker:
+        """Change a worker and return it."""
+        changed = replace(worker, **changes)
+        self.draft.put(Table.WORKERS, worker.task + worker.account, changed)
+        return changed
+
+    def claim(self, claim: bytes) -> ClaimRecord:
+        """Return a claim that exists."""
+        return self.draft.get(Table.CLAIMS, claim)
+
+    def set_claim(self, claim: ClaimRecord, **changes: Any) -> ClaimRecord:
+        """Change a claim and return it."""
+        changed = replace(claim, **changes)
+        self.draft.put(Table.CLAIMS, claim.id, changed)
+        return changed
+
+    def set_audit(self, audit: Audit, state: AuditStatus | None = None, **changes: Any) -> Audit:
+        """Change an audit, its state too, and return it; it is active exactly while it says so."""
+        if state is not None:
+            changes["status"] = status_of(AuditStatus, state)
+        changed = replace(audit, **changes)
+        self.draft.put(Table.AUDITS, audit.id, changed)
+        was_listed = self.draft.get(Table.ACTIVE, audit.id) is not None
+        if was_listed and not changed.is_active:
+            self.draft.delete(Table.ACTIVE, audit.id)
+        return changed
+
+    def holding(self, record: Any) -> int:
+        """Return the base units that a record holds."""
+        match record:
+            case Account():
+                return record.balance + record.bonded
+            case Unbonding():
+                return record.amount
+            case Task():
+                return record.escrow
+            case Worker():
+                return record.bond + record.withheld
+            case Chain():
+                return record.burned + record.faucet
+            case _:
+                return 0
+
+
+def name(account: bytes) -> str:
+    """Return an account as events name it."""
+    return peer_id(account)

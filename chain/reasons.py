@@ -1,0 +1,66 @@
+"""Why the ledger refuses a block or a payload: one word each, shared by receipts, logs and tests."""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """A named refusal."""
+
+    WRONG_CHAIN = "wrong-chain"  # Signed for another network.
+    BAD_SIGNATURE = "bad-signature"  # Not the sender's signature.
+    WRONG_NONCE = "wrong-nonce"  # Not the sender's next nonce.
+    OUTSIDE_WINDOW = "outside-window"  # Not valid at this height.
+    LOW_FEE = "low-fee"  # Below the least fee for its size.
+    NO_FUNDS = "no-funds"  # The balance does not cover it.
+    TOO_LARGE = "too-large"  # More bytes than a transaction may have.
+    WRONG_HEIGHT = "wrong-height"  # Not the block after the state's.
+    WRONG_PROPOSER = "wrong-proposer"  # The proposer is not a validator.
+    WRONG_REVEAL = "wrong-reveal"  # Does not open the proposer's hash onion.
+    WRONG_SEED = "wrong-seed"  # Not the seed that follows from the reveal.
+    WRONG_TIME = "wrong-time"  # Not later than the parent.
+    TOO_MANY = "too-many"  # More transactions or bytes than a block may carry.
+    ZERO_AMOUNT = "zero-amount"  # An amount of nothing.
+    NO_STAKE = "no-stake"  # Less stake than that is bonded.
+    NOTHING_RELEASED = "nothing-released"  # No unbonding has ended.
+    NOT_A_VALIDATOR = "not-a-validator"  # The sender is not registered.
+    TOMBSTONED = "tombstoned"  # Signed two conflicting votes: out for good.
+    NOT_JAILED = "not-jailed"  # There is nothing to return from.
+    STILL_JAILED = "still-jailed"  # The jail time is not over.
+    NO_FAUCET = "no-faucet"  # This network has none, or it is empty.
+    ALREADY_GRANTED = "already-granted"  # One grant an account.
+    TASK_EXISTS = "task-exists"  # The same task was posted before.
+    UNKNOWN_TASK = "unknown-task"  # No such task.
+    TASK_CLOSED = "task-closed"  # The task has ended.
+    NOT_THE_CLIENT = "not-the-client"  # Only who posted the task may.
+    ESCROW_TOO_SMALL = "escrow-too-small"  # Does not cover every cell and its audit.
+    BOND_TOO_SMALL = "bond-too-small"  # Cheating would pay at this bond, rate and price.
+    RATE_TOO_SMALL = "rate-too-small"  # Fewer audits than the network's floor.
+    ALREADY_APPLIED = "already-applied"  # The sender has a seat or an application.
+    BARRED = "barred"  # Convicted before.
+    NO_SEAT = "no-seat"  # The sender holds no seat of that stage.
+    WRONG_GENERATION = "wrong-generation"  # A rollback has ended that generation.
+    WRONG_STEP = "wrong-step"  # Settled already, or further ahead than the ring is deep.
+    BAD_CELLS = "bad-cells"  # Cells out of order or out of range.
+    CELL_CLAIMED = "cell-claimed"  # Somebody has claimed that cell of the step.
+    UNKNOWN_AUDIT = "unknown-audit"  # No such audit.
+    NOT_OWED = "not-owed"  # The sender owes nothing of that kind now.
+    WRONG_COMMITMENT = "wrong-commitment"  # The reveal is not what was committed to.
+    FALSE_OPENING = "false-opening"  # The opening does not lead to the claim's root.
+    BAD_EVIDENCE = "bad-evidence"  # The two votes do not conflict, or are not authentic.
+    EVIDENCE_KNOWN = "evidence-known"  # That offence is punished already.
+
+
+class Refused(ValueError):
+    """A payload that the ledger refuses: it costs fee and nonce and changes nothing."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class InvalidBlock(ValueError):
+    """A block that no honest proposer builds."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason

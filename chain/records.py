@@ -1,0 +1,246 @@
+"""The records of the ledger's state, table by table."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta
+
+from chain.codec import AccountId, Hash, Record, Uint
+from chain.transactions import BasisPoints, Claim, Index, Opening, Reveal
+
+
+class Account(Record, frozen=True):
+    """One account. `absent_until` keeps it out of draws; `barred` out of seats and audits for good."""
+
+    balance: Uint = 0
+    nonce: Uint = 0
+    bonded: Uint = 0
+    granted: bool = False
+    barred: bool = False
+    absent_until: Uint = 0
+
+
+class Validator(Record, frozen=True):
+    """A registered validator; it votes while it has stake and is neither jailed nor tombstoned."""
+
+    onion_tip: Hash
+    registered_at: Uint
+    jailed_until: Uint = 0
+    is_jailed: bool = False
+    is_tombstoned: bool = False
+    missed: tuple[Uint, ...] = ()
+    """Heights, within the jail window, whose finalization it did not sign."""
+
+
+class Unbonding(Record, frozen=True):
+    """Stake on its way back to the balance."""
+
+    amount: Uint
+    release_at: Uint
+
+
+class TaskStatus(StrEnum):
+    """Life of a task: posted → running → closed."""
+
+    POSTED = "posted"
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+class Task(Record, frozen=True):
+    """A training task. `settled` is the last step all of whose audits have ended, in order."""
+
+    id: Hash
+    client: AccountId
+    manifest: Hash
+    stages: Index
+    replicas: Index
+    steps: Uint
+    microbatches: Uint
+    price: Uint
+    escrow: Uint
+    worker_bond: Uint
+    audit_rate: BasisPoints
+    depth: Uint
+    posted_at: Uint
+    deadline: Uint
+    status: Uint = 0
+    generation: Index = 0
+    settled: Uint = 0
+
+    @property
+    def state(self) -> TaskStatus:
+        """The place in its life."""
+        return tuple(TaskStatus)[self.status]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the task still takes workers and claims."""
+        return self.state is not TaskStatus.CLOSED
+
+
+class WorkerStatus(StrEnum):
+    """Life of a worker: spare → seated → left | evicted."""
+
+    SPARE = "spare"
+    SEATED = "seated"
+    LEFT = "left"
+    EVICTED = "evicted"
+
+
+class Worker(Record, frozen=True):
+    """An applicant or holder of a seat. `stage` is −1 for a spare and stays after the seat is gone."""
+
+    task: Hash
+    account: AccountId
+    kernel: Hash
+    applied_at: Uint
+    lease_until: Uint
+    stage: Annotated[int, Meta(ge=-1, le=255)] = -1
+    status: Uint = 0
+    bond: Uint = 0
+    withheld: Uint = 0
+    earned: Uint = 0
+    settled_cells: Uint = 0
+    flagged_until: Uint = 0
+    withholdings: Uint = 0
+
+    @property
+    def state(self) -> WorkerStatus:
+        """The place in its life."""
+        return tuple(WorkerStatus)[self.status]
+
+    @property
+    def is_seated(self) -> bool:
+        """Whether the worker holds its seat now."""
+        return self.state is WorkerStatus.SEATED
+
+
+class ClaimRecord(Record, frozen=True):
+    """A claim on chain; `drawn` once its audits are drawn; `unpaid` are cells that lost their pay."""
+
+    id: Hash
+    claim: Claim
+    worker: AccountId
+    height: Uint
+    drawn: bool = False
+    open_audits: Uint = 0
+    unpaid: tuple[Index, ...] = ()
+    is_void: bool = False
+    is_settled: bool = False
+
+
+class StepProgress(Record, frozen=True):
+    """Claims of one step of one generation: which cells of each stage are claimed."""
+
+    first_height: Uint
+    covered: tuple[bytes, ...]
+    claims: tuple[Hash, ...] = ()
+
+
+class AuditStatus(StrEnum):
+    """Life of an audit; see docs/design/contract.md."""
+
+    DRAWN = "drawn"
+    COMMITTED = "committed"
+    OPENED = "opened"
+    OPINION = "opinion"
+    VOTING = "voting"
+    PASSED = "passed"
+    CONVICTED = "convicted"
+    ACQUITTED = "acquitted"
+    FAULTED = "faulted"
+    UNDECIDED = "undecided"
+    WITHHELD = "withheld"
+    ABSENT = "absent"
+    VOID = "void"
+
+
+ACTIVE = (
+    AuditStatus.DRAWN,
+    AuditStatus.COMMITTED,
+    AuditStatus.OPENED,
+    AuditStatus.OPINION,
+    AuditStatus.VOTING,
+)
+
+
+class Voter(Record, frozen=True):
+    """A third opinion or a voter: its stake, commitment and reveal."""
+
+    account: AccountId
+    power: Uint
+    commitment: Hash | None = None
+    reveal: Reveal | None = None
+
+
+class Audit(Record, frozen=True):
+    """The audit of one cell, with everything that its verdict rests on."""
+
+    id: Hash
+    claim: Hash
+    task: Hash
+    generation: Index
+    step: Uint
+    stage: Index
+    cell: Index
+    worker: AccountId
+    auditor: AccountId
+    key: Hash
+    """Sketch key shared by auditor, worker and voters."""
+    drawn_at: Uint
+    deadline: Uint
+    redraws: Uint = 0
+    status: Uint = 0
+    commitment: Hash | None = None
+    opening: Opening | None = None
+    reveal: Reveal | None = None
+    dispute_seed: Hash | None = None
+    third: Voter | None = None
+    voters: tuple[Voter, ...] = ()
+    is_revealing: bool = False
+    """Whether the voters' commit window is over."""
+
+    @property
+    def state(self) -> AuditStatus:
+        """The place in its life."""
+        return tuple(AuditStatus)[self.status]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether somebody still owes something."""
+        return self.state in ACTIVE
+
+
+class Conviction(Record, frozen=True):
+    """Evidence of an eviction or of an equivocation, kept for good."""
+
+    id: Hash
+    kind: Uint
+    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding."""
+    account: AccountId
+    task: Hash | None
+    height: Uint
+    slashed: Uint
+    subject: Hash
+    first: bytes = b""
+    second: bytes = b""
+
+
+class Chain(Record, frozen=True):
+    """What the ledger knows of the chain itself."""
+
+    chain_id: Hash
+    height: Uint
+    timestamp: Uint
+    seed: Hash
+    epoch_seed: Hash
+    leader_seed: Hash
+    issued: Uint
+    burned: Uint
+    faucet: Uint
+
+
+def status_of(kind: type[StrEnum], value: StrEnum) -> int:
+    """Return the number that stands for an enum's member in a record."""
+    return list(kind).index(value)

@@ -1,0 +1,323 @@
+"""The ledger's state: immutable tables of records under one Merkle root, and drafts that change them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+from blake3 import blake3
+
+from chain.blocks import ValidatorSet
+from chain.codec import Record, decode, encode
+from chain.genesis import Genesis
+from chain.hashing import ZERO, digest
+from chain.params import Params
+from chain.records import (
+    Account,
+    Audit,
+    AuditStatus,
+    Chain,
+    ClaimRecord,
+    Conviction,
+    StepProgress,
+    Task,
+    Unbonding,
+    Validator,
+    Voter,
+    Worker,
+)
+from chain.tree import SparseTree, TreeProof
+
+__all__ = ["Account", "Audit", "Draft", "Duty", "State", "Table", "Task", "Worker", "genesis_state"]
+
+
+class Table(IntEnum):
+    """The tables, each a map from a key of bytes to a record."""
+
+    CHAIN = 0
+    PARAMS = 1
+    ACCOUNTS = 2
+    VALIDATORS = 3
+    UNBONDINGS = 4
+    TASKS = 5
+    WORKERS = 6
+    STEPS = 7
+    CLAIMS = 8
+    AUDITS = 9
+    CONVICTIONS = 10
+    QUEUE = 11
+    """Claims waiting for their draw, by height and claim id."""
+    ACTIVE = 12
+    """Ids of audits in which somebody owes something."""
+
+
+class Marker(Record, frozen=True):
+    """A record of presence."""
+
+
+KINDS: dict[Table, type[Record]] = {
+    Table.CHAIN: Chain,
+    Table.PARAMS: Params,
+    Table.ACCOUNTS: Account,
+    Table.VALIDATORS: Validator,
+    Table.UNBONDINGS: Unbonding,
+    Table.TASKS: Task,
+    Table.WORKERS: Worker,
+    Table.STEPS: StepProgress,
+    Table.CLAIMS: ClaimRecord,
+    Table.AUDITS: Audit,
+    Table.CONVICTIONS: Conviction,
+    Table.QUEUE: Marker,
+    Table.ACTIVE: Marker,
+}
+_ONLY = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What an account owes now: commit, open or reveal a re-execution by `deadline`, with its sketch key."""
+
+    kind: str
+    audit: bytes
+    round: int
+    key: bytes
+    deadline: int
+
+
+@dataclass(frozen=True)
+class State:
+    """The state after one block."""
+
+    tables: dict[Table, dict[bytes, Any]]
+    tree: SparseTree
+
+    @property
+    def root(self) -> bytes:
+        """The 32-byte state root."""
+        return self.tree.root
+
+    @property
+    def chain(self) -> Chain:
+        """What the ledger knows of the chain."""
+        return self.tables[Table.CHAIN][_ONLY]
+
+    @property
+    def params(self) -> Params:
+        """The parameters in force."""
+        return self.tables[Table.PARAMS][_ONLY]
+
+    @property
+    def height(self) -> int:
+        """Height of the block whose post-state this is; 0 at genesis."""
+        return self.chain.height
+
+    @property
+    def seed(self) -> bytes:
+        """The beacon's seed."""
+        return self.chain.seed
+
+    @property
+    def leader_seed(self) -> bytes:
+        """The seed that the next height's leaders are drawn from."""
+        return self.chain.leader_seed
+
+    def account(self, account: bytes) -> Account:
+        """Return an account, empty if it was never used."""
+        return self.tables[Table.ACCOUNTS].get(account, Account())
+
+    def validator(self, account: bytes) -> Validator | None:
+        """Return a registered validator."""
+        return self.tables[Table.VALIDATORS].get(account)
+
+    @cached_property
+    def _validators(self) -> ValidatorSet:
+        least = self.params.min_stake
+        return ValidatorSet.of(
+            (account, self.account(account).bonded)
+            for account, validator in self.tables[Table.VALIDATORS].items()
+            if not validator.is_jailed
+            and not validator.is_tombstoned
+            and self.account(account).bonded >= least
+        )
+
+    def validators(self) -> ValidatorSet:
+        """Return the validators of the next height."""
+        return self._validators
+
+    def task(self, task: bytes) -> Task | None:
+        """Return a task."""
+        return self.tables[Table.TASKS].get(task)
+
+    def open_tasks(self) -> tuple[Task, ...]:
+        """Return the tasks that are not closed."""
+        return tuple(task for task in self.tables[Table.TASKS].values() if task.is_open)
+
+    def workers(self, task: bytes) -> tuple[Worker, ...]:
+        """Return the applicants and workers of a task, also those who left, by account."""
+        table = self.tables[Table.WORKERS]
+        return tuple(table[key] for key in sorted(table) if key.startswith(task))
+
+    def worker(self, task: bytes, account: bytes) -> Worker | None:
+        """Return one applicant or worker of a task."""
+        return self.tables[Table.WORKERS].get(task + account)
+
+    def claim(self, claim: bytes) -> ClaimRecord | None:
+        """Return a claim by id."""
+        return self.tables[Table.CLAIMS].get(claim)
+
+    def audit(self, audit: bytes) -> Audit | None:
+        """Return an audit by id."""
+        return self.tables[Table.AUDITS].get(audit)
+
+    def active_audits(self) -> Iterator[Audit]:
+        """Yield the audits in which somebody owes something, by id."""
+        for audit in sorted(self.tables[Table.ACTIVE]):
+            yield self.tables[Table.AUDITS][audit]
+
+    def duties(self, account: bytes) -> tuple[Duty, ...]:
+        """Return what `account` owes now."""
+        return tuple(duty for audit in self.active_audits() for duty in _duties(audit, account))
+
+    def is_busy(self) -> bool:
+        """Whether blocks are due at full rate: draws, audits, seats to fill or steps to settle."""
+        if self.tables[Table.QUEUE] or self.tables[Table.ACTIVE] or self.tables[Table.STEPS]:
+            return True
+        return any(task.status == 0 for task in self.open_tasks())
+
+    def prove(self, table: Table, key: bytes) -> TreeProof:
+        """Return the proof that a record is, or is not, in the state."""
+        return self.tree.prove(state_key(table, key))
+
+
+def _duties(audit: Audit, account: bytes) -> Iterator[Duty]:
+    match audit.state:
+        case AuditStatus.DRAWN if audit.auditor == account:
+            yield Duty("commit", audit.id, 0, audit.key, audit.deadline)
+        case AuditStatus.COMMITTED if audit.worker == account:
+            yield Duty("open", audit.id, 0, audit.key, audit.deadline)
+        case AuditStatus.OPENED if audit.auditor == account:
+            yield Duty("reveal", audit.id, 0, audit.key, audit.deadline)
+        case AuditStatus.OPINION if audit.third is not None and audit.third.account == account:
+            yield from _voter_duties(audit, audit.third, 1)
+        case AuditStatus.VOTING:
+            for voter in audit.voters:
+                if voter.account == account:
+                    yield from _voter_duties(audit, voter, 2)
+        case _:
+            pass
+
+
+def _voter_duties(audit: Audit, voter: Voter, round_: int) -> Iterator[Duty]:
+    key = digest("sketch key", audit.dispute_seed or ZERO, voter.account, audit.id)
+    if voter.commitment is None:
+        if round_ == 1 or not has_commit_phase_ended(audit):
+            yield Duty("commit", audit.id, round_, key, audit.deadline)
+    elif voter.reveal is None and (round_ == 1 or has_commit_phase_ended(audit)):
+        yield Duty("reveal", audit.id, round_, key, audit.deadline)
+
+
+def has_commit_phase_ended(audit: Audit) -> bool:
+    """Whether the voters reveal now: all have committed, or the commit window is over."""
+    return audit.is_revealing or all(voter.commitment is not None for voter in audit.voters)
+
+
+def state_key(table: Table, key: bytes) -> bytes:
+    """Return the 32-byte tree key of a record."""
+    return digest("state key", bytes([table]), key)
+
+
+def value_hash(record: Record) -> bytes:
+    """Return the 32-byte hash of a record that the tree holds."""
+    return blake3(encode(record)).digest()
+
+
+def decode_record(table: Table, data: bytes) -> Record:
+    """Return the record of `table` that `data` encodes; raise `DecodeError`."""
+    return decode(KINDS[table], data)
+
+
+class Draft:
+    """A changing copy of a state; `fork` makes a nested one that is merged or thrown away."""
+
+    def __init__(self, base: "State | Draft") -> None:
+        self._base = base
+        self.changes: dict[tuple[Table, bytes], Any] = {}
+        self.events: list[Any] = []
+
+    def get(self, table: Table, key: bytes) -> Any:
+        """Return a record or None."""
+        if (table, key) in self.changes:
+            return self.changes[table, key]
+        if isinstance(self._base, Draft):
+            return self._base.get(table, key)
+        return self._base.tables[table].get(key)
+
+    def put(self, table: Table, key: bytes, record: Record) -> None:
+        """Set a record."""
+        self.changes[table, key] = record
+
+    def delete(self, table: Table, key: bytes) -> None:
+        """Remove a record."""
+        self.changes[table, key] = None
+
+    def items(self, table: Table, prefix: bytes = b"") -> list[tuple[bytes, Any]]:
+        """Return the records of a table whose keys start with `prefix`, in order of keys."""
+        found: dict[bytes, Any] = {}
+        self._collect(table, prefix, found)
+        return sorted((key, record) for key, record in found.items() if record is not None)
+
+    def _collect(self, table: Table, prefix: bytes, found: dict[bytes, Any]) -> None:
+        if isinstance(self._base, Draft):
+            self._base._collect(table, prefix, found)
+        else:
+            rows = self._base.tables[table]
+            found.update((key, record) for key, record in rows.items() if key.startswith(prefix))
+        found.update((k, r) for (t, k), r in self.changes.items() if t is table and k.startswith(prefix))
+
+    def fork(self) -> "Draft":
+        """Return a draft on top of this one."""
+        return Draft(self)
+
+    def merge(self, fork: "Draft") -> None:
+        """Take over the changes and events of a fork."""
+        self.changes.update(fork.changes)
+        self.events.extend(fork.events)
+
+    def freeze(self, state: State) -> State:
+        """Return `state` with the changes of this draft, which must stand directly on it."""
+        tables = dict(state.tables)
+        for table in {table for table, _ in self.changes}:
+            tables[table] = dict(tables[table])
+        updates: dict[bytes, bytes | None] = {}
+        for (table, key), record in self.changes.items():
+            if record is None:
+                tables[table].pop(key, None)
+            else:
+                tables[table][key] = record
+            updates[state_key(table, key)] = None if record is None else value_hash(record)
+        return State(tables, state.tree.update(updates))
+
+
+def empty_state() -> State:
+    """Return the state without any record."""
+    return State({table: {} for table in Table}, SparseTree())
+
+
+def genesis_state(genesis: Genesis) -> State:
+    """Return the state before the first block."""
+    draft = Draft(empty_state())
+    seed = digest("genesis seed", genesis.chain_id)
+    chain = Chain(genesis.chain_id, 0, genesis.timestamp, seed, seed, seed, genesis.issued, 0, genesis.faucet)
+    draft.put(Table.CHAIN, _ONLY, chain)
+    draft.put(Table.PARAMS, _ONLY, genesis.params)
+    balances: dict[bytes, int] = {}
+    for allocation in genesis.accounts:
+        balances[allocation.account] = balances.get(allocation.account, 0) + allocation.amount
+    stakes = {validator.account: validator.stake for validator in genesis.validators}
+    for account in sorted(balances.keys() | stakes.keys()):
+        record = Account(balance=balances.get(account, 0), bonded=stakes.get(account, 0))
+        draft.put(Table.ACCOUNTS, account, record)
+    for validator in genesis.validators:
+        draft.put(Table.VALIDATORS, validator.account, Validator(validator.onion_tip, 0))
+    return draft.freeze(empty_state())

@@ -1,0 +1,113 @@
+"""Range sync: the messages of `/tdml/sync/1` and the pure checks of a final block."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from chain.blocks import (
+    Block,
+    Certificate,
+    Header,
+    Reason,
+    Refused,
+    ValidatorSet,
+    Verifier,
+    VoteKind,
+    verify_certificate,
+)
+from chain.codec import MAX_OBJECT_BYTES, Hash, Record, Uint, decode, encode
+
+MAX_REQUEST_BYTES = 256
+MAX_RANGE = 256
+RANGE_BYTES = 3 * 1024 * 1024
+"""Block bytes in one reply; at least one block is always sent."""
+
+
+class StatusRequest(Record, frozen=True, tag=1):
+    """Ask for the latest final height; tells the sender's own."""
+
+    chain_id: Hash
+    height: Uint
+
+
+class RangeRequest(Record, frozen=True, tag=2):
+    """Ask for final blocks from height `first` on."""
+
+    chain_id: Hash
+    first: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    count: Annotated[int, Meta(ge=1, le=MAX_RANGE)]
+
+
+SyncRequest = StatusRequest | RangeRequest
+
+
+class StatusReply(Record, frozen=True):
+    """The latest final height and its block hash (the chain id at height 0)."""
+
+    height: Uint
+    block_hash: Hash
+
+
+class FinalBlock(Record, frozen=True):
+    """A block and the certificate that finalizes it."""
+
+    block: Block
+    certificate: Certificate
+
+
+class RangeReply(Record, frozen=True):
+    """Consecutive final blocks, possibly fewer than asked for."""
+
+    blocks: Annotated[tuple[FinalBlock, ...], Meta(max_length=MAX_RANGE)]
+
+
+def decode_request(data: bytes, chain_id: bytes) -> SyncRequest:
+    """Return the request in `data`; raise `DecodeError`, or `Refused` for another network."""
+    request: SyncRequest = decode(SyncRequest, data, MAX_REQUEST_BYTES)
+    if request.chain_id != chain_id:
+        raise Refused(Reason.WRONG_CHAIN)
+    return request
+
+
+def decode_status(data: bytes) -> StatusReply:
+    """Return the status in `data`; raise `DecodeError`."""
+    return decode(StatusReply, data, MAX_REQUEST_BYTES)
+
+
+def decode_range(data: bytes) -> tuple[FinalBlock, ...]:
+    """Return the blocks of a range reply; raise `DecodeError`."""
+    reply: RangeReply = decode(RangeReply, data, MAX_OBJECT_BYTES)
+    return reply.blocks
+
+
+def pack_range(blocks: list[FinalBlock]) -> bytes:
+    """Return the reply with as many of the leading `blocks` as its size allows."""
+    size, fitting = 0, 0
+    for block in blocks[:MAX_RANGE]:
+        size += len(encode(block))
+        if fitting and size > RANGE_BYTES:
+            break
+        fitting += 1
+    return encode(RangeReply(tuple(blocks[:fitting])))
+
+
+def check_final(final: FinalBlock, parent: Header | None, validators: ValidatorSet, check: Verifier) -> None:
+    """Raise `Refused` unless `final` is the finalized child of `parent` under `validators`.
+
+    What the block does to the state is checked by executing it.
+    """
+    header, certificate = final.block.header, final.certificate
+    if parent is not None:
+        expected = (parent.chain_id, parent.height + 1, parent.hash)
+        if (header.chain_id, header.height, header.parent) != expected:
+            raise Refused(Reason.WRONG_HEIGHT, "the block does not follow its parent")
+    elif (header.height, header.parent) != (1, header.chain_id):
+        raise Refused(Reason.WRONG_HEIGHT, "the first block does not follow the genesis")
+    if certificate.kind != VoteKind.FINALIZE:
+        raise Refused(Reason.WRONG_KIND)
+    said = (certificate.chain_id, certificate.height, certificate.block_hash)
+    if said != (header.chain_id, header.height, header.hash) or not final.block.is_consistent:
+        raise Refused(Reason.WRONG_BLOCK)
+    if header.validators_hash != validators.hash:
+        raise Refused(Reason.WRONG_BLOCK, "another validator set")
+    verify_certificate(certificate, validators, check)
