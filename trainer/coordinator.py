@@ -1,0 +1,137 @@
+"""The client's side of the step: route, feed, gather every cell exactly once, reduce, commit.
+
+The coordinator hands out tokens and labels and keeps the books; activations and gradients go from worker
+to worker. It sees the chain through a `Governor` only, and the network through a `Transport`.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import trio
+
+from trainer.coordinator_book import StepBook
+from trainer.coordinator_pace import Pace
+from trainer.coordinator_ports import (
+    CoordinatorConfig,
+    CoordinatorPorts,
+    Governor,
+    Members,
+    RolledBack,
+    StepDone,
+)
+from trainer.coordinator_repair import StageLost
+from trainer.coordinator_state import SwarmState
+from trainer.coordinator_swarm import Swarm
+from trainer.messages import Message, MessageError, Reason
+from trainer.state import StageState
+from trainer.transport import Transport
+from trainer.worker_mail import Outbox
+
+__all__ = ["Coordinator", "Governor", "Members", "StageLost"]
+
+
+class _GenerationEndedError(Exception):
+    """A verdict convicted a worker while a step was under way."""
+
+
+class Coordinator:
+    """The client of one task."""
+
+    def __init__(self, config: CoordinatorConfig, transport: Transport, ports: CoordinatorPorts) -> None:
+        self._config = config
+        self._transport = transport
+        self._ports = ports
+        self._outbox = Outbox(transport, self._on_undelivered)
+        self._state = SwarmState(config, ports, self._outbox.post, Pace(config.patience))
+        self._swarm = Swarm(self._state)
+
+    @property
+    def refused(self) -> Counter[Reason]:
+        """How many messages were refused, by reason."""
+        return self._swarm.refused
+
+    async def run(self) -> tuple[StageState, ...]:
+        """Train all steps that are left and return the final state of every stage.
+
+        Raises `StageLost` when a stage has had no worker for too long, `StateUnavailable` when no holder
+        gives a final state.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                self._outbox.open(nursery)
+                await self._train()
+                states = await self.fetch_states()
+                self._swarm.finish()
+                await self._outbox.flush()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) == 1:
+                raise group.exceptions[0] from None
+            raise
+        return states
+
+    async def fetch_states(self) -> tuple[StageState, ...]:
+        """Return every stage's state after the last committed step, from the workers that hold it."""
+        state, states = self._state, []
+        for stage in range(state.roster.stages):
+            root = state.roots[state.step, stage]
+            states.append(await self._ports.fetch_state(root, state.roster.ready(stage)))
+        return tuple(states)
+
+    async def _train(self) -> None:
+        state, governor = self._state, self._ports.governor
+        steps = self._config.manifest.steps
+        while True:
+            asked, is_over = self._ports.clock(), state.step >= steps
+            try:
+                members = governor.current()
+                if members.generation == state.generation:
+                    members = await (governor.settled(steps) if is_over else governor.admit(state.step + 1))
+                if members.generation != state.generation:
+                    await self._form(members)
+                elif is_over:
+                    return
+                else:
+                    self._swarm.update(members)
+                    await self._run_step(self._ports.clock() - asked)
+            except _GenerationEndedError:
+                continue
+
+    async def _form(self, members: Members) -> None:
+        if self._state.generation >= 0:
+            self._ports.report(RolledBack(members.generation, members.resume_step))
+        self._swarm.form(members)
+        await self._pump(lambda: self._swarm.is_formed)
+        self._swarm.agree()
+
+    async def _run_step(self, waited: float) -> None:
+        swarm, started = self._swarm, self._ports.clock()
+        await self._pump(lambda: not self._state.roster.empty_stages())
+        book = swarm.open()
+        while not swarm.is_reduced:
+            await self._pump(lambda: book.is_complete and swarm.has_no_newcomer)
+            swarm.reduce(book)
+            await self._pump(lambda: swarm.is_reduced or not book.is_complete)
+        swarm.commit(book)
+        self._report_step(book, self._ports.clock() - started, waited)
+
+    def _report_step(self, book: StepBook, seconds: float, waited: float) -> None:
+        tokens = self._config.manifest.tokens_per_step
+        self._ports.report(StepDone(book.step, book.generation, book.loss, tokens, seconds, waited))
+
+    async def _pump(self, is_over: Callable[[], bool]) -> None:
+        """Take messages and act on deadlines until `is_over`; raise when the generation ends."""
+        while not is_over():
+            with trio.move_on_after(self._config.patience.tick):
+                self._swarm.take(await self._transport.receive())
+            members = self._ports.governor.current()
+            if members.generation != self._state.generation:
+                raise _GenerationEndedError
+            self._swarm.update(members)
+            self._swarm.repairs.tick()
+
+    def _on_undelivered(self, to: str, message: Message) -> None:
+        try:
+            self._swarm.repairs.lose(to, "lost")
+        except MessageError as stranger:
+            self._swarm.refused[stranger.reason] += 1

@@ -1,0 +1,75 @@
+"""How fast the workers are, and who has been silent for too long."""
+
+from collections.abc import Iterable
+from statistics import median
+
+from trainer.coordinator_ports import Patience
+
+_SMOOTHING = 0.3
+_FORGIVENESS = 0.1
+
+
+class Pace:
+    """Smoothed seconds a cell of every worker, and since when each one is waited for."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._seconds: dict[str, float] = {}
+        self._since: dict[str, float] = {}
+        self._stretch = 1.0
+
+    def learn(self, peer: str, seconds: float) -> None:
+        """Take the computing time of one cell."""
+        seconds = max(seconds, 1e-6)
+        known = self._seconds.get(peer, seconds)
+        self._seconds[peer] = known + _SMOOTHING * (seconds - known)
+
+    def penalise(self, peer: str, now: float) -> None:
+        """Count the time that `peer` let the step wait as a cell's time, and wait longer for the next."""
+        self._seconds[peer] = max(self._seconds.get(peer, 0.0), now - self._since.get(peer, now), 1e-6)
+        self._since.pop(peer, None)
+        self._stretch *= 2
+
+    def weights(self, replicas: Iterable[str]) -> dict[str, float]:
+        """Return cells per second of a stage's replicas; an unknown one counts as usual."""
+        peers = tuple(replicas)
+        usual = self._usual(peers) or 1.0
+        return {peer: 1.0 / self._seconds.get(peer, usual) for peer in peers}
+
+    def forgive(self, idle: Iterable[str], replicas: Iterable[str]) -> None:
+        """Bring the estimates of workers without a cell nearer to the usual, so that they are tried again."""
+        usual = self._usual(tuple(replicas))
+        for peer in idle:
+            if usual and peer in self._seconds:
+                self._seconds[peer] *= (usual / self._seconds[peer]) ** _FORGIVENESS
+
+    def start(self) -> None:
+        """Begin a step: nobody is waited for yet."""
+        self._since.clear()
+        self._stretch = 1.0
+
+    def watch(self, waited_for: frozenset[str], now: float) -> None:
+        """Start the clock of those who are waited for from now on, and stop that of the others."""
+        self._since = {peer: self._since.get(peer, now) for peer in waited_for}
+
+    def heard(self, peer: str, now: float) -> None:
+        """Start the clock of `peer` again: it made progress."""
+        if peer in self._since:
+            self._since[peer] = now
+
+    def is_overdue(self, peer: str, replicas: Iterable[str], now: float) -> bool:
+        """Whether `peer` has been waited for beyond its deadline."""
+        since = self._since.get(peer)
+        return since is not None and now - since > self.deadline(replicas)
+
+    def deadline(self, replicas: Iterable[str]) -> float:
+        """Return how many seconds a replica may go without progress."""
+        usual = self._usual(tuple(replicas))
+        if usual is None:
+            return self._patience.first * self._stretch
+        return max(self._patience.floor, self._patience.factor * usual) * self._stretch
+
+    def _usual(self, peers: tuple[str, ...]) -> float | None:
+        # the lower median: half of the replicas being slow does not make slowness usual
+        known = sorted(self._seconds[peer] for peer in peers if peer in self._seconds)
+        return median(known[: len(known) // 2 + 1]) if known else None

@@ -1,0 +1,173 @@
+"""What the client does when workers die, stall or disagree: their cells go to other replicas of the stage."""
+
+from collections.abc import Sequence
+
+from trainer.coordinator_book import StepBook
+from trainer.coordinator_ports import PeerLeft, Rerouted, StageEmpty
+from trainer.coordinator_roster import Member, Status
+from trainer.coordinator_round import Round
+from trainer.coordinator_state import SwarmState
+from trainer.messages import Reason, Reroute
+from trainer.schedule import substitute
+
+
+class StageLost(Exception):  # noqa: N818
+    """A stage has had no worker for longer than the task waits."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(f"stage {stage} has lost all its workers")
+        self.stage = stage
+
+
+class Repairs:
+    """Deadlines and repairs of a swarm's running step."""
+
+    def __init__(self, swarm: SwarmState) -> None:
+        self._swarm = swarm
+        self._patience = swarm.config.patience
+        self._reduce_seconds: float | None = None
+        self._empty_since: dict[int, float] = {}
+        self._stuck_since: dict[str, float] = {}
+
+    def heard(self, peer: str) -> None:
+        """Note that a worker made progress."""
+        self._stuck_since.pop(peer, None)
+        self._swarm.pace.heard(peer, self._swarm.now())
+
+    def tick(self) -> None:
+        """Act on every deadline that has passed; raise `StageLost`."""
+        now = self._swarm.now()
+        for member in self._swarm.roster.of(Status.PREPARING):
+            if now - member.asked_at > self._patience.join * 2 ** min(member.failures, 3):
+                self.leave_out(member, "late")
+        self._empty_since = {
+            s: t for s, t in self._empty_since.items() if s in self._swarm.roster.empty_stages()
+        }
+        for stage in self._swarm.roster.empty_stages():
+            if not self._swarm.roster.of(Status.PREPARING, stage):
+                self._await_stage(stage, now)
+        book = self._swarm.book
+        if book is None:
+            return
+        for member in self._swarm.roster.of(Status.READY):
+            if self._swarm.pace.is_overdue(member.peer, self._swarm.roster.ready(member.stage), now):
+                self.stall(book, member, "slow")
+        for current in tuple(self._swarm.rounds.values()):
+            self._check_round(current, now)
+
+    def _await_stage(self, stage: int, now: float) -> None:
+        if stage not in self._empty_since:
+            self._empty_since[stage] = now
+            self._swarm.ports.report(StageEmpty(self._swarm.step + 1, stage))
+        if now - self._empty_since[stage] > self._patience.empty:
+            raise StageLost(stage)
+        for member in self._swarm.roster.of(Status.ABSENT, stage):
+            if now - member.asked_at > self._patience.floor:
+                others = self._swarm.roster.of(Status.ABSENT, stage)
+                self._swarm.invite(member, tuple(m.peer for m in others if m is not member))
+
+    def _check_round(self, current: Round, now: float) -> None:
+        usual = self._patience.first if self._reduce_seconds is None else self._reduce_seconds
+        if current.is_complete:
+            self._reduce_seconds = current.since - current.started
+            return
+        if now - current.since <= max(self._patience.floor, self._patience.factor * usual):
+            return
+        current.since = now
+        if not current.is_probed:
+            current.is_probed = True
+            for peer in current.waiting:
+                self._swarm.post(peer, current.request)
+            return
+        for peer in current.suspects():
+            self.leave_out(self._swarm.roster.get(peer), "slow")
+
+    def lose(self, peer: str, why: str) -> None:
+        """Leave out a worker whose link is gone."""
+        member = self._swarm.roster.get(peer)
+        if member.status is not Status.ABSENT:
+            self.leave_out(member, why)
+
+    def leave_out(self, member: Member, why: str) -> None:
+        """Have a member sit out for some steps, and what it held done again."""
+        took_part = member.status is Status.READY
+        self._swarm.roster.leave_out(member, self._swarm.step)
+        if took_part:
+            self._swarm.ports.report(PeerLeft(self._swarm.step + 1, member.stage, member.peer, why))
+            self.repair(member, why)
+
+    def repair(self, member: Member, why: str) -> None:
+        """Have everything that is lost with a worker done again."""
+        book, current = self._swarm.book, self._swarm.rounds.get(member.stage)
+        if book is None:
+            return
+        if current is not None and current.can_spare(member.peer):
+            current.spare(member.peer)
+            return
+        self._swarm.rounds.pop(member.stage, None)
+        cells = book.held(member.stage, member.peer)
+        if cells:
+            self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, cells, why))
+        self.reassign(book, member.stage, cells, ())
+        self._swarm.watch(book)
+
+    def stall(self, book: StepBook, member: Member, why: str) -> None:
+        """Take the unfinished cells from a worker that makes no progress."""
+        now = self._swarm.now()
+        cells = book.missing(member.stage, member.peer)
+        self._swarm.pace.penalise(member.peer, now)
+        if not set(self._swarm.roster.ready(member.stage)) - {member.peer}:
+            since = self._stuck_since.setdefault(member.peer, now)
+            if now - since > self._patience.empty:
+                raise StageLost(member.stage)
+            for cell in cells:
+                # naming the same owner again makes its neighbours repeat what it may have missed
+                self._swarm.broadcast(Reroute(book.generation, book.step, cell, member.stage, member.peer))
+            return
+        self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, cells, why))
+        for cell in cells:
+            if book.moves[member.stage, cell] > 1:
+                self._change_neighbour(book, member.stage, cell)
+        self.reassign(book, member.stage, cells, (member.peer,))
+        self._swarm.watch(book)
+
+    def _change_neighbour(self, book: StepBook, stage: int, cell: int) -> None:
+        """Move a cell that fails at one replica after another at the stage it waits for, too."""
+        other = stage + 1 if book.has_passed(stage, cell) else stage - 1
+        if 0 <= other < book.stages:
+            owner = book.routes[cell][other]
+            if set(self._swarm.roster.ready(other)) - {owner}:
+                self.reassign(book, other, [cell], (owner,))
+
+    def bypass(self, book: StepBook, member: Member, unreachable: Member) -> None:
+        """Lead cells around a broken link between two workers."""
+        if unreachable.status is not Status.READY or member.status is not Status.READY:
+            return
+        if unreachable.stage == member.stage:
+            self.leave_out(unreachable, Reason.PEER_UNREACHABLE)
+            return
+        for stuck, other in ((unreachable, member), (member, unreachable)):
+            shared = set(book.held(other.stage, other.peer))
+            cells = [cell for cell in book.held(stuck.stage, stuck.peer) if cell in shared]
+            if set(self._swarm.roster.ready(stuck.stage)) - {stuck.peer}:
+                self._swarm.ports.report(
+                    Rerouted(book.step, stuck.stage, stuck.peer, tuple(cells), Reason.PEER_UNREACHABLE)
+                )
+                self.reassign(book, stuck.stage, cells, (stuck.peer,))
+                self._swarm.watch(book)
+                return
+
+    def reassign(self, book: StepBook, stage: int, cells: Sequence[int], excluded: tuple[str, ...]) -> None:
+        """Give cells to the replicas that would finish them first; without any, they wait for one."""
+        weights = self._swarm.pace.weights(self._swarm.roster.ready(stage))
+        load = {peer: len(book.missing(stage, peer)) for peer in weights}
+        for cell in cells:
+            peer = substitute(load, weights, excluded)
+            if peer is None:
+                book.reopen(stage, cell)
+                continue
+            load[peer] += 1
+            book.move(stage, cell, peer)
+            self._swarm.broadcast(Reroute(book.generation, book.step, cell, stage, peer))
+            if stage in (0, book.stages - 1):
+                self._swarm.feed(book, stage, cell)

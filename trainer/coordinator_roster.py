@@ -1,0 +1,93 @@
+"""Who takes part: the members that the chain seats, and how far each has come.
+
+ABSENT → PREPARING → READY
+   ↑         │         │
+   └─────────┴─────────┘   lost, slow, failed, or with another root; tried again later
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from trainer.coordinator_ports import Members
+from trainer.messages import MessageError, Ready, Reason
+
+_LONGEST_PAUSE = 64
+
+
+class Status(StrEnum):
+    """How far a member has come."""
+
+    ABSENT = "absent"
+    PREPARING = "preparing"
+    READY = "ready"
+
+
+@dataclass
+class Member:
+    """A seated worker; `asked` is what it was last asked to prepare, (generation, step)."""
+
+    peer: str
+    stage: int
+    status: Status = Status.ABSENT
+    asked: tuple[int, int] = (-1, -1)
+    asked_at: float = 0.0
+    root: bytes = b""
+    failures: int = 0
+    retry_step: int = 0
+
+
+class Roster:
+    """Members by peer and by stage."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self.stages = 0
+
+    def update(self, members: Members) -> tuple[Member, ...]:
+        """Take the chain's list: new members are absent at first; return those that are no longer on it."""
+        self.stages = len(members.stages)
+        listed = {peer: stage for stage, peers in enumerate(members.stages) for peer in peers}
+        gone = tuple(m for m in self._members.values() if listed.get(m.peer) != m.stage)
+        for member in gone:
+            del self._members[member.peer]
+        for peer, stage in listed.items():
+            self._members.setdefault(peer, Member(peer, stage))
+        return gone
+
+    def get(self, peer: str) -> Member:
+        """Return a member; raise `MessageError` for a stranger."""
+        member = self._members.get(peer)
+        if member is None:
+            raise MessageError(Reason.WRONG_SENDER, f"{peer} is not a member")
+        return member
+
+    def of(self, status: Status, stage: int | None = None) -> tuple[Member, ...]:
+        """Return the members of a status, of one stage or of all, in order of their names."""
+        found = (m for m in self._members.values() if m.status is status and stage in (None, m.stage))
+        return tuple(sorted(found, key=lambda member: member.peer))
+
+    def ready(self, stage: int) -> tuple[str, ...]:
+        """Return the names of the replicas that take part in `stage`."""
+        return tuple(member.peer for member in self.of(Status.READY, stage))
+
+    def empty_stages(self) -> tuple[int, ...]:
+        """Return the stages that nobody takes part in."""
+        return tuple(stage for stage in range(self.stages) if not self.of(Status.READY, stage))
+
+    def due(self, step: int) -> tuple[Member, ...]:
+        """Return the absent members to be asked (again) at `step`."""
+        return tuple(member for member in self.of(Status.ABSENT) if member.retry_step <= step)
+
+    def note_ready(self, sender: str, message: Ready) -> Member:
+        """Take a member's answer; raise `MessageError` unless it answers the last question."""
+        member = self.get(sender)
+        if member.status is not Status.PREPARING or member.asked != (message.generation, message.step):
+            raise MessageError(Reason.STALE_STEP, f"{sender} answers an old question")
+        member.status, member.root, member.failures = Status.READY, message.root, 0
+        return member
+
+    def leave_out(self, member: Member, step: int) -> None:
+        """Leave a member out, each time for twice as many steps."""
+        member.status = Status.ABSENT
+        member.retry_step = step + min(1 << member.failures, _LONGEST_PAUSE)
+        member.failures += 1

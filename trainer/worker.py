@@ -1,0 +1,133 @@
+"""The worker's side of the step: hold one stage, run its cells in 1F1B order, reduce with the replicas.
+
+Two loops share a `Seat`: `_listen` takes messages, each handled at once and without waiting; `_do_next`
+does what is due, one piece of torch work at a time. Sending has its own tasks, so it overlaps computing.
+"""
+
+from collections import Counter
+
+import trio
+
+from trainer.messages import MessageError, Prepare, Reason
+from trainer.state import StageState
+from trainer.transport import Transport
+from trainer.worker_compute import COMPUTE_ERRORS, StageComputer
+from trainer.worker_mail import Outbox
+from trainer.worker_ports import WorkerConfig, WorkerPorts
+from trainer.worker_seat import Seat
+from trainer.worker_step import Cell, Half, StepRecord, StepWork
+
+
+class Worker:
+    """A worker of one stage of one task."""
+
+    def __init__(self, config: WorkerConfig, transport: Transport, ports: WorkerPorts) -> None:
+        self._transport = transport
+        self._ports = ports
+        self._report_depth = config.ring_depth
+        self._computer = StageComputer(config, ports)
+        self._outbox = Outbox(transport, lambda to, message: self._seat.undelivered(to, message))
+        self._seat = Seat(config, transport.peer, self._outbox.post)
+        self._wake = trio.Event()
+        self._restoring = trio.CancelScope()
+
+    @property
+    def refused(self) -> Counter[Reason]:
+        """How many messages were refused, by reason."""
+        return self._seat.refused
+
+    @property
+    def states(self) -> tuple[StageState, ...]:
+        """States kept for audits and rollback, oldest first, and the one that waits for its commit."""
+        newest = (self._seat.current, self._seat.pending)
+        kept = tuple(self._computer.ring)
+        return (*kept, *(state for state in newest if state is not None and state not in kept))
+
+    def forget(self, step: int) -> None:
+        """Drop the states before `step`, which has settled."""
+        self._computer.forget(step)
+
+    async def run(self) -> None:
+        """Serve the client until it says `Finish`; records of committed steps are reported before the end."""
+        records, arrivals = trio.open_memory_channel[StepRecord](self._report_depth)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report_committed, arrivals)
+            async with trio.open_nursery() as services:
+                self._outbox.open(services)
+                services.start_soon(self._listen)
+                await self._work_until_finished(records)
+                services.cancel_scope.cancel()
+            await records.aclose()
+
+    async def _report_committed(self, arrivals: trio.MemoryReceiveChannel[StepRecord]) -> None:
+        async for record in arrivals:
+            await self._ports.on_committed(record)
+
+    async def _listen(self) -> None:
+        while not self._seat.is_finished:
+            received = await self._transport.receive()
+            self._seat.take(received)
+            if self._seat.wanted is received.message:
+                self._restoring.cancel()
+            self._wake.set()
+
+    async def _work_until_finished(self, records: trio.MemorySendChannel[StepRecord]) -> None:
+        while True:
+            while self._seat.committed:
+                state, record = self._seat.committed.pop(0)
+                self._computer.ring.push(state)
+                await records.send(record)
+            if self._seat.is_finished:
+                return
+            if not await self._do_next():
+                self._wake = trio.Event()
+                await self._wake.wait()
+
+    async def _do_next(self) -> bool:
+        """Do one piece of due work; return False, without having waited, when there is none."""
+        seat, work, reduction = self._seat, self._seat.work, self._seat.reduction
+        if seat.wanted is not None:
+            await self._restore(seat.wanted)
+        elif seat.current is not None and self._computer.loaded is not seat.current:
+            await self._computer.load(seat.current)
+        elif work is None or seat.current is None:
+            return False
+        elif reduction is not None and not reduction.is_summed:
+            total = await self._computer.own_sum(reduction, work)
+            if reduction is seat.reduction:
+                seat.summed(reduction, total)
+        elif reduction is not None and seat.pending is None and not reduction.missing:
+            after = await self._computer.apply(seat.current, reduction)
+            if reduction is seat.reduction:
+                seat.applied(reduction, after)
+        elif (due := work.next()) is not None:
+            await self._run_cell(work, *due)
+        else:
+            return False
+        return True
+
+    async def _restore(self, wanted: Prepare) -> None:
+        with trio.CancelScope() as self._restoring:
+            try:
+                state = await self._computer.restore(wanted)
+            except MessageError as refusal:
+                if self._seat.wanted is wanted:
+                    self._seat.wanted = None
+                    self._seat.report(wanted, refusal.reason)
+                return
+            if self._seat.wanted is wanted:
+                self._seat.restored(state)
+
+    async def _run_cell(self, work: StepWork, cell: Cell, half: Half) -> None:
+        seat = self._seat
+        self._computer.drop(work, seat.dropped)
+        try:
+            forward, backward = await self._computer.run(work, cell, half)
+        except COMPUTE_ERRORS:
+            cell.is_failed = True
+            seat.report(work.opened, Reason.COMPUTE_FAILED)
+            return
+        if work is seat.work and work.owns(cell.index):
+            seat.computed(work, cell, forward, backward)
+        elif half is Half.FORWARD:
+            self._computer.drop(work, [cell])
