@@ -149,7 +149,9 @@ class Stage:
         inputs = self._parameters if self.spec.is_first else [graph.x, *self._parameters]
         gradients = list(torch.autograd.grad(graph.y, inputs, seed))
         gx = empty() if self.spec.is_first else gradients.pop(0).contiguous()
-        gw = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        gw = torch.empty(self.layout.total, dtype=torch.float32)
+        for gradient, (start, stop) in zip(gradients, self.layout.ranges, strict=True):
+            gw[start:stop].view(gradient.shape).copy_(gradient)
         return Backward(gx, gw)
 
     def drop(self, cell: CellKey) -> None:

@@ -33,8 +33,10 @@ _DEFAULTS: Config = {
     "tie_word_embeddings": False,
 }
 _FIXED: Config = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-_HEAD_OVERHEAD = 3  # softmax, loss and their gradients over the vocabulary cost as much as matmul rows
-_LAYER_OVERHEAD = 64  # norms, rotary embedding, activation and residuals, per hidden element
+# what elementwise work costs, in multiply-adds of a matrix product: fitted to measured stages of four shapes
+_SOFTMAX_COST = 48  # per vocabulary entry: softmax, loss and their gradients
+_ELEMENT_COST = 400  # per hidden element of a layer: norms, rotary embedding, activation, residuals
+_ATTENTION_COST = 7  # per position and query element
 
 
 def _refuse(
@@ -118,8 +120,9 @@ class Llama:
         """Return multiply-adds per token, elementwise work counted at its measured equivalent."""
         hidden, width = self.hidden(config), int(config["num_attention_heads"]) * int(config["head_dim"])
         matmul = sum(tensor.size for tensor in self._layer(config, 0) if len(tensor.shape) == 2)
-        head = self.vocabulary(config) * (hidden + _HEAD_OVERHEAD * 32)
-        return Costs(matmul + sequence * width + _LAYER_OVERHEAD * hidden, 2 * hidden, head)
+        head = self.vocabulary(config) * (hidden + _SOFTMAX_COST)
+        layer = matmul + _ATTENTION_COST * sequence * width + _ELEMENT_COST * hidden
+        return Costs(layer, 2 * hidden, head)
 
     def layout(self, config: Config, spec: StageSpec) -> Layout:
         """Return the parameters of one stage under their names in `LlamaForCausalLM`."""

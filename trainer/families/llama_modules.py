@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from trainer.families.linear import accelerate
 from trainer.layout import Layout, StageSpec
 
 
@@ -31,6 +32,7 @@ class LlamaStage(nn.Module):
             if spec.is_last:
                 self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            accelerate(self)
 
     def bind(self, layout: Layout, flat: Tensor) -> None:
         """Make every parameter a view into `flat`."""
