@@ -130,7 +130,12 @@ def verify_proof(root: bytes, key: bytes, value: bytes | None, proof: TreeProof)
         current = ZERO
     else:
         found, held = proof.leaf
-        if len(found) != 32 or len(held) != 32 or (value is None) == (found == key) or value not in (None, held):
+        if (
+            len(found) != 32
+            or len(held) != 32
+            or (value is None) == (found == key)
+            or value not in (None, held)
+        ):
             return False
         if any(_bit(found, depth) != _bit(key, depth) for depth in range(len(proof.siblings))):
             return False

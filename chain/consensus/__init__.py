@@ -12,9 +12,10 @@ from chain.consensus.effects import (
     Timers,
     Validate,
 )
-from chain.consensus.machine import Consensus
+from chain.consensus.machine import HORIZON, Consensus
 
 __all__ = [
+    "HORIZON",
     "Accuse",
     "Broadcast",
     "Build",

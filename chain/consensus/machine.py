@@ -158,6 +158,10 @@ class Consensus:
             self._out.append(Broadcast(item))
         return self._drain()
 
+    def fullest(self, certificate: Certificate) -> Certificate:
+        """Return `certificate` with every vote for the same that has arrived since."""
+        return self.tally.fullest(certificate)
+
     def close(self) -> None:
         """The height was decided elsewhere: sign and decide nothing more, only watch for conflicts."""
         self.is_over = True
@@ -338,8 +342,16 @@ class Consensus:
     def _decide(self) -> None:
         certificate = self.finalization
         if certificate is not None and not self.is_over and certificate.block_hash in self._blocks:
+            self._attend(certificate)
             self.is_over = True
             self._out.append(Decide(self._blocks[certificate.block_hash], certificate))
+
+    def _attend(self, certificate: Certificate) -> None:
+        """Sign what a quorum has finalized already, so that being late does not count as being absent."""
+        view, block_hash = certificate.view, certificate.block_hash
+        notarized = self._asked.get((view, VoteKind.NOTARIZE), block_hash)
+        if notarized == block_hash and self._may_sign(view, VoteKind.FINALIZE):
+            self._ask(self._unsigned(VoteKind.FINALIZE, view, block_hash), None)
 
     # Own signatures and resending.
 

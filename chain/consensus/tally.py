@@ -42,14 +42,21 @@ class Tally:
         """Return the certificate that the votes equal to `vote` make, when their weight is a quorum."""
         if self._weights[vote.view, vote.kind, vote.block_hash] < self._validators.quorum:
             return None
-        return certify(
-            (
-                other
-                for (kind, _), other in self._votes[vote.view].items()
-                if kind == vote.kind and other.block_hash == vote.block_hash
-            ),
-            self._validators,
-        )
+        return self._certify(vote)
+
+    def fullest(self, certificate: Certificate) -> Certificate:
+        """Return the certificate of all counted votes for what `certificate` says, never a lighter one."""
+        wanted = (certificate.kind, certificate.block_hash)
+        for vote in self._votes.get(certificate.view, {}).values():
+            if (vote.kind, vote.block_hash) == wanted:
+                full = self._certify(vote)
+                return full if len(full.signatures) > len(certificate.signatures) else certificate
+        return certificate
+
+    def _certify(self, example: Vote) -> Certificate:
+        said = (example.kind, example.block_hash)
+        votes = self._votes[example.view].values()
+        return certify((vote for vote in votes if (vote.kind, vote.block_hash) == said), self._validators)
 
     def notarized(self, view: int) -> bytes | None:
         """Return the block hash that is notarized in `view`."""

@@ -1,0 +1,252 @@
+"""The engine without I/O: one consensus machine after the other, and the work that they leave to do.
+
+`ChainEngine` feeds it events with the current time and empties its queues: messages to publish,
+votes to make durable and sign, blocks to build, validate and commit.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import assert_never
+
+from chain.blocks import Block, Certificate, ConsensusMessage, Proposal, ValidatorSet, Verifier, Vote
+from chain.codec import encode
+from chain.consensus import (
+    Accuse,
+    Broadcast,
+    Build,
+    Consensus,
+    Decide,
+    Effect,
+    HeightConfig,
+    SetTimer,
+    Sign,
+    Timers,
+    Validate,
+)
+from chain.engine_blocks import Draft, Tip
+from chain.engine_gate import Disposition, Gate, Taken
+from chain.engine_pace import Pace
+from chain.keys import PrivateKey
+from chain.ledger import Executed
+from chain.randomness import onion_of
+from chain.transactions import Evidence
+
+MAX_EXECUTED = 8
+"""Executed candidates of one height that are kept."""
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Build a fresh block for a view of a machine."""
+
+    machine: Consensus
+    view: int
+
+
+@dataclass(frozen=True)
+class ValidateJob:
+    """Execute a proposed block for a machine."""
+
+    machine: Consensus
+    block: Block
+
+
+@dataclass(frozen=True)
+class CommitJob:
+    """Execute if need be, store and adopt a final block."""
+
+    block: Block
+    certificate: Certificate
+
+
+Job = BuildJob | ValidateJob | CommitJob
+
+
+@dataclass(frozen=True)
+class SignJob:
+    """Make a vote of a machine durable and sign it."""
+
+    machine: Consensus
+    vote: Vote
+    proposal: Proposal | None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Own votes and proposals of the current height, from the signing record."""
+
+    votes: tuple[Vote, ...] = ()
+    proposals: tuple[Proposal, ...] = ()
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """What the core starts from. `key` is None for a peer that only follows."""
+
+    key: PrivateKey | None
+    timers: Timers
+    standstill: float
+    verify: Verifier
+
+
+class Core:
+    """Consensus of one height after the other over the final tip."""
+
+    def __init__(self, config: CoreConfig, tip: Tip) -> None:
+        params = tip.state.params
+        self._config = config
+        self.tip = tip
+        self.gate = Gate(tip.chain_id, config.verify)
+        self.pace = Pace(params.block_interval_ms / 1000, params.heartbeat_ms / 1000, config.standstill)
+        self.previous: Consensus | None = None
+        self.executed: dict[bytes, Executed] = {}
+        self.publish: deque[tuple[str, bytes]] = deque()
+        self.signing: deque[SignJob] = deque()
+        self.jobs: deque[Job] = deque()
+        self.evidence: deque[Evidence] = deque()
+        self._waiting: BuildJob | None = None
+        self.machine = self._machine(Restored())
+
+    @property
+    def account(self) -> bytes | None:
+        """The account that votes, None for a follower."""
+        return self._config.key.account if self._config.key else None
+
+    @property
+    def validators(self) -> ValidatorSet:
+        """The set of the height under decision."""
+        return self.machine.config.validators
+
+    @property
+    def is_wanting(self) -> bool:
+        """Whether the height is final although its block is not here."""
+        return self.machine.finalization is not None and not self.machine.is_over
+
+    def begin(self, now: float, restored: Restored, pending: bool) -> None:
+        """Start the height after the tip."""
+        self.machine = self._machine(restored)
+        self.executed.clear()
+        self._waiting = None
+        self.pace.begin(now, pending)
+        self._perform(self.machine, self.machine.start(), now)
+        for taken in self.gate.release(self.machine, now):
+            self._taken(taken, now)
+
+    def adopt(self, tip: Tip) -> None:
+        """Take a new final tip; `begin` must follow."""
+        self.machine.close()
+        is_next = tip.height == self.machine.config.height
+        self.previous = self.machine if is_next else None
+        self.tip = tip
+
+    def deliver(self, data: bytes, now: float) -> Disposition:
+        """Take one gossiped consensus message."""
+        taken = self.gate.take(data, self.machine, self.previous, now)
+        self._taken(taken, now)
+        return taken.disposition
+
+    def signed(self, job: SignJob, vote: Vote, now: float) -> None:
+        """A vote is durable."""
+        if job.machine in (self.machine, self.previous):
+            self._perform(job.machine, job.machine.on_signed(vote), now)
+
+    def built(self, job: BuildJob, block: Block, executed: Executed, now: float) -> None:
+        """A block is built."""
+        self._remember(block, executed)
+        self._perform(job.machine, job.machine.on_built(job.view, block), now)
+
+    def validated(self, job: ValidateJob, executed: Executed | None, now: float) -> None:
+        """A proposed block is executed, or refused."""
+        if executed is not None:
+            self._remember(job.block, executed)
+        self._perform(job.machine, job.machine.on_validated(job.block.hash, executed is not None), now)
+
+    def tick(self, now: float) -> None:
+        """Act on what is due."""
+        if self._waiting is not None and now >= self.pace.due:
+            self.jobs.append(self._waiting)
+            self._waiting = None
+        view = self.pace.expired(now)
+        if view is not None:
+            self._perform(self.machine, self.machine.on_timer(view), now)
+        if self.pace.is_still(now):
+            self._perform(self.machine, self.machine.on_standstill(), now)
+            if self.tip.certificate is not None:
+                self._broadcast(self.tip.certificate)
+
+    def deadline(self) -> float:
+        """When `tick` has something to do."""
+        due = self.pace.due if self._waiting else float("inf")
+        return min(due, self.pace.view_deadline, self.pace.standstill_deadline)
+
+    def draft(self, view: int, now_ms: int) -> Draft:
+        """Return the proposer's part of a fresh block; raise `LookupError` when the onion is used up."""
+        key = self._config.key
+        validator = self.tip.state.validator(key.account) if key else None
+        if key is None or validator is None:
+            raise LookupError("not a validator")
+        reveal = onion_of(key).below(validator.onion_tip)
+        return Draft(key.account, view, max(now_ms, self.tip.timestamp + 1), reveal)
+
+    def build_tip(self) -> Tip:
+        """Return the tip with all votes for it that have arrived, so that late ones count as present."""
+        tip, previous = self.tip, self.previous
+        if previous is None or tip.certificate is None:
+            return tip
+        return Tip(tip.chain_id, tip.state, tip.header, previous.fullest(tip.certificate), tip.signers)
+
+    def _machine(self, restored: Restored) -> Consensus:
+        state = self.tip.state
+        return Consensus(
+            HeightConfig(
+                chain_id=self.tip.chain_id,
+                height=self.tip.height + 1,
+                validators=state.validators(),
+                leader_seed=state.leader_seed,
+                account=self.account,
+                timers=self._config.timers,
+                restored_votes=restored.votes,
+                restored_proposals=restored.proposals,
+            )
+        )
+
+    def _remember(self, block: Block, executed: Executed) -> None:
+        if len(self.executed) >= MAX_EXECUTED:
+            self.executed.pop(next(iter(self.executed)))
+        self.executed[block.hash] = executed
+
+    def _taken(self, taken: Taken, now: float) -> None:
+        if taken.machine is not None:
+            self._perform(taken.machine, taken.effects, now)
+
+    def _perform(self, machine: Consensus, effects: Iterable[Effect], now: float) -> None:
+        for effect in effects:
+            match effect:
+                case Broadcast(message):
+                    self._broadcast(message)
+                case SetTimer(view, seconds):
+                    self.pace.enter(view, seconds, now)
+                case Build(view):
+                    self._build(BuildJob(machine, view), now)
+                case Validate(block):
+                    self.jobs.append(ValidateJob(machine, block))
+                case Sign(vote, proposal):
+                    self.signing.append(SignJob(machine, vote, proposal))
+                case Decide(block, certificate):
+                    self.jobs.append(CommitJob(block, certificate))
+                case Accuse(first, second):
+                    self.evidence.append(Evidence(encode(first), encode(second)))
+                case _:
+                    assert_never(effect)
+        if machine is self.machine and machine.proposals:
+            self.pace.proposed(now)
+
+    def _build(self, job: BuildJob, now: float) -> None:
+        if job.view == 1 and now < self.pace.due:
+            self._waiting = job
+        else:
+            self.jobs.append(job)
+
+    def _broadcast(self, message: ConsensusMessage) -> None:
+        self.publish.append(("block" if isinstance(message, Proposal) else "vote", encode(message)))

@@ -1,0 +1,197 @@
+"""What a gossip validator answers about chain messages, and what they tell about the others. Pure."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from chain.blocks import (
+    Certificate,
+    ConsensusMessage,
+    Proposal,
+    Reason,
+    Refused,
+    ValidatorSet,
+    Verifier,
+    Vote,
+    chain_of,
+    decode_message,
+    verify_message,
+)
+from chain.codec import DecodeError
+from chain.consensus import HORIZON, Consensus, Effect
+from chain.keys import peer_id
+
+MAX_BUFFERED = 512
+MAX_BUFFERED_BYTES = 8 * 1024 * 1024
+SILENCE_SECONDS = 12.0
+
+
+class Action(StrEnum):
+    """What gossip does with a message."""
+
+    ACCEPT = "accept"  # "New and authentic: pass it on."
+    IGNORE = "ignore"  # "Of no use here: drop it, blame nobody."
+    REJECT = "reject"  # "False: drop it and blame the sender."
+
+
+@dataclass(frozen=True)
+class Disposition:
+    """An action and, unless the message was taken, its named reason."""
+
+    action: Action
+    reason: str = ""
+
+
+ACCEPTED = Disposition(Action.ACCEPT)
+
+
+def ignored(reason: str) -> Disposition:
+    """Return the disposition of a useless message."""
+    return Disposition(Action.IGNORE, reason)
+
+
+def rejected(reason: str) -> Disposition:
+    """Return the disposition of a false message."""
+    return Disposition(Action.REJECT, reason)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A message's disposition, the machine that took it and what that machine asks for."""
+
+    disposition: Disposition
+    machine: Consensus | None = None
+    effects: tuple[Effect, ...] = ()
+
+
+def feed(machine: Consensus, message: ConsensusMessage) -> list[Effect]:
+    """Give an authentic message to a machine of its height."""
+    match message:
+        case Proposal():
+            return machine.on_proposal(message)
+        case Vote():
+            return machine.on_vote(message)
+        case Certificate():
+            return machine.on_certificate(message)
+
+
+@dataclass
+class Gate:
+    """Sorts consensus messages by height, authenticates them and feeds them to the machines."""
+
+    chain_id: bytes
+    check: Verifier
+    counts: Counter[str] = field(default_factory=Counter)
+    highest: int = 0
+    """The greatest height that any message spoke of (nobody vouches for it)."""
+    heard: dict[bytes, float] = field(default_factory=dict)
+    _buffer: deque[tuple[ConsensusMessage, int]] = field(default_factory=deque)
+    _buffered: int = 0
+
+    def count(self, topic: str, disposition: Disposition) -> Disposition:
+        """Count a disposition under "topic action reason"."""
+        self.counts[" ".join(filter(None, (topic, disposition.action, disposition.reason)))] += 1
+        return disposition
+
+    def take(self, data: bytes, machine: Consensus, previous: Consensus | None, now: float) -> Taken:
+        """Decode, authenticate and feed one gossiped message."""
+        try:
+            message = decode_message(data)
+        except DecodeError:
+            return Taken(rejected(Reason.MALFORMED))
+        chain_id, height = chain_of(message)
+        current = machine.config.height
+        if chain_id != self.chain_id:
+            return Taken(rejected(Reason.WRONG_CHAIN))
+        if height > current:
+            self.highest = max(self.highest, height)
+            return Taken(self._keep(message, height, current, len(data)))
+        if height < current and (previous is None or height != current - 1):
+            return Taken(ignored("past-height"))
+        return self._feed(message, machine if height == current else previous or machine, now)
+
+    def release(self, machine: Consensus, now: float) -> list[Taken]:
+        """Feed what was kept for the height of `machine`."""
+        kept, self._buffer, self._buffered = self._buffer, deque(), 0
+        taken = []
+        for message, size in kept:
+            height = chain_of(message)[1]
+            if height == machine.config.height:
+                taken.append(self._feed(message, machine, now))
+            elif height > machine.config.height:
+                self._keep(message, height, machine.config.height, size)
+        return taken
+
+    def _keep(self, message: ConsensusMessage, height: int, current: int, size: int) -> Disposition:
+        full = len(self._buffer) >= MAX_BUFFERED or self._buffered + size > MAX_BUFFERED_BYTES
+        if height <= current + 2 and not full:
+            self._buffer.append((message, size))
+            self._buffered += size
+        return ignored("future-height")
+
+    def _feed(self, message: ConsensusMessage, machine: Consensus, now: float) -> Taken:
+        if _is_known(message, machine):
+            self._hear(message, machine.config.validators, now)
+            return Taken(ignored("known"))
+        if not isinstance(message, Certificate) and _view(message) > machine.view + HORIZON:
+            return Taken(ignored("far-view"))
+        if isinstance(message, Proposal) and message.vote.validator != machine.leader(message.vote.view):
+            return Taken(rejected("wrong-leader"))
+        try:
+            verify_message(message, machine.config.validators, self.check)
+        except Refused as refusal:
+            return Taken(rejected(refusal.reason))
+        self._hear(message, machine.config.validators, now)
+        return Taken(ACCEPTED, machine, tuple(feed(machine, message)))
+
+    def _hear(self, message: ConsensusMessage, validators: ValidatorSet, now: float) -> None:
+        match message:
+            case Proposal():
+                self.heard[message.vote.validator] = now
+            case Vote():
+                self.heard[message.validator] = now
+            case Certificate():
+                for account in message.accounts(validators):
+                    self.heard.setdefault(account, now)
+
+
+def _view(message: Proposal | Vote) -> int:
+    return message.vote.view if isinstance(message, Proposal) else message.view
+
+
+def _is_known(message: ConsensusMessage, machine: Consensus) -> bool:
+    match message:
+        case Proposal():
+            return machine.proposals.get(message.vote.view) == message
+        case Vote():
+            return machine.tally.vote_of(message.view, message.kind, message.validator) == message
+        case Certificate():
+            held = machine.tally.certificates.get((message.view, message.kind))
+            return held is not None and held.block_hash == message.block_hash
+
+
+def power_heard(gate: Gate, validators: ValidatorSet, own: bytes | None, now: float) -> int:
+    """Return the power of the validators heard from lately; one's own counts."""
+    return sum(
+        power
+        for account, power in validators.members
+        if account == own or now - gate.heard.get(account, float("-inf")) < SILENCE_SECONDS
+    )
+
+
+def halted_reason(gate: Gate, validators: ValidatorSet, own: bytes | None, now: float) -> str | None:
+    """Return in a sentence why no block can become final now, or None when a quorum is heard."""
+    power = power_heard(gate, validators, own, now)
+    if power >= validators.quorum:
+        return None
+    silent = [
+        peer_id(account)
+        for account, _ in validators.members
+        if account != own and now - gate.heard.get(account, float("-inf")) >= SILENCE_SECONDS
+    ]
+    share = 100 * (validators.total - power) // validators.total
+    names = ", ".join(silent[:3]) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+    return (
+        f"The chain waits: validators with {share} % of the stake are silent ({names}). "
+        "It goes on by itself when enough of them return."
+    )

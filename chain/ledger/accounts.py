@@ -1,0 +1,133 @@
+"""Balances, stake, validators and the one offence of consensus."""
+
+from msgspec.structs import replace
+
+from chain.blocks import Vote, is_conflict
+from chain.codec import DecodeError, decode
+from chain.hashing import digest
+from chain.keys import verify
+from chain.ledger.book import Book, name
+from chain.reasons import Reason, Refused
+from chain.records import Conviction, Unbonding, Validator
+from chain.state import Table
+from chain.transactions import Bond, Evidence, RegisterValidator, Transfer, Unbond
+
+
+def transfer(book: Book, sender: bytes, payload: Transfer) -> None:
+    """Move balance."""
+    if payload.amount == 0:
+        raise Refused(Reason.ZERO_AMOUNT)
+    book.debit(sender, payload.amount)
+    book.credit(payload.to, payload.amount)
+
+
+def bond(book: Book, sender: bytes, payload: Bond) -> None:
+    """Lock balance as stake."""
+    if payload.amount == 0:
+        raise Refused(Reason.ZERO_AMOUNT)
+    book.debit(sender, payload.amount)
+    book.set_account(sender, bonded=book.account(sender).bonded + payload.amount)
+
+
+def unbond(book: Book, sender: bytes, payload: Unbond) -> None:
+    """Start to release stake."""
+    bonded = book.account(sender).bonded
+    if payload.amount == 0:
+        raise Refused(Reason.ZERO_AMOUNT)
+    if bonded < payload.amount:
+        raise Refused(Reason.NO_STAKE)
+    _refuse_empty_set(book, sender, bonded - payload.amount)
+    book.set_account(sender, bonded=bonded - payload.amount)
+    release = book.height + book.params.unbonding_blocks
+    key = sender + release.to_bytes(8, "big")
+    before: Unbonding | None = book.draft.get(Table.UNBONDINGS, key)
+    amount = payload.amount + (before.amount if before else 0)
+    book.draft.put(Table.UNBONDINGS, key, Unbonding(amount, release))
+
+
+def _refuse_empty_set(book: Book, sender: bytes, left: int) -> None:
+    """The last validator cannot leave: a chain without validators could never go on."""
+    if left < book.params.min_stake and set(book.validators.powers) <= {sender}:
+        raise Refused(Reason.NO_STAKE)
+
+
+def withdraw(book: Book, sender: bytes) -> None:
+    """Move released unbondings to the balance."""
+    released = [(k, u) for k, u in book.draft.items(Table.UNBONDINGS, sender) if u.release_at <= book.height]
+    if not released:
+        raise Refused(Reason.NOTHING_RELEASED)
+    for key, unbonding in released:
+        book.draft.delete(Table.UNBONDINGS, key)
+        book.credit(sender, unbonding.amount)
+
+
+def register(book: Book, sender: bytes, payload: RegisterValidator) -> None:
+    """Register a validator, or give a new onion tip."""
+    known: Validator | None = book.draft.get(Table.VALIDATORS, sender)
+    if known is not None and known.is_tombstoned:
+        raise Refused(Reason.TOMBSTONED)
+    fresh = known or Validator(payload.onion_tip, book.height)
+    book.draft.put(Table.VALIDATORS, sender, replace(fresh, onion_tip=payload.onion_tip))
+
+
+def unjail(book: Book, sender: bytes) -> None:
+    """Return to the set after jailing."""
+    known: Validator | None = book.draft.get(Table.VALIDATORS, sender)
+    if known is None:
+        raise Refused(Reason.NOT_A_VALIDATOR)
+    if known.is_tombstoned:
+        raise Refused(Reason.TOMBSTONED)
+    if not known.is_jailed:
+        raise Refused(Reason.NOT_JAILED)
+    if book.height < known.jailed_until:
+        raise Refused(Reason.STILL_JAILED)
+    book.draft.put(Table.VALIDATORS, sender, replace(known, is_jailed=False, missed=()))
+    book.note("unjailed", validator=name(sender))
+
+
+def faucet(book: Book, sender: bytes) -> None:
+    """Give the network's grant, once an account."""
+    grant = book.params.faucet_grant
+    if grant == 0 or book.chain.faucet < grant:
+        raise Refused(Reason.NO_FAUCET)
+    if book.account(sender).granted:
+        raise Refused(Reason.ALREADY_GRANTED)
+    book.set_chain(faucet=book.chain.faucet - grant)
+    book.set_account(sender, granted=True)
+    book.credit(sender, grant)
+
+
+def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
+    """Burn the stake of a validator that signed two conflicting votes, and keep it out for good."""
+    try:
+        first: Vote = decode(Vote, payload.first)
+        second: Vote = decode(Vote, payload.second)
+    except DecodeError:
+        raise Refused(Reason.BAD_EVIDENCE) from None
+    culprit = first.validator
+    known: Validator | None = book.draft.get(Table.VALIDATORS, culprit)
+    if known is None or not is_conflict(first, second) or first.chain_id != book.chain.chain_id:
+        raise Refused(Reason.BAD_EVIDENCE)
+    if not all(verify(culprit, vote.signing_bytes, vote.signature) for vote in (first, second)):
+        raise Refused(Reason.BAD_EVIDENCE)
+    if known.is_tombstoned:
+        raise Refused(Reason.EVIDENCE_KNOWN)
+    slashed = book.account(culprit).bonded
+    reward = slashed * book.params.reporter_share // 10_000
+    book.set_account(culprit, bonded=0)
+    book.credit(sender, reward)
+    book.burn(slashed - reward)
+    book.draft.put(Table.VALIDATORS, culprit, replace(known, is_tombstoned=True))
+    subject = digest("offence", culprit, first.height.to_bytes(8, "big"), first.view.to_bytes(8, "big"))
+    book.draft.put(
+        Table.CONVICTIONS,
+        subject,
+        Conviction(subject, 1, culprit, None, book.height, slashed, subject, payload.first, payload.second),
+    )
+    book.note(
+        "equivocation",
+        validator=name(culprit),
+        height=first.height,
+        slashed=str(slashed),
+        evidence=subject.hex(),
+    )

@@ -1,0 +1,294 @@
+"""Audits: commitments, openings, reveals, the third opinion and the vote."""
+
+from msgspec.structs import replace
+
+from chain.commitment import is_member, leaf
+from chain.hashing import digest
+from chain.ledger.book import Book, name
+from chain.ledger.claims import eligible, start_audit
+from chain.ledger.settlement import convict, end_audit, evict_without_slash
+from chain.randomness import weighted_draw
+from chain.reasons import Reason, Refused
+from chain.records import Audit, AuditStatus, ClaimRecord, Voter
+from chain.state import Table, has_commit_phase_ended
+from chain.transactions import Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
+from chain.verdicts import Ballot, ballot, deviations, is_fraud, is_match, quorum
+
+
+def commit(book: Book, sender: bytes, payload: Commit) -> None:
+    """Take commitments to re-executions; those not owed are refused, all or none."""
+    for entry in payload.entries:
+        _commit(book, sender, entry)
+
+
+def _commit(book: Book, sender: bytes, entry: Commitment) -> None:
+    audit = _audit(book, entry.audit)
+    state = audit.state
+    if entry.round == 0 and state is AuditStatus.DRAWN and audit.auditor == sender:
+        deadline = book.height + book.params.open_window
+        book.set_audit(audit, AuditStatus.COMMITTED, commitment=entry.digest, deadline=deadline)
+        book.note("committed", audit=audit.id.hex(), by=name(sender))
+        return
+    third = audit.third if entry.round == 1 and state is AuditStatus.OPINION else None
+    if third is not None and third.account == sender and third.commitment is None:
+        book.set_audit(audit, third=replace(third, commitment=entry.digest))
+        return
+    if entry.round == 2 and state is AuditStatus.VOTING and not has_commit_phase_ended(audit):
+        changed = _with_voter(audit, sender, commitment=entry.digest)
+        if changed is not None:
+            book.set_audit(audit, voters=changed)
+            return
+    raise Refused(Reason.NOT_OWED)
+
+
+def _with_voter(audit: Audit, account: bytes, commitment: bytes) -> tuple[Voter, ...] | None:
+    """Return the voters with one more commitment; None if this account owes none."""
+    if not any(v.account == account and v.commitment is None for v in audit.voters):
+        return None
+    return tuple(replace(v, commitment=commitment) if v.account == account else v for v in audit.voters)
+
+
+def open_cells(book: Book, sender: bytes, payload: Open) -> None:
+    """Take a worker's openings of audited cells."""
+    for opening in payload.entries:
+        _open(book, sender, opening)
+
+
+def _open(book: Book, sender: bytes, opening: Opening) -> None:
+    audit = _audit(book, opening.audit)
+    if audit.state is not AuditStatus.COMMITTED or audit.worker != sender:
+        raise Refused(Reason.NOT_OWED)
+    claim = book.claim(audit.claim).claim
+    one = leaf(opening.salt, opening.trace)
+    index = claim.cells.index(audit.cell)
+    if not is_member(claim.root, one, index, len(claim.cells), opening.proof):
+        raise Refused(Reason.FALSE_OPENING)
+    if opening.trace.state != claim.state_before:
+        raise Refused(Reason.FALSE_OPENING)
+    deadline = book.height + book.params.reveal_window
+    book.set_audit(audit, AuditStatus.OPENED, opening=opening, deadline=deadline)
+    book.note("opened", audit=audit.id.hex(), by=name(sender))
+
+
+def reveal(book: Book, sender: bytes, payload: RevealAll) -> None:
+    """Take reveals of committed re-executions."""
+    for entry in payload.entries:
+        _reveal(book, sender, entry)
+
+
+def _reveal(book: Book, sender: bytes, entry: Reveal) -> None:
+    audit = _audit(book, entry.audit)
+    expected = _owed(audit, sender, entry.round)
+    if expected is None:
+        raise Refused(Reason.NOT_OWED)
+    if reveal_commitment(sender, entry) != expected:
+        raise Refused(Reason.WRONG_COMMITMENT)
+    match entry.round:
+        case 0:
+            _judge_audit(book, book.set_audit(audit, reveal=entry))
+        case 1:
+            assert audit.third is not None
+            _judge_opinion(book, book.set_audit(audit, third=replace(audit.third, reveal=entry)))
+        case _:
+            voters = tuple(replace(v, reveal=entry) if v.account == sender else v for v in audit.voters)
+            note_ballot(book, audit, sender, entry)
+            changed = book.set_audit(audit, voters=voters)
+            if all(v.reveal is not None for v in voters if v.commitment is not None):
+                decide(book, changed)
+
+
+def _owed(audit: Audit, sender: bytes, round_: int) -> bytes | None:
+    """Return the commitment that `sender` must reveal now in `round_`."""
+    state, third = audit.state, audit.third
+    if round_ == 0 and state is AuditStatus.OPENED and audit.auditor == sender:
+        return audit.commitment
+    if round_ == 1 and state is AuditStatus.OPINION and third is not None and third.account == sender:
+        return third.commitment
+    if round_ == 2 and state is AuditStatus.VOTING and has_commit_phase_ended(audit):
+        return next((v.commitment for v in audit.voters if v.account == sender and v.reveal is None), None)
+    return None
+
+
+def _judge_audit(book: Book, audit: Audit) -> None:
+    assert audit.opening is not None
+    assert audit.reveal is not None
+    found = deviations(audit.opening.sketch, audit.reveal.shared)
+    if is_match(found, book.params) and not audit.reveal.contradiction:
+        end_audit(book, audit, AuditStatus.PASSED)
+        return
+    book.note(
+        "disputed",
+        audit=audit.id.hex(),
+        task=audit.task.hex(),
+        step=audit.step,
+        stage=audit.stage,
+        cell=audit.cell,
+        worker=name(audit.worker),
+        auditor=name(audit.auditor),
+        deviations=list(map(_shown, found)),
+    )
+    _ask_third(book, audit)
+
+
+def _shown(value: float) -> float | str:
+    return value if value < float("inf") else "inf"
+
+
+def _ask_third(book: Book, audit: Audit) -> None:
+    """Draw a third peer; without one the voters decide at once."""
+    record: ClaimRecord = book.claim(audit.claim)
+    pool = eligible(book, record, audit.cell, (audit.auditor,))
+    drawn = weighted_draw(pool, digest("third", book.seed, audit.id), 1)
+    changed = book.set_audit(audit, dispute_seed=book.seed)
+    if not drawn:
+        open_vote(book, changed)
+        return
+    third = Voter(drawn[0], book.account(drawn[0]).bonded)
+    deadline = book.height + book.params.commit_window + book.params.reveal_window
+    book.set_audit(changed, AuditStatus.OPINION, third=third, deadline=deadline)
+
+
+def _judge_opinion(book: Book, audit: Audit) -> None:
+    """End as a fault if the third peer finds a small deviation only; else let the voters decide."""
+    assert audit.opening is not None
+    assert audit.third is not None
+    assert audit.third.reveal is not None
+    found = deviations(audit.opening.sketch, audit.third.reveal.shared)
+    book.note(
+        "opinion",
+        audit=audit.id.hex(),
+        by=name(audit.third.account),
+        deviations=list(map(_shown, found)),
+        contradiction=audit.third.reveal.contradiction,
+    )
+    is_small = not is_match(found, book.params) and not is_fraud(found, book.params)
+    if is_small and not audit.third.reveal.contradiction:
+        end_audit(book, audit, AuditStatus.FAULTED)
+    else:
+        open_vote(book, audit)
+
+
+def open_vote(book: Book, audit: Audit) -> None:
+    """Let every validator but accused and accuser re-execute and vote."""
+    parties = (audit.worker, audit.auditor)
+    voters = tuple(Voter(a, power) for a, power in book.validators.members if a not in parties)
+    deadline = book.height + book.params.vote_window
+    changed = book.set_audit(audit, AuditStatus.VOTING, voters=voters, deadline=deadline)
+    if not voters:
+        end_audit(book, changed, AuditStatus.UNDECIDED)
+
+
+def note_ballot(book: Book, audit: Audit, sender: bytes, entry: Reveal) -> None:
+    """Record what a voter's re-execution says."""
+    assert audit.opening is not None
+    assert audit.reveal is not None
+    said = ballot(entry, audit.opening.sketch, audit.reveal.shared, book.params)
+    found = deviations(audit.opening.sketch, entry.shared)
+    book.note(
+        "ballot",
+        audit=audit.id.hex(),
+        by=name(sender),
+        ballot=str(said),
+        deviations=list(map(_shown, found)),
+    )
+
+
+def decide(book: Book, audit: Audit) -> None:
+    """Count the stake of the ballots and carry out the verdict."""
+    assert audit.opening is not None
+    assert audit.reveal is not None
+    against = {Ballot.AGAINST_WORKER: 0, Ballot.AGAINST_AUDITOR: 0}
+    for voter in audit.voters:
+        if voter.reveal is None:
+            continue
+        said = ballot(voter.reveal, audit.opening.sketch, audit.reveal.shared, book.params)
+        for side in against:
+            against[side] += voter.power if said in (side, Ballot.AGAINST_BOTH) else 0
+    least = quorum(sum(voter.power for voter in audit.voters))
+    if against[Ballot.AGAINST_WORKER] >= least:
+        convict(book, audit)
+    elif against[Ballot.AGAINST_AUDITOR] >= least:
+        _acquit(book, audit)
+    else:
+        end_audit(book, audit, AuditStatus.UNDECIDED)
+
+
+def _acquit(book: Book, audit: Audit) -> None:
+    """Charge the accuser one worker bond, from its stake, for a false accusation."""
+    task = book.task(audit.task)
+    accuser = book.account(audit.auditor)
+    charge = min(accuser.bonded, max(task.worker_bond, 1))
+    book.set_account(audit.auditor, bonded=accuser.bonded - charge)
+    book.burn(charge)
+    book.note("charged", audit=audit.id.hex(), auditor=name(audit.auditor), amount=str(charge))
+    end_audit(book, audit, AuditStatus.ACQUITTED)
+
+
+def expire(book: Book) -> None:
+    """End or redraw the audits whose deadline has passed."""
+    for identity, _ in book.draft.items(Table.ACTIVE):
+        audit: Audit = book.draft.get(Table.AUDITS, identity)
+        if audit.is_active and audit.deadline < book.height:
+            _expire(book, audit)
+
+
+def _expire(book: Book, audit: Audit) -> None:
+    match audit.state:
+        case AuditStatus.DRAWN | AuditStatus.OPENED:
+            _mark_absent(book, audit, audit.auditor)
+            _redraw(book, audit)
+        case AuditStatus.COMMITTED:
+            _withhold(book, audit)
+        case AuditStatus.OPINION:
+            if audit.third is not None:
+                _mark_absent(book, audit, audit.third.account)
+            open_vote(book, audit)
+        case AuditStatus.VOTING:
+            _expire_vote(book, audit)
+        case _:
+            raise AssertionError(f"audit {audit.id.hex()} is {audit.state} and has no deadline")
+
+
+def _expire_vote(book: Book, audit: Audit) -> None:
+    if not has_commit_phase_ended(audit) and any(v.commitment is not None for v in audit.voters):
+        deadline = book.height + book.params.reveal_window
+        book.set_audit(audit, is_revealing=True, deadline=deadline)
+        return
+    for voter in audit.voters:
+        if voter.reveal is None:
+            _mark_absent(book, audit, voter.account)
+    decide(book, audit)
+
+
+def _mark_absent(book: Book, audit: Audit, account: bytes) -> None:
+    """Keep an account that missed a duty out of the draws for a while; never a slash."""
+    book.set_account(account, absent_until=book.height + book.params.absence_blocks)
+    book.note("absent", audit=audit.id.hex(), peer=name(account))
+
+
+def _redraw(book: Book, audit: Audit) -> None:
+    """Give the audit to another auditor, a few times; then it ends."""
+    record: ClaimRecord = book.claim(audit.claim)
+    book.draft.delete(Table.ACTIVE, audit.id)
+    if audit.redraws >= book.params.redraws or not start_audit(
+        book, record, audit.cell, audit.id, (audit.auditor,), audit.redraws + 1
+    ):
+        end_audit(book, audit, AuditStatus.ABSENT)
+
+
+def _withhold(book: Book, audit: Audit) -> None:
+    """A worker that does not open loses the cell's pay; three times, and it loses the seat."""
+    end_audit(book, audit, AuditStatus.WITHHELD)
+    worker = book.worker(audit.task, audit.worker)
+    if worker is None:
+        return
+    changed = book.set_worker(worker, withholdings=worker.withholdings + 1)
+    if changed.is_seated and changed.withholdings >= book.params.withheld_limit:
+        evict_without_slash(book, changed, audit)
+
+
+def _audit(book: Book, identity: bytes) -> Audit:
+    audit: Audit | None = book.draft.get(Table.AUDITS, identity)
+    if audit is None:
+        raise Refused(Reason.UNKNOWN_AUDIT)
+    return audit

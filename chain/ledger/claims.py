@@ -1,0 +1,194 @@
+"""Claims of work, and the draw of what is audited by whom."""
+
+from msgspec.structs import replace
+
+from chain.hashing import digest
+from chain.ledger.book import Book, name
+from chain.randomness import chance, weighted_draw
+from chain.reasons import Reason, Refused
+from chain.records import Audit, ClaimRecord, StepProgress, Task, TaskStatus, Worker
+from chain.state import Marker, Table
+from chain.transactions import Claim, SubmitClaims
+
+
+def submit(book: Book, sender: bytes, payload: SubmitClaims) -> None:
+    """Take a worker's claims; all of them or none."""
+    for claim in payload.claims:
+        _take(book, sender, claim)
+
+
+def claim_id(claim: Claim, worker: bytes) -> bytes:
+    """Return the 32-byte id of a claim."""
+    place = b"".join(n.to_bytes(8, "big") for n in (claim.generation, claim.step, claim.stage))
+    return digest("claim", claim.task, place, worker)
+
+
+def step_key(task: bytes, generation: int, step: int) -> bytes:
+    """Return the key of a step's progress."""
+    return task + generation.to_bytes(4, "big") + step.to_bytes(8, "big")
+
+
+def _take(book: Book, sender: bytes, claim: Claim) -> None:
+    task = book.task(claim.task)
+    worker = book.worker(claim.task, sender)
+    _check(book, task, worker, claim)
+    key = step_key(task.id, claim.generation, claim.step)
+    progress: StepProgress = book.draft.get(Table.STEPS, key) or StepProgress(
+        book.height, (bytes((task.microbatches + 7) // 8),) * task.stages
+    )
+    identity = claim_id(claim, sender)
+    if book.draft.get(Table.CLAIMS, identity) is not None:
+        raise Refused(Reason.CELL_CLAIMED)
+    covered = list(progress.covered)
+    covered[claim.stage] = _cover(covered[claim.stage], claim.cells)
+    changed = replace(progress, covered=tuple(covered), claims=(*progress.claims, identity))
+    book.draft.put(Table.STEPS, key, changed)
+    book.draft.put(Table.CLAIMS, identity, ClaimRecord(identity, claim, sender, book.height))
+    book.draft.put(Table.QUEUE, book.height.to_bytes(8, "big") + identity, Marker())
+    book.note(
+        "claimed",
+        task=task.id.hex(),
+        worker=name(sender),
+        step=claim.step,
+        stage=claim.stage,
+        cells=list(claim.cells),
+        claim=identity.hex(),
+    )
+
+
+def _check(book: Book, task: Task, worker: Worker | None, claim: Claim) -> None:
+    if task.state is not TaskStatus.RUNNING:
+        raise Refused(Reason.TASK_CLOSED)
+    if worker is None or not worker.is_seated or worker.stage != claim.stage:
+        raise Refused(Reason.NO_SEAT)
+    if claim.generation != task.generation:
+        raise Refused(Reason.WRONG_GENERATION)
+    if not task.settled < claim.step <= min(task.settled + task.depth, task.steps):
+        raise Refused(Reason.WRONG_STEP)
+    if list(claim.cells) != sorted(set(claim.cells)) or claim.cells[-1] >= task.microbatches:
+        raise Refused(Reason.BAD_CELLS)
+
+
+def _cover(bitmap: bytes, cells: tuple[int, ...]) -> bytes:
+    marked = bytearray(bitmap)
+    for cell in cells:
+        if marked[cell // 8] >> (cell % 8) & 1:
+            raise Refused(Reason.CELL_CLAIMED)
+        marked[cell // 8] |= 1 << (cell % 8)
+    return bytes(marked)
+
+
+def draw_due(book: Book) -> None:
+    """Draw the audits of the claims that were final `draw_delay` blocks ago, with this block's seed."""
+    due = max(0, book.height - book.params.draw_delay).to_bytes(8, "big")
+    for key, _ in book.draft.items(Table.QUEUE):
+        if key[:8] > due:
+            break
+        book.draft.delete(Table.QUEUE, key)
+        record: ClaimRecord = book.claim(key[8:])
+        if not record.is_void:
+            _draw(book, record)
+
+
+def _draw(book: Book, record: ClaimRecord) -> None:
+    claim = record.claim
+    task = book.task(claim.task)
+    worker = book.worker(claim.task, record.worker)
+    assert worker is not None  # a claim is only taken from a worker
+    rate = audit_rate(book, task, worker)
+    count = 0
+    for cell in claim.cells:
+        identity = digest("audit", record.id, cell.to_bytes(4, "big"))
+        if chance(book.seed, identity, rate):
+            count += start_audit(book, record, cell, identity, ())
+    book.set_claim(record, drawn=True, open_audits=count)
+
+
+def audit_rate(book: Book, task: Task, worker: Worker) -> int:
+    """Return the audit rate of a worker now, in basis points."""
+    if worker.flagged_until > book.height:
+        return 10_000
+    if worker.settled_cells < book.params.newcomer_cells:
+        return max(task.audit_rate, book.params.newcomer_rate)
+    return max(task.audit_rate, book.params.floor_rate)
+
+
+def start_audit(
+    book: Book, record: ClaimRecord, cell: int, identity: bytes, excluded: tuple[bytes, ...], redraws: int = 0
+) -> int:
+    """Draw an auditor and open the audit; return 1, or 0 with an event when nobody is eligible."""
+    claim = record.claim
+    pool = eligible(book, record, cell, excluded)
+    drawn = weighted_draw(pool, digest("auditor", book.seed, identity), 1)
+    if not drawn:
+        book.note("unaudited", claim=record.id.hex(), cell=cell, worker=name(record.worker))
+        return 0
+    auditor = drawn[0]
+    audit = Audit(
+        id=identity,
+        claim=record.id,
+        task=claim.task,
+        generation=claim.generation,
+        step=claim.step,
+        stage=claim.stage,
+        cell=cell,
+        worker=record.worker,
+        auditor=auditor,
+        key=digest("sketch key", book.seed, auditor, identity),
+        drawn_at=book.height,
+        deadline=book.height + book.params.commit_window,
+        redraws=redraws,
+    )
+    book.draft.put(Table.AUDITS, identity, audit)
+    book.draft.put(Table.ACTIVE, identity, Marker())
+    book.note(
+        "drawn",
+        audit=identity.hex(),
+        task=claim.task.hex(),
+        step=claim.step,
+        stage=claim.stage,
+        cell=cell,
+        worker=name(record.worker),
+        auditor=name(auditor),
+    )
+    return 1
+
+
+def eligible(
+    book: Book, record: ClaimRecord, cell: int, excluded: tuple[bytes, ...]
+) -> list[tuple[bytes, int]]:
+    """Return who may re-execute a cell, with stake: not the worker, nor its neighbours in the pipeline."""
+    claim = record.claim
+    workers = book.workers(claim.task)
+    seated = {w.account: w.stage for w in workers if w.is_seated}
+    everyone = set(book.validators.powers) | set(seated)
+    pool = [
+        (account, book.account(account).bonded)
+        for account in sorted(everyone)
+        if account not in excluded and account != record.worker and is_fit(book, account)
+    ]
+    beside = {a for a, stage in seated.items() if abs(stage - claim.stage) == 1}
+    far = [entry for entry in pool if entry[0] not in beside]
+    if any(weight for _, weight in far):
+        return far
+    touching = _touching(book, claim, cell)
+    return [entry for entry in pool if entry[0] not in touching]
+
+
+def is_fit(book: Book, account: bytes) -> bool:
+    """Whether an account may be drawn: neither barred nor absent, and with stake."""
+    record = book.account(account)
+    return not record.barred and record.absent_until <= book.height and record.bonded > 0
+
+
+def _touching(book: Book, claim: Claim, cell: int) -> set[bytes]:
+    """Return the workers whose claims cover the cell in an adjacent stage."""
+    progress: StepProgress | None = book.draft.get(
+        Table.STEPS, step_key(claim.task, claim.generation, claim.step)
+    )
+    found = set()
+    for identity in progress.claims if progress else ():
+        other: ClaimRecord = book.claim(identity)
+        if abs(other.claim.stage - claim.stage) == 1 and cell in other.claim.cells:
+            found.add(other.worker)
+    return found

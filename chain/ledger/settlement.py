@@ -1,0 +1,205 @@
+"""What follows from audits: settled steps and pay, convictions, rollbacks, bonds returned."""
+
+from chain.hashing import digest
+from chain.ledger.book import Book, name
+from chain.ledger.claims import step_key
+from chain.records import (
+    Audit,
+    AuditStatus,
+    ClaimRecord,
+    Conviction,
+    StepProgress,
+    Task,
+    TaskStatus,
+    Worker,
+    WorkerStatus,
+    status_of,
+)
+from chain.state import Table
+
+_UNPAID = (AuditStatus.FAULTED, AuditStatus.UNDECIDED, AuditStatus.WITHHELD, AuditStatus.CONVICTED)
+_PAID_AUDIT = (AuditStatus.PASSED, AuditStatus.CONVICTED, AuditStatus.FAULTED)
+
+
+def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
+    """End an audit, pay its auditor where the audit was done, and note what the cell is worth."""
+    ended = book.set_audit(audit, state)
+    record: ClaimRecord = book.claim(audit.claim)
+    unpaid = (*record.unpaid, audit.cell) if state in _UNPAID else record.unpaid
+    book.set_claim(record, open_audits=max(0, record.open_audits - 1), unpaid=unpaid)
+    if state in _PAID_AUDIT:
+        _pay(book, book.task(audit.task), audit.auditor, 1)
+    if state is AuditStatus.FAULTED:
+        _flag(book, audit)
+    book.note(
+        str(ended.state),
+        audit=audit.id.hex(),
+        task=audit.task.hex(),
+        step=audit.step,
+        stage=audit.stage,
+        cell=audit.cell,
+        worker=name(audit.worker),
+        auditor=name(audit.auditor),
+    )
+
+
+def _flag(book: Book, audit: Audit) -> None:
+    """Audit every cell of a worker whose result was off by more than honest noise, for a while."""
+    worker = book.worker(audit.task, audit.worker)
+    if worker is not None:
+        book.set_worker(worker, flagged_until=book.height + book.params.absence_blocks)
+
+
+def _pay(book: Book, task: Task, account: bytes, cells: int) -> None:
+    """Pay for cells from the escrow; a seated worker's pay fills its bond first."""
+    amount = min(cells * task.price, task.escrow)
+    if amount == 0:
+        return
+    book.set_task(task, escrow=task.escrow - amount)
+    worker = book.worker(task.id, account)
+    withheld = 0
+    if worker is not None and worker.is_seated:
+        withheld = min(amount, max(0, task.worker_bond - worker.bond - worker.withheld))
+        book.set_worker(worker, withheld=worker.withheld + withheld, earned=worker.earned + amount)
+    book.credit(account, amount - withheld)
+
+
+def settle_due(book: Book, task: Task) -> None:
+    """Settle the task's steps in order, as far as they are resolved."""
+    while True:
+        task = book.task(task.id)
+        key = step_key(task.id, task.generation, task.settled + 1)
+        progress: StepProgress | None = book.draft.get(Table.STEPS, key)
+        if progress is None and _is_skipped(book, task):
+            progress = StepProgress(book.height, ())
+        elif progress is None or not _is_resolved(book, task, progress):
+            return
+        _settle(book, task, progress, key)
+
+
+def _is_skipped(book: Book, task: Task) -> bool:
+    """Whether nobody claimed the next step although a later one was first claimed a claim window ago."""
+    later = (progress for _, progress in book.draft.items(Table.STEPS, task.id))
+    return any(book.height > progress.first_height + book.params.claim_window for progress in later)
+
+
+def _is_resolved(book: Book, task: Task, progress: StepProgress) -> bool:
+    full = (1 << task.microbatches) - 1
+    is_covered = all(int.from_bytes(bitmap, "little") == full for bitmap in progress.covered)
+    is_late = book.height > progress.first_height + book.params.claim_window
+    claims = [book.claim(identity) for identity in progress.claims]
+    return (is_covered or is_late) and all(c.drawn and c.open_audits == 0 for c in claims)
+
+
+def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
+    for identity in progress.claims:
+        record: ClaimRecord = book.claim(identity)
+        book.set_claim(record, is_settled=True)
+        paid = len(set(record.claim.cells) - set(record.unpaid))
+        worker = book.worker(task.id, record.worker)
+        if worker is None or worker.state is WorkerStatus.EVICTED:
+            continue
+        book.set_worker(worker, settled_cells=worker.settled_cells + paid)
+        _pay(book, book.task(task.id), record.worker, paid)
+    settled = book.set_task(book.task(task.id), settled=task.settled + 1)
+    book.draft.delete(Table.STEPS, key)
+    book.note("settled", task=task.id.hex(), step=settled.settled, generation=settled.generation)
+
+
+def convict(book: Book, audit: Audit) -> None:
+    """Evict and slash the worker, and roll the task back to its newest settled step."""
+    end_audit(book, audit, AuditStatus.CONVICTED)
+    worker = book.worker(audit.task, audit.worker)
+    assert worker is not None  # audits are of workers' claims only
+    slashed = worker.bond + worker.withheld
+    reward = slashed * book.params.reporter_share // 10_000
+    book.credit(audit.auditor, reward)
+    book.burn(slashed - reward)
+    _remember(book, audit, worker, 0, slashed)
+    was_seated = worker.is_seated
+    evicted = status_of(WorkerStatus, WorkerStatus.EVICTED)
+    book.set_worker(worker, bond=0, withheld=0, status=evicted)
+    book.set_account(audit.worker, barred=True)
+    place = {
+        "task": audit.task.hex(),
+        "worker": name(audit.worker),
+        "step": audit.step,
+        "evidence": audit.id.hex(),
+    }
+    _moot(book, audit)
+    if was_seated:
+        book.note("evicted", **place, stage=audit.stage, reason="convicted")
+    book.note("slashed", **place, amount=str(slashed), reward=str(reward))
+    task = book.task(audit.task)
+    if task.generation == audit.generation:
+        roll_back(book, task)
+
+
+def _moot(book: Book, audit: Audit) -> None:
+    """End the other audits of a convicted worker in the task: there is nothing left to decide."""
+    for identity, _ in book.draft.items(Table.ACTIVE):
+        other: Audit = book.draft.get(Table.AUDITS, identity)
+        if (other.task, other.worker) == (audit.task, audit.worker):
+            end_audit(book, other, AuditStatus.VOID)
+
+
+def evict_without_slash(book: Book, worker: Worker, audit: Audit) -> None:
+    """End the seat of a worker that keeps withholding what it claimed; its bond returns."""
+    _remember(book, audit, worker, 2, 0)
+    book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
+    book.note(
+        "evicted",
+        task=audit.task.hex(),
+        worker=name(worker.account),
+        step=audit.step,
+        stage=worker.stage,
+        evidence=audit.id.hex(),
+        reason="withheld",
+    )
+
+
+def _remember(book: Book, audit: Audit, worker: Worker, kind: int, slashed: int) -> None:
+    identity = digest("conviction", audit.id, bytes([kind]))
+    book.draft.put(
+        Table.CONVICTIONS,
+        identity,
+        Conviction(identity, kind, worker.account, audit.task, book.height, slashed, audit.id),
+    )
+
+
+def roll_back(book: Book, task: Task) -> None:
+    """Void all unsettled claims and their audits not yet disputed; the task's next generation begins."""
+    if not task.is_open:
+        return
+    for key, progress in book.draft.items(Table.STEPS, task.id):
+        for identity in progress.claims:
+            book.set_claim(book.claim(identity), is_void=True)
+        book.draft.delete(Table.STEPS, key)
+    undisputed = (AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED)
+    for identity, _ in book.draft.items(Table.ACTIVE):
+        audit: Audit = book.draft.get(Table.AUDITS, identity)
+        if audit.task == task.id and audit.state in undisputed:
+            end_audit(book, audit, AuditStatus.VOID)
+    book.set_task(book.task(task.id), generation=task.generation + 1)
+
+
+def release_bonds(book: Book, task: Task) -> None:
+    """Return the bonds of workers that left, once nothing of theirs can be disputed any more."""
+    gone = [w for w in book.workers(task.id) if w.state is WorkerStatus.LEFT and w.bond + w.withheld]
+    if not gone:
+        return
+    accused = {
+        audit.worker
+        for identity, _ in book.draft.items(Table.ACTIVE)
+        if (audit := book.draft.get(Table.AUDITS, identity)).task == task.id
+    }
+    claimed = {
+        book.claim(identity).worker
+        for _, progress in book.draft.items(Table.STEPS, task.id)
+        for identity in progress.claims
+    }
+    is_closed = task.state is TaskStatus.CLOSED
+    for worker in gone:
+        if worker.account not in accused and (is_closed or worker.account not in claimed):
+            book.set_worker(worker, bond=0, withheld=0)
+            book.credit(worker.account, worker.bond + worker.withheld)
