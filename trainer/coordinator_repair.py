@@ -11,7 +11,7 @@ from trainer.messages import Reason, Reroute
 from trainer.schedule import substitute
 
 
-class StageLost(Exception):  # noqa: N818
+class StageLost(Exception):
     """A stage has had no worker for longer than the task waits."""
 
     def __init__(self, stage: int) -> None:
@@ -71,16 +71,20 @@ class Repairs:
         if current.is_complete:
             self._reduce_seconds = current.since - current.started
             return
-        if now - current.since <= max(self._patience.floor, self._patience.factor * usual):
+        # each further attempt gets twice the time, so that slowness alone cannot keep a step from ending
+        stretch = 2 ** min(current.request.attempt // len(self._swarm.rounds), 6)
+        if now - current.since <= max(self._patience.floor, self._patience.factor * usual) * stretch:
             return
-        current.since = now
-        if not current.is_probed:
-            current.is_probed = True
-            for peer in current.waiting:
-                self._swarm.post(peer, current.request)
-            return
-        for peer in current.suspects():
+        suspects = current.suspects() if current.is_probed else ()
+        if not set(self._swarm.roster.ready(current.stage)) - set(suspects):
+            suspects = suspects[1:]  # the stage needs somebody
+        if now - current.started > self._patience.empty:
+            suspects = tuple(sorted(current.waiting))
+        for peer in suspects:
             self.leave_out(self._swarm.roster.get(peer), "slow")
+        if not suspects:
+            for peer in current.probe(now):
+                self._swarm.post(peer, current.request)
 
     def lose(self, peer: str, why: str) -> None:
         """Leave out a worker whose link is gone."""
@@ -91,7 +95,8 @@ class Repairs:
     def leave_out(self, member: Member, why: str) -> None:
         """Have a member sit out for some steps, and what it held done again."""
         took_part = member.status is Status.READY
-        self._swarm.roster.leave_out(member, self._swarm.step)
+        running = self._swarm.step if self._swarm.book is None else self._swarm.book.step
+        self._swarm.roster.leave_out(member, running)
         if took_part:
             self._swarm.ports.report(PeerLeft(self._swarm.step + 1, member.stage, member.peer, why))
             self.repair(member, why)
@@ -123,6 +128,7 @@ class Repairs:
             for cell in cells:
                 # naming the same owner again makes its neighbours repeat what it may have missed
                 self._swarm.broadcast(Reroute(book.generation, book.step, cell, member.stage, member.peer))
+                self._swarm.feed(book, member.stage, cell)
             return
         self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, cells, why))
         for cell in cells:
@@ -169,5 +175,13 @@ class Repairs:
             load[peer] += 1
             book.move(stage, cell, peer)
             self._swarm.broadcast(Reroute(book.generation, book.step, cell, stage, peer))
-            if stage in (0, book.stages - 1):
-                self._swarm.feed(book, stage, cell)
+            self._swarm.feed(book, stage, cell)
+            self._replace_spared(book, stage, cell)
+
+    def _replace_spared(self, book: StepBook, stage: int, cell: int) -> None:
+        """Have a neighbour's part done again if its owner left after its stage had reduced."""
+        for other in (stage - 1, stage + 1):
+            if 0 <= other < book.stages:
+                ready = self._swarm.roster.ready(other)
+                if ready and book.routes[cell][other] not in ready:
+                    self.reassign(book, other, [cell], ())

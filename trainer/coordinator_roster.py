@@ -83,7 +83,7 @@ class Roster:
         member = self.get(sender)
         if member.status is not Status.PREPARING or member.asked != (message.generation, message.step):
             raise MessageError(Reason.STALE_STEP, f"{sender} answers an old question")
-        member.status, member.root, member.failures = Status.READY, message.root, 0
+        member.status, member.root = Status.READY, message.root
         return member
 
     def leave_out(self, member: Member, step: int) -> None:

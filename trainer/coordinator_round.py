@@ -58,10 +58,19 @@ class Round:
         self.waiting.discard(peer)
         self.roots.pop(peer, None)
 
+    def probe(self, now: float) -> tuple[str, ...]:
+        """Start the clock again and return whom to ask once more."""
+        self.is_probed, self.since = True, now
+        self._named.clear()
+        return tuple(sorted(self.waiting))
+
     def suspects(self) -> tuple[str, ...]:
-        """Return who keeps the round waiting: the silent ones, and those whom the others miss."""
-        named = {peer for peers in self._named.values() for peer in peers}
-        found = {peer for peer in self.waiting if peer not in self._named} | (
-            named & set(self.request.replicas)
-        )
-        return tuple(sorted(found)) or tuple(sorted(self.waiting))[:1]
+        """Return who keeps the round waiting, as far as can be told; nobody while all are just computing.
+
+        These are the silent ones. If all answer that partial sums are missing: those who miss them, once
+        any replica has the sum, since that is cheapest; else those whose sums the others miss.
+        """
+        silent = {peer for peer in self.waiting if peer not in self._named}
+        named = {other for peer, others in self._named.items() for other in others if other != peer}
+        missed = self.waiting if self.roots else named & set(self.request.replicas)
+        return tuple(sorted(silent or missed))

@@ -133,19 +133,21 @@ class Swarm:
 
     def commit(self, book: StepBook) -> None:
         """Make the new states current; whoever has another root starts again from a holder."""
-        self.state.book = None
+        self.state.book, self.state.step = None, book.step
+        took_part = set()
         for stage, done in self.state.rounds.items():
             self.state.roots[book.step, stage] = done.root
-            for peer in done.dissenters:
-                self.repairs.leave_out(self.state.roster.get(peer), Reason.STATE_MISMATCH)
             for peer in done.roots.keys() - set(done.dissenters):
+                took_part.add(peer)
                 self.state.post(peer, Commit(book.generation, book.step))
-        took_part = {peer for done in self.state.rounds.values() for peer in done.roots}
+        dissenters = {peer for done in self.state.rounds.values() for peer in done.dissenters}
         self.state.rounds.clear()
-        self.state.step = book.step
         for member in (*self.state.roster.of(Status.PREPARING), *self.state.roster.of(Status.READY)):
-            if member.peer not in took_part:
-                self.repairs.leave_out(member, "late")
+            if member.peer in took_part:
+                member.failures = 0
+            else:
+                is_dissenter = member.peer in dissenters
+                self.repairs.leave_out(member, Reason.STATE_MISMATCH if is_dissenter else "late")
         oldest = self.state.step - self.state.config.manifest.audit.depth - 1
         self.state.roots = {key: root for key, root in self.state.roots.items() if key[0] >= oldest}
 

@@ -17,7 +17,7 @@ Proof: TypeAlias = tuple[tuple[bytes, bytes], ...]
 """For each tensor of a message its content address and the sender's signature; empty in memory."""
 
 
-class PeerLost(ConnectionError):  # noqa: N818
+class PeerLost(ConnectionError):
     """A message could not be delivered because the link to `peer` is gone."""
 
     def __init__(self, peer: str) -> None:
@@ -121,6 +121,10 @@ class InMemoryHub:
         self._inboxes[peer] = send
         self._on_crash[peer] = on_crash
         return InMemoryTransport(peer, self, receive)
+
+    def has(self, peer: str) -> bool:
+        """Whether a member is alive."""
+        return peer in self._inboxes
 
     def crash(self, peer: str) -> None:
         """Kill a member: its inbox is gone, and every other member is told that the link died."""

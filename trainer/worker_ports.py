@@ -17,7 +17,7 @@ DEFAULT_MEMORY_LIMIT = 4 << 30
 DEFAULT_EARLY_LIMIT = 256 << 20
 
 
-class StateUnavailable(Exception):  # noqa: N818
+class StateUnavailable(Exception):
     """No holder gave a state with the wanted root."""
 
 

@@ -23,7 +23,7 @@ from trainer.stage import build_stage
 from trainer.state import StageState
 from trainer.transport import Faults, InMemoryHub
 from trainer.worker import Worker
-from trainer.worker_ports import StateUnavailable, WorkerConfig, WorkerPorts
+from trainer.worker_ports import Compute, StateUnavailable, T, WorkerConfig, WorkerPorts
 from trainer.worker_step import StepRecord
 
 CLIENT = "client"
@@ -95,9 +95,14 @@ class Kit:
         self.records: list[tuple[str, StepRecord]] = []
         self.events: list[SwarmEvent] = []
         self.unreachable: set[str] = set()
+        self.computes: dict[str, Compute] = {}
+        self.report: Callable[[SwarmEvent], None] = self.events.append
         self.nursery: trio.Nursery | None = None
         ports = CoordinatorPorts(
-            self.governor, batches_of(self.manifest), self.events.append, self.fetch_state
+            self.governor,
+            batches_of(self.manifest),
+            lambda event: self.report(event),
+            self.fetch_state,
         )
         config = CoordinatorConfig(self.manifest, self.patience)
         self.coordinator = Coordinator(config, self.hub.join(CLIENT), ports)
@@ -120,7 +125,11 @@ class Kit:
         async def on_committed(record: StepRecord) -> None:
             self.records.append((peer, record))
 
-        worker = Worker(config, transport, WorkerPorts(self.compute(peer), self.fetch_state, on_committed))
+        worker = Worker(
+            config,
+            transport,
+            WorkerPorts(self.computes.get(peer) or self.compute(peer), self.fetch_state, on_committed),
+        )
         self.workers[peer] = worker
 
         async def live() -> None:
@@ -130,8 +139,8 @@ class Kit:
         assert self.nursery is not None
         self.nursery.start_soon(live)
 
-    def compute(self, peer: str) -> Callable[[Callable[[], object]], Awaitable[object]]:
-        async def inline(work: Callable[[], object]) -> object:
+    def compute(self, peer: str) -> Compute:
+        async def inline(work: Callable[[], T], /) -> T:
             await trio.sleep(self.cell_seconds.get(peer, 0.01))
             return work()
 
@@ -172,3 +181,16 @@ def assert_same_model(states: tuple[StageState, ...], expected: tuple[StageState
 
 def in_virtual_time(body: Callable[[], Awaitable[object]]) -> None:
     trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def trained(kit: Kit) -> tuple[StageState, ...]:
+    """Return the final states of a kit that was run to its end."""
+    torch.set_num_threads(1)
+    outcome: list[tuple[StageState, ...]] = []
+
+    async def train() -> None:
+        outcome.append(await kit.train())
+
+    in_virtual_time(train)
+    kit.check_exactly_once()
+    return outcome[0]

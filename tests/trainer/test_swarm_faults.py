@@ -3,8 +3,7 @@
 from functools import lru_cache
 
 import pytest
-import torch
-from swarm_kit import Kit, assert_same_model, in_virtual_time, manifest_of
+from swarm_kit import Kit, assert_same_model, manifest_of, trained
 
 from trainer.coordinator import StageLost
 from trainer.coordinator_ports import PeerJoined, PeerLeft, Rerouted
@@ -13,18 +12,6 @@ from trainer.state import StageState
 from trainer.transport import Faults
 
 MANIFEST = manifest_of(stages=2, steps=4)
-
-
-def trained(kit: Kit) -> tuple[StageState, ...]:
-    torch.set_num_threads(1)
-    outcome: list[tuple[StageState, ...]] = []
-
-    async def train() -> None:
-        outcome.append(await kit.train())
-
-    in_virtual_time(train)
-    kit.check_exactly_once()
-    return outcome[0]
 
 
 @lru_cache
