@@ -1,0 +1,1 @@
+"""The commands tdml-peer and tdml-chain: parse, call, render."""

@@ -1,0 +1,132 @@
+"""Where answers come from: a running peer's control socket, or a chain database on disk."""
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+from tdml_p2p.errors import FAILED, UNREACHABLE, UserError
+
+SOCKET = "control.sock"
+_SECONDS = 30.0
+
+
+class Source(Protocol):
+    """Something that answers the inspector's queries."""
+
+    def ask(self, query: str, arguments: dict[str, str]) -> Any:
+        """Return the answer as a JSON value; raise `UserError`."""
+
+    def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """Yield events of blocks; raise `UserError`."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class DaemonSource:
+    """A running peer, over its home's control socket."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def ask(self, query: str, arguments: dict[str, str]) -> Any:
+        """Return the answer as a JSON value; raise `UserError`."""
+        return self.get(f"/chain/{query}?{urlencode(arguments)}")
+
+    def get(self, path: str) -> Any:
+        """Return the JSON value at a path of the control interface; raise `UserError`."""
+        return self._exchange("GET", path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send a JSON value and return the answer; raise `UserError`."""
+        return self._exchange("POST", path, json.dumps(body).encode())
+
+    def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """Yield events of blocks as they become final; raise `UserError`."""
+        connection = _UnixConnection(self._home / SOCKET, None)
+        try:
+            try:
+                connection.request("GET", f"/chain/watch?{urlencode(arguments)}")
+                response = connection.getresponse()
+            except OSError as error:
+                raise self._unreachable(error) from None
+            if response.status != 200:
+                raise _refusal(response.read())
+            while line := response.readline():
+                if line.strip():
+                    yield json.loads(line)
+        finally:
+            connection.close()
+
+    def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
+        connection = _UnixConnection(self._home / SOCKET, _SECONDS if body is None else 3 * _SECONDS)
+        headers = {"content-type": "application/json"} if body is not None else {}
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            data = response.read()
+        except OSError as error:
+            raise self._unreachable(error) from None
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _refusal(data)
+        return json.loads(data)
+
+    def _unreachable(self, error: OSError) -> UserError:
+        return UserError(
+            f"No peer answers at {self._home} ({error.strerror or 'no answer in time'}).",
+            "start one with `tdml-peer start`, or name its folder with --home",
+            UNREACHABLE,
+        )
+
+
+class DatabaseSource:
+    """A chain database, read without a peer."""
+
+    def __init__(self, path: Path) -> None:
+        from chain.queries import open_reader
+        from chain.store import StoreCorrupt
+
+        try:
+            self._reader = open_reader(path)
+        except FileNotFoundError:
+            raise UserError(f"There is no database {path}.", "give the path of a chain.db") from None
+        except StoreCorrupt as error:
+            raise UserError(str(error), "restore it from a copy, or remove it and sync again") from None
+
+    def ask(self, query: str, arguments: dict[str, str]) -> Any:
+        """Return the answer as a JSON value; raise `UserError`."""
+        from chain.queries import QueryError, answer
+
+        try:
+            return answer(self._reader, query, arguments)
+        except QueryError as error:
+            raise UserError(error.message, error.hint, FAILED) from None
+
+    def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """Yield the events that the database holds."""
+        yield from self.ask("events", arguments)
+
+
+def _refusal(data: bytes) -> UserError:
+    try:
+        answer = json.loads(data)
+        return UserError(str(answer["error"]), str(answer.get("hint") or ""), FAILED)
+    except (ValueError, KeyError, TypeError):
+        return UserError("The peer gave an answer that cannot be read.", "see its log", FAILED)

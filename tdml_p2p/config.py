@@ -1,0 +1,51 @@
+"""Settings, each written once: field, default, help text; flags, environment and TOML keys follow from it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    """One daemon."""
+
+    home: Path | None = _option(None, "Home folder; the default is the platform's user data folder.")
+    join: tuple[str, ...] = _option((), "Invite line of a network to join; may be repeated.")
+    listen: tuple[str, ...] = _option((), "Address to listen on, as a multiaddr; may be repeated.")
+    device: str = _option("auto", "auto, cpu or cuda:N.")
+    threads: int = _option(1, "CPU threads for torch.")
+    memory: int = _option(0, "Bytes of memory for stages; 0 takes what is free.")
+    work: bool = _option(True, "Serve stages of open tasks.")
+    validate: bool = _option(True, "Validate blocks when bonded.")
+    status_port: int = _option(0, "Port of the status page on 127.0.0.1; 0 turns it off.")
+    public_name: str = _option("", "Name shown to others.")
+    log_level: str = _option("info", "debug, info, warning or error.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: str = _option("llama-tiny", "Built-in name, folder or config file.")
+    data: tuple[Path, ...] = _option((), "Text files or folders.")
+    out: Path = _option(Path("out"), "Folder for the model.")
+    steps: int = _option(100, "Optimiser steps.")
+    batch: int = _option(8, "Sequences of a micro-batch.")
+    microbatches: int = _option(8, "Micro-batches of a step.")
+    sequence: int = _option(128, "Tokens of a sequence.")
+    stages: int = _option(2, "Pipeline stages.")
+    replicas: int = _option(2, "Replicas of each stage.")
+    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    seed: int = _option(0, "Seed of weights and data order.")
+    precision: str = _option("fp32", "Precision profile.")
+    compress: str = _option("none", "Compression on the wire.")
+    audit_rate: float = _option(0.1, "Share of cells that are audited.")
+    redundancy: int = _option(1, "Replicas that compute every cell.")
+    lora: bool = _option(False, "Train adapters only.")
+    private: bool = _option(False, "Keep tokens and labels on this machine.")
+    price: int = _option(1, "Base units paid per cell.")
+    resume: bool = _option(False, "Continue the run saved in the out folder.")
