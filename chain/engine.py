@@ -6,16 +6,20 @@ The one file of `chain` that knows trio. What to do is decided in `engine_core`,
 
 import logging
 import random
-from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from chain.blocks import VerifiedSignatures
-from chain.engine_core import Core, CoreConfig
-from chain.engine_gate import Action, Disposition
-from chain.engine_outbox import Outbox, Own
+from chain.blocks import Block, Refused, VerifiedSignatures, Verifier
+from chain.codec import encode
+from chain.engine_blocks import Tip, assemble, check
+from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, ValidateJob
+from chain.engine_files import Files
+from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
 from chain.engine_seam import (
     ChainBroken,
     ChainNetwork,
@@ -25,12 +29,19 @@ from chain.engine_seam import (
     SubmitRefused,
     TransactionExpired,
 )
+from chain.engine_status import describe
+from chain.engine_sync import CatchUp
+from chain.engine_transactions import Transactions
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
-from chain.ledger import Receipt
-from chain.mempool import Mempool
+from chain.ledger import Executed, InvalidBlock, Reason, Receipt
 from chain.queries import Reader
-from chain.store import Store
+from chain.state import State
+from chain.sync import FinalBlock, StatusReply, StatusRequest, decode_request
+from chain.transactions import Evidence, Payload, Transaction
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus
 
 __all__ = [
     "Action",
@@ -48,13 +59,10 @@ __all__ = [
 T = TypeVar("T")
 _log = logging.getLogger("tdml.chain")
 
-TRANSACTION_BATCH = 128
-TRANSACTION_BATCH_BYTES = 256 * 1024
 SUBSCRIBER_BUFFER = 1024
-KEPT_RECEIPTS = 4096
-KEPT_SIGNED_HEIGHTS = 64
 SYNC_PEERS = 4
-SYNC_RANGE = 128
+LARGE_BLOCK = 32
+"""Transactions from which a block is checked and executed in a thread."""
 
 
 class _Bell:
@@ -71,19 +79,6 @@ class _Bell:
         self._event = trio.Event()
 
 
-class _Sent:
-    """An own transaction, and its receipt once it is included (None when it was given up)."""
-
-    def __init__(self, own: Own) -> None:
-        self.own = own
-        self.done = trio.Event()
-        self.receipt: Receipt | None = None
-
-    def finish(self, receipt: Receipt | None) -> None:
-        self.receipt = receipt
-        self.done.set()
-
-
 class ChainEngine:
     """One peer's chain. `key` signs own transactions and, where the set contains it, votes."""
 
@@ -97,22 +92,318 @@ class ChainEngine:
     ) -> None:
         self._network = network
         self._config = config or EngineConfig()
-        self._key = key
-        self._store = Store.open(home)
+        self._files = Files(home, genesis, key)
+        self._follows_because = self._files.refusal
         self._verify = VerifiedSignatures()
-        tip = self._load(genesis)
-        self._record, self._follows_because = self._open_record(home, tip)
-        voter = key if self._record is not None and self._config.validate else None
-        timers, standstill = self._config.timers, self._config.standstill
-        self._core = Core(CoreConfig(voter, timers, standstill, self._verify), tip)
-        self._mempool = Mempool()
-        self._outbox = Outbox(key, tip.chain_id) if key else None
-        self._sent: OrderedDict[bytes, _Sent] = OrderedDict()
+        tip = self._files.tip()
+        voter = key if self._files.may_sign and self._config.validate else None
+        core = CoreConfig(voter, self._config.timers, self._config.standstill, self._verify)
+        self._core = Core(core, tip)
+        self._transactions = Transactions(key, tip.chain_id)
+        self._catch_up = CatchUp(network, lambda: self._core.tip, self._commit_synced, self._verify)
         self._subscribers: set[trio.MemorySendChannel[Committed]] = set()
         self._random = random.Random(tip.chain_id + (key.account if key else b""))
-        self._ahead: dict[str, int] = {}
+        self._ahead: set[str] = set()
         self._turn = trio.Lock()
-        self._disk_limit = trio.CapacityLimiter(1)
+        self._disk = trio.CapacityLimiter(1)
+        self._block_passed = trio.Event()
         self._clock, self._signing, self._jobs = _Bell(), _Bell(), _Bell()
         self._publishing, self._sending, self._syncing = _Bell(), _Bell(), _Bell()
-        self.reader = Reader(self._store, lambda: self.state)
+
+    @property
+    def state(self) -> State:
+        """The state after the latest final block."""
+        return self._core.tip.state
+
+    @property
+    def reader(self) -> Reader:
+        """What `chain.queries` answers from."""
+        return Reader(self._files.store, lambda: self.state, lambda: tuple(self._transactions.mempool))
+
+    async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until cancelled; raise `ChainBroken` when a final block cannot be followed."""
+        loops = (
+            self._clock_loop,
+            self._sign_loop,
+            self._job_loop,
+            self._publish_loop,
+            self._send_loop,
+            self._sync_loop,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                restored = self._files.restored(self._core.tip.height + 1)
+                self._core.begin(trio.current_time(), restored, self._is_pending())
+                self._pump()
+                for loop in loops:
+                    nursery.start_soon(loop)
+                task_status.started()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release the files; `run` does so when it ends."""
+        for subscriber in self._subscribers:
+            subscriber.close()
+        self._files.close()
+
+    # What the network delivers.
+
+    def deliver(self, topic: str, sender: str, data: bytes) -> Disposition:
+        """Take one gossiped message and say what gossip should do with it."""
+        match topic:
+            case "tx":
+                disposition = self._transactions.take(data, self.state)
+                if disposition == ACCEPTED:
+                    self._core.pace.hurry(trio.current_time())
+            case "block" | "vote":
+                disposition = self._core.deliver(data, trio.current_time())
+                if disposition == FUTURE:
+                    self._hear_of_more(sender)
+            case _:
+                disposition = rejected("unknown-topic")
+        self._pump()
+        return self._core.gate.count(topic, disposition)
+
+    async def serve(self, sender: str, data: bytes) -> bytes:
+        """Answer a sync request; raise `DecodeError` or `Refused`."""
+        tip = self._core.tip
+        request = decode_request(data, tip.chain_id)
+        if isinstance(request, StatusRequest):
+            if request.height > tip.height:
+                self._hear_of_more(sender)
+            return encode(StatusReply(tip.height, tip.hash))
+        last = min(tip.height, request.first + request.count - 1)
+        return await self._on_disk(partial(self._files.range, request.first, last))
+
+    # Own transactions and what others do.
+
+    async def submit(self, payload: Payload) -> bytes:
+        """Sign `payload` with the next nonce, gossip it until it is included and return its id.
+
+        Raises `SubmitRefused` when this peer has no key or the ledger would not take it now.
+        """
+        await trio.lowlevel.checkpoint()
+        tx_id = self._transactions.submit(payload, self.state)
+        self._core.pace.hurry(trio.current_time())
+        self._sending.ring()
+        self._clock.ring()
+        return tx_id
+
+    async def receipt(self, tx_id: bytes) -> Receipt:
+        """Wait for the receipt of an own transaction; raise `TransactionExpired` or `LookupError`."""
+        while True:
+            try:
+                receipt = self._transactions.answer(tx_id)
+            except LookupError:
+                receipt = await self._on_disk(partial(self._files.receipt, tx_id))
+                if receipt is None:
+                    raise
+            if receipt is not None:
+                return receipt
+            await self._block_passed.wait()
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[Committed]]:
+        """Open a channel of the blocks that become final from now on.
+
+        A reader that falls 1,024 blocks behind misses blocks; `state` is always the latest.
+        """
+        send, receive = trio.open_memory_channel[Committed](SUBSCRIBER_BUFFER)
+        self._subscribers.add(send)
+        try:
+            yield receive
+        finally:
+            self._subscribers.discard(send)
+            send.close()
+            receive.close()
+
+    def status(self) -> dict[str, Any]:
+        """Return where the chain stands, ready for JSON."""
+        report = describe(self._core, self._catch_up, self._follows_because, trio.current_time())
+        return report | {"mempool": len(self._transactions.mempool)}
+
+    # Loops.
+
+    async def _clock_loop(self) -> None:
+        while True:
+            with trio.move_on_at(self._core.deadline()):
+                await self._clock.heard()
+            self._core.tick(trio.current_time())
+            self._pump(clock=False)
+
+    async def _sign_loop(self) -> None:
+        while True:
+            await self._signing.heard()
+            while self._core.signing:
+                jobs = list(self._core.signing)
+                self._core.signing.clear()
+                for job, vote in await self._on_disk(partial(self._files.sign, jobs)):
+                    self._core.signed(job, vote, trio.current_time())
+                self._pump()
+
+    async def _job_loop(self) -> None:
+        while True:
+            await self._jobs.heard()
+            while self._core.jobs:
+                async with self._turn:
+                    await self._do(self._core.jobs.popleft())
+                self._pump()
+
+    async def _publish_loop(self) -> None:
+        while True:
+            await self._publishing.heard()
+            while self._core.publish:
+                topic, data = self._core.publish.popleft()
+                await self._network.publish(topic, data)
+
+    async def _send_loop(self) -> None:
+        while True:
+            with trio.move_on_at(self._transactions.next_gossip()):
+                await self._sending.heard()
+            await trio.sleep(self._config.gossip_batch)
+            for data in self._transactions.to_gossip(trio.current_time()):
+                await self._network.publish("tx", data)
+
+    async def _sync_loop(self) -> None:
+        while True:
+            with trio.move_on_after(self._config.sync_interval):
+                await self._syncing.heard()
+                await trio.sleep(self._config.sync_grace)
+            peers = list(self._network.peers())
+            self._random.shuffle(peers)
+            peers.sort(key=lambda peer: peer not in self._ahead)
+            self._ahead.clear()
+            for peer in peers[:SYNC_PEERS]:
+                await self._catch_up.follow(peer)
+
+    # Work.
+
+    async def _do(self, job: Job) -> None:
+        match job:
+            case BuildJob():
+                await self._build(job)
+            case ValidateJob():
+                executed = await self._validate(job.block)
+                self._core.validated(job, executed, trio.current_time())
+            case CommitJob(block, certificate):
+                await self._commit(FinalBlock(block, certificate))
+
+    async def _build(self, job: BuildJob) -> None:
+        if job.machine is not self._core.machine or job.view != job.machine.view:
+            return
+        try:
+            draft = self._core.draft(job.view, self._config.clock_ms())
+        except LookupError as error:
+            self._follows_because = str(error)
+            return
+        tip = self._core.build_tip()
+        transactions = self._transactions.select(tip.state)
+        try:
+            block, executed = await self._compute(transactions, partial(assemble, tip, draft, transactions))
+        except InvalidBlock:
+            _log.exception("the mempool chose what no block may carry; the next block is empty")
+            self._transactions.mempool.remove(transactions)
+            block, executed = assemble(tip, draft, ())
+        self._core.built(job, block, executed, trio.current_time())
+
+    async def _validate(self, block: Block) -> Executed | None:
+        if block.height != self._core.tip.height + 1:
+            return None
+        if block.hash in self._core.executed:
+            return self._core.executed[block.hash]
+        unchecked = self._transactions.unchecked(block)
+        now_ms = self._config.clock_ms()
+        work = partial(_check_proposal, self._core.tip, block, unchecked, now_ms, self._verify)
+        try:
+            return await self._compute(block.transactions, work)
+        except (Refused, InvalidBlock, AssertionError) as error:
+            _log.warning("block %d of view %d is invalid: %s", block.height, block.header.view, error)
+            return None
+
+    async def _commit_synced(self, final: FinalBlock) -> None:
+        async with self._turn:
+            await self._commit(final)
+        self._pump()
+
+    async def _commit(self, final: FinalBlock) -> None:
+        block, tip = final.block, self._core.tip
+        if block.height != tip.height + 1:
+            return
+        executed = self._core.executed.get(block.hash)
+        if executed is None:
+            try:
+                work = partial(check, tip, block, None, self._verify)
+                executed = await self._compute(block.transactions, work)
+            except (Refused, InvalidBlock, AssertionError) as error:
+                raise ChainBroken(f"final block {block.height} does not execute here: {error}") from error
+        restored = await self._on_disk(partial(self._files.commit, final, tip, executed))
+        signers = tip.state.validators()
+        self._core.adopt(Tip(tip.chain_id, executed.state, block.header, final.certificate, signers))
+        self._transactions.adopt(block, executed)
+        self._core.begin(trio.current_time(), restored, self._is_pending())
+        self._tell(Committed(block, final.certificate, executed.receipts, executed.events))
+
+    def _tell(self, committed: Committed) -> None:
+        self._block_passed.set()
+        self._block_passed = trio.Event()
+        for subscriber in self._subscribers:
+            try:
+                subscriber.send_nowait(committed)
+            except trio.WouldBlock:
+                _log.warning("a subscriber is %d blocks behind and misses one", SUBSCRIBER_BUFFER)
+
+    # Plumbing.
+
+    def _is_pending(self) -> bool:
+        return len(self._transactions.mempool) > 0 or self.state.is_busy()
+
+    def _hear_of_more(self, sender: str) -> None:
+        self._ahead.add(sender)
+        self._syncing.ring()
+
+    def _pump(self, *, clock: bool = True) -> None:
+        """Wake the loops that have work."""
+        core = self._core
+        while core.evidence:
+            self._accuse(core.evidence.popleft())
+        for queue, bell in (
+            (core.signing, self._signing),
+            (core.jobs, self._jobs),
+            (core.publish, self._publishing),
+        ):
+            if queue:
+                bell.ring()
+        if core.is_wanting:
+            self._syncing.ring()
+        if clock:
+            self._clock.ring()
+
+    def _accuse(self, evidence: Evidence) -> None:
+        try:
+            self._transactions.submit(evidence, self.state)
+        except SubmitRefused as refusal:
+            _log.warning("evidence was not submitted: %s", refusal)
+        self._sending.ring()
+
+    async def _on_disk(self, work: Callable[[], T]) -> T:
+        """Run `work` on the databases, one at a time, to its end."""
+        if not self._config.offload:
+            await trio.lowlevel.checkpoint()
+            return work()
+        return await trio.to_thread.run_sync(work, limiter=self._disk)
+
+    async def _compute(self, transactions: Sequence[Transaction], work: Callable[[], T]) -> T:
+        """Run `work` on a block, in a thread when it is large."""
+        if not self._config.offload or len(transactions) < LARGE_BLOCK:
+            return work()
+        return await trio.to_thread.run_sync(work)
+
+
+def _check_proposal(
+    tip: Tip, block: Block, unchecked: Sequence[Transaction], now_ms: int, verify: Verifier
+) -> Executed:
+    for transaction in unchecked:
+        if not transaction.is_signed():
+            raise InvalidBlock(Reason.BAD_SIGNATURE, transaction.tx_id.hex())
+    return check(tip, block, now_ms, verify)

@@ -74,7 +74,7 @@ class SignJob:
 
 @dataclass(frozen=True)
 class Restored:
-    """Own votes and proposals of the current height, from the signing record."""
+    """Own votes and proposals of one height, from the signing record."""
 
     votes: tuple[Vote, ...] = ()
     proposals: tuple[Proposal, ...] = ()
@@ -105,6 +105,8 @@ class Core:
         self.signing: deque[SignJob] = deque()
         self.jobs: deque[Job] = deque()
         self.evidence: deque[Evidence] = deque()
+        self.began = 0.0
+        """When the height under decision began."""
         self._waiting: BuildJob | None = None
         self.machine = self._machine(Restored())
 
@@ -128,6 +130,7 @@ class Core:
         self.machine = self._machine(restored)
         self.executed.clear()
         self._waiting = None
+        self.began = now
         self.pace.begin(now, pending)
         self._perform(self.machine, self.machine.start(), now)
         for taken in self.gate.release(self.machine, now):

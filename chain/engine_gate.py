@@ -43,6 +43,7 @@ class Disposition:
 
 
 ACCEPTED = Disposition(Action.ACCEPT)
+FUTURE = Disposition(Action.IGNORE, "future-height")
 
 
 def ignored(reason: str) -> Disposition:
@@ -82,8 +83,6 @@ class Gate:
     chain_id: bytes
     check: Verifier
     counts: Counter[str] = field(default_factory=Counter)
-    highest: int = 0
-    """The greatest height that any message spoke of (nobody vouches for it)."""
     heard: dict[bytes, float] = field(default_factory=dict)
     _buffer: deque[tuple[ConsensusMessage, int]] = field(default_factory=deque)
     _buffered: int = 0
@@ -104,7 +103,6 @@ class Gate:
         if chain_id != self.chain_id:
             return Taken(rejected(Reason.WRONG_CHAIN))
         if height > current:
-            self.highest = max(self.highest, height)
             return Taken(self._keep(message, height, current, len(data)))
         if height < current and (previous is None or height != current - 1):
             return Taken(ignored("past-height"))
@@ -127,7 +125,7 @@ class Gate:
         if height <= current + 2 and not full:
             self._buffer.append((message, size))
             self._buffered += size
-        return ignored("future-height")
+        return FUTURE
 
     def _feed(self, message: ConsensusMessage, machine: Consensus, now: float) -> Taken:
         if _is_known(message, machine):

@@ -43,6 +43,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._pending)
 
+    @property
+    def account(self) -> bytes:
+        """The sender."""
+        return self._key.account
+
     def add(self, payload: Payload, position: Position) -> Own:
         """Return `payload` signed with the next free nonce."""
         nonce = max([position.nonce, *(own.transaction.body.nonce + 1 for own in self._pending)])

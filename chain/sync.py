@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, Raw
 
 from chain.blocks import (
     Block,
@@ -80,15 +80,15 @@ def decode_range(data: bytes) -> tuple[FinalBlock, ...]:
     return reply.blocks
 
 
-def pack_range(blocks: list[FinalBlock]) -> bytes:
-    """Return the reply with as many of the leading `blocks` as its size allows."""
+def pack_range(encoded: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the reply with as many of the leading (block, certificate) encodings as its size allows."""
     size, fitting = 0, 0
-    for block in blocks[:MAX_RANGE]:
-        size += len(encode(block))
+    for block, certificate in encoded[:MAX_RANGE]:
+        size += len(block) + len(certificate) + 8
         if fitting and size > RANGE_BYTES:
             break
         fitting += 1
-    return encode(RangeReply(tuple(blocks[:fitting])))
+    return encode((tuple((Raw(block), Raw(certificate)) for block, certificate in encoded[:fitting]),))
 
 
 def check_final(final: FinalBlock, parent: Header | None, validators: ValidatorSet, check: Verifier) -> None:

@@ -186,7 +186,7 @@ class Node:
                 self._later(consensus, lambda: consensus.on_validated(block.hash, valid))
             case Sign(vote, proposal):
                 signed = self._sign(vote, proposal)
-                self._later(consensus, lambda: consensus.on_signed(signed))
+                self._later(consensus, lambda: consensus.on_signed(signed), also_late=True)
             case Decide(block, certificate):
                 self._commit(block, certificate)
             case Accuse():
@@ -194,9 +194,16 @@ class Node:
             case _:
                 assert_never(effect)
 
-    def _later(self, consensus: Consensus, action: Callable[[], list[Effect]]) -> None:
+    def _later(
+        self, consensus: Consensus, action: Callable[[], list[Effect]], *, also_late: bool = False
+    ) -> None:
         delay = self.world.rng.uniform(0.0, 0.03)
-        self.world.later(self, delay, lambda: self._if_same(consensus, action))
+
+        def act() -> None:
+            if consensus is self.consensus or (also_late and consensus is self.previous):
+                self.perform(action())
+
+        self.world.later(self, delay, act)
 
     def _if_same(self, consensus: Consensus, action: Callable[..., list[Effect]], *arguments: int) -> None:
         if consensus is self.consensus:

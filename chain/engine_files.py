@@ -1,0 +1,102 @@
+"""The engine's two databases: what it loads at start, writes and reads. The caller picks the thread."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from chain.blocks import Vote
+from chain.engine_blocks import Tip
+from chain.engine_core import Restored, SignJob
+from chain.genesis import Genesis
+from chain.keys import PrivateKey
+from chain.ledger import Executed, Receipt
+from chain.signing import Conflict, RecordMissing, SigningRecord
+from chain.store import Store
+from chain.sync import FinalBlock, pack_range
+
+KEPT_SIGNED_HEIGHTS = 64
+"""Heights below the tip whose signing record is kept."""
+
+_log = logging.getLogger("tdml.chain")
+
+
+class Files:
+    """`chain.db` and, for a peer with a key, `signing.db` of one home folder."""
+
+    def __init__(self, home: Path, genesis: Genesis, key: PrivateKey | None) -> None:
+        self.store = Store.open(home / "chain.db", genesis)
+        self._chain_id = genesis.chain_id
+        self._record: SigningRecord | None = None
+        self.refusal: str | None = None
+        """Why this peer may not sign votes, in words."""
+        tip = self.store.tip()
+        if key is None:
+            return
+        try:
+            self._record = SigningRecord.open(
+                home / "signing.db",
+                chain_id=genesis.chain_id,
+                account=key.account,
+                sign=key.sign,
+                tip=tip[0].height if tip else 0,
+            )
+        except RecordMissing as error:
+            self.refusal = str(error)
+        except BaseException:
+            self.store.close()
+            raise
+
+    @property
+    def may_sign(self) -> bool:
+        """Whether there is a signing record to sign with."""
+        return self._record is not None
+
+    def close(self) -> None:
+        """Close both files."""
+        if self._record is not None:
+            self._record.close()
+        self.store.close()
+
+    def tip(self) -> Tip:
+        """Return the final tip; raise `StoreCorrupt`."""
+        state, newest = self.store.load_state(), self.store.tip()
+        if newest is None:
+            return Tip(self._chain_id, state)
+        block, certificate = newest
+        signers = self.store.validators(block.header.validators_hash)
+        return Tip(self._chain_id, state, block.header, certificate, signers)
+
+    def restored(self, height: int) -> Restored:
+        """Return what this peer has signed at `height`."""
+        if self._record is None:
+            return Restored()
+        return Restored(self._record.votes(height), self._record.proposals(height))
+
+    def sign(self, jobs: Sequence[SignJob]) -> list[tuple[SignJob, Vote]]:
+        """Return the jobs whose votes are durable and signed now, in one commit where nothing conflicts."""
+        if self._record is None:
+            return []
+        try:
+            return list(zip(jobs, self._record.sign_all([(j.vote, j.proposal) for j in jobs]), strict=True))
+        except Conflict as error:
+            if len(jobs) == 1:
+                _log.warning("not signed: %s", error)
+                return []
+        return [signed for job in jobs for signed in self.sign([job])]
+
+    def commit(self, final: FinalBlock, before: Tip, executed: Executed) -> Restored:
+        """Store a final block in one transaction; return what was signed at the next height."""
+        height = final.block.height
+        self.store.commit(final.block, final.certificate, before.state, executed)
+        if self._record is not None and height % KEPT_SIGNED_HEIGHTS == 0:
+            self._record.forget(height - KEPT_SIGNED_HEIGHTS)
+        return self.restored(height + 1)
+
+    def range(self, first: int, last: int) -> bytes:
+        """Return the sync reply with these heights."""
+        return pack_range(self.store.raw_blocks(first, last))
+
+    def receipt(self, tx_id: bytes) -> Receipt | None:
+        """Return the receipt of a transaction in the chain."""
+        found = self.store.receipt(tx_id)
+        return Receipt(tx_id, found[2]) if found else None

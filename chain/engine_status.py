@@ -1,0 +1,36 @@
+"""What the engine says about itself, ready for JSON."""
+
+from typing import Any
+
+from chain.engine_core import Core
+from chain.engine_gate import halted_reason
+from chain.engine_sync import CatchUp
+from chain.keys import peer_id
+
+STALLED_SECONDS = 15.0
+"""How long a due block may fail to appear before the status says why."""
+
+
+def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: float) -> dict[str, Any]:
+    """Return height, view, validators, sync and, when the chain waits for absent validators, why."""
+    tip, machine = core.tip, core.machine
+    validators = core.validators
+    stalled = now - max(core.pace.due, core.began) > STALLED_SECONDS
+    own = core.account
+    return {
+        "chain_id": tip.chain_id.hex(),
+        "height": tip.height,
+        "block_hash": tip.hash.hex(),
+        "timestamp": tip.timestamp,
+        "view": machine.view,
+        "leader": peer_id(machine.leader(max(machine.view, 1))) if len(validators) else None,
+        "syncing": catch_up.is_behind,
+        "target_height": max(catch_up.target, tip.height),
+        "validators": len(validators),
+        "total_power": str(validators.total),
+        "own_power": str(validators.power(own)) if own else "0",
+        "is_validator": machine.is_voter,
+        "follows_because": follows_because,
+        "halted": halted_reason(core.gate, validators, own, now) if stalled else None,
+        "messages": dict(sorted(core.gate.counts.items())),
+    }

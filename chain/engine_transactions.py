@@ -1,0 +1,147 @@
+"""Transactions at work: the mempool behind gossip, and this peer's own until they have receipts. Pure."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from chain.blocks import Block
+from chain.codec import DecodeError, decode, encode
+from chain.engine_gate import ACCEPTED, Disposition, ignored, rejected
+from chain.engine_outbox import Outbox, Own, Position
+from chain.engine_seam import SubmitRefused, TransactionExpired
+from chain.keys import PrivateKey
+from chain.ledger import Executed, Reason, Receipt
+from chain.mempool import Mempool
+from chain.state import State
+from chain.transactions import MAX_TRANSACTION_BYTES, Payload, Transaction, decode_transaction
+
+BATCH = 128
+BATCH_BYTES = 256 * 1024
+MAX_BATCH_BYTES = BATCH_BYTES + MAX_TRANSACTION_BYTES + 1024
+KEPT_RECEIPTS = 4096
+FALSE = frozenset((Reason.WRONG_CHAIN, Reason.TOO_LARGE))
+"""Refusals that no honest peer's state can explain."""
+
+Batch = Annotated[
+    tuple[Annotated[bytes, Meta(max_length=MAX_TRANSACTION_BYTES)], ...], Meta(min_length=1, max_length=BATCH)
+]
+
+
+def pack(transactions: Iterable[Transaction]) -> Iterator[bytes]:
+    """Yield gossip messages: arrays of encoded transactions, bounded in count and bytes."""
+    batch: list[bytes] = []
+    for data in map(encode, transactions):
+        if batch and (len(batch) == BATCH or sum(map(len, batch)) + len(data) > BATCH_BYTES):
+            yield encode(tuple(batch))
+            batch = []
+        batch.append(data)
+    if batch:
+        yield encode(tuple(batch))
+
+
+@dataclass
+class _Sent:
+    """An own transaction; `receipt` once it is included, `lost` when it was given up."""
+
+    own: Own
+    receipt: Receipt | None = None
+    lost: bool = False
+
+
+class Transactions:
+    """The mempool and the own transactions of one peer."""
+
+    def __init__(self, key: PrivateKey | None, chain_id: bytes) -> None:
+        self.mempool = Mempool()
+        self.outbox = Outbox(key, chain_id) if key else None
+        self._sent: dict[bytes, _Sent] = {}
+
+    def take(self, data: bytes, state: State) -> Disposition:
+        """Take a gossiped batch: a false transaction condemns it, a new one makes it worth passing on."""
+        try:
+            batch: tuple[bytes, ...] = decode(Batch, data, MAX_BATCH_BYTES)
+            transactions = [decode_transaction(encoded) for encoded in batch]
+        except DecodeError:
+            return rejected("malformed")
+        disposition = ignored("known")
+        for transaction in transactions:
+            if transaction.tx_id in self.mempool:
+                continue
+            if not transaction.is_signed():
+                return rejected(Reason.BAD_SIGNATURE)
+            reason = self.mempool.add(state, transaction)
+            if reason in FALSE:
+                return rejected(reason)
+            if reason is None:
+                disposition = ACCEPTED
+            elif disposition != ACCEPTED:
+                disposition = ignored(reason)
+        return disposition
+
+    def select(self, state: State) -> tuple[Transaction, ...]:
+        """Return the transactions of the next block."""
+        params = state.params
+        return self.mempool.select(state, params.max_block_bytes, params.max_block_transactions)
+
+    def unchecked(self, block: Block) -> list[Transaction]:
+        """Return the transactions of a block whose signatures have not been checked here."""
+        return [transaction for transaction in block.transactions if transaction.tx_id not in self.mempool]
+
+    def submit(self, payload: Payload, state: State) -> bytes:
+        """Sign a payload with the next nonce and return its id; raise `SubmitRefused`."""
+        if self.outbox is None:
+            raise SubmitRefused("no-key")
+        own = self.outbox.add(payload, self._position(state))
+        reason = self.mempool.add(state, own.transaction)
+        if reason is not None:
+            self.outbox.discard(own)
+            raise SubmitRefused(reason)
+        self._sent[own.names[0]] = _Sent(own)
+        return own.names[0]
+
+    def adopt(self, block: Block, executed: Executed) -> None:
+        """Take what a final block did: receipts, and own transactions that must be signed again."""
+        self.mempool.remove(block.transactions)
+        self.mempool.prune(executed.state)
+        if self.outbox is None:
+            return
+        receipts = {receipt.tx_id: receipt for receipt in executed.receipts}
+        for own in self.outbox.settle(receipts):
+            self._sent[own.names[0]].receipt = next(receipts[name] for name in own.names if name in receipts)
+        renewed, lost = self.outbox.renew(self._position(executed.state))
+        for own in lost:
+            self._sent[own.names[0]].lost = True
+        for own in renewed:
+            self.mempool.add(executed.state, own.transaction)
+        self._forget()
+
+    def answer(self, tx_id: bytes) -> Receipt | None:
+        """Return the receipt of an own transaction, None while it waits.
+
+        Raises `LookupError` for an id that was not submitted here and `TransactionExpired`.
+        """
+        sent = self._sent.get(tx_id)
+        if sent is None:
+            raise LookupError(f"no transaction {tx_id.hex()} was submitted here")
+        if sent.lost:
+            raise TransactionExpired(tx_id.hex())
+        return sent.receipt
+
+    def to_gossip(self, now: float) -> Sequence[bytes]:
+        """Return the gossip messages that are due."""
+        return list(pack(self.outbox.to_gossip(now))) if self.outbox else []
+
+    def next_gossip(self) -> float:
+        """Return when gossip is due."""
+        return self.outbox.next_gossip() if self.outbox else float("inf")
+
+    def _position(self, state: State) -> Position:
+        account = self.outbox.account if self.outbox else b""
+        return Position(state.height, state.account(account).nonce, state.params.min_fee_per_byte)
+
+    def _forget(self) -> None:
+        for name in list(self._sent)[: max(0, len(self._sent) - KEPT_RECEIPTS)]:
+            if self._sent[name].receipt or self._sent[name].lost:
+                del self._sent[name]

@@ -1,0 +1,118 @@
+"""An in-memory network of chain engines for tests: full mesh, with partitions, on any trio clock."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import trio
+
+from chain.engine import Action, ChainEngine, EngineConfig, RequestFailed
+from chain.genesis import Allocation, Genesis, GenesisValidator
+from chain.keys import PrivateKey, peer_id
+from chain.params import Params
+from chain.randomness import onion_of
+
+START_MS = 1_700_000_000_000
+DELAY = 0.01
+
+
+def keys(count: int) -> list[PrivateKey]:
+    """Return the same keys in every run."""
+    return [PrivateKey(bytes([i + 1]) * 32) for i in range(count)]
+
+
+def genesis_of(validators: list[PrivateKey], others: list[PrivateKey], **params: int) -> Genesis:
+    """Return a network with equal stakes and 1,000,000 for everybody."""
+    return Genesis(
+        b"test",
+        START_MS,
+        replace_params(Params(), **params),
+        tuple(Allocation(key.account, 1_000_000) for key in [*validators, *others]),
+        tuple(GenesisValidator(key.account, 10_000, onion_of(key).tip) for key in validators),
+    )
+
+
+def replace_params(params: Params, **changes: int) -> Params:
+    """Return other parameters."""
+    from msgspec import structs
+
+    return structs.replace(params, **changes)
+
+
+@dataclass
+class Hub:
+    """Delivers gossip and requests between the engines that run, unless their groups differ."""
+
+    engines: dict[str, ChainEngine] = field(default_factory=dict)
+    group: dict[str, int] = field(default_factory=dict)
+    penalized: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    def reaches(self, first: str, second: str) -> bool:
+        """Whether two peers are connected."""
+        return self.group.get(first, 0) == self.group.get(second, 0)
+
+
+@dataclass
+class Link:
+    """One engine's `ChainNetwork` on a hub."""
+
+    hub: Hub
+    peer: str
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Deliver to every reachable engine after a delay."""
+        await trio.sleep(DELAY)
+        for peer, engine in list(self.hub.engines.items()):
+            if peer != self.peer and self.hub.reaches(peer, self.peer):
+                disposition = engine.deliver(topic, self.peer, data)
+                if disposition.action == Action.REJECT:
+                    self.hub.refused.append((topic, disposition.reason))
+
+    def peers(self) -> tuple[str, ...]:
+        """Return the reachable engines."""
+        return tuple(p for p in self.hub.engines if p != self.peer and self.hub.reaches(p, self.peer))
+
+    async def request(self, peer: str, data: bytes) -> bytes:
+        """Ask an engine."""
+        await trio.sleep(DELAY)
+        if peer not in self.hub.engines or not self.hub.reaches(peer, self.peer):
+            raise RequestFailed("not connected")
+        return await self.hub.engines[peer].serve(self.peer, data)
+
+    def penalize(self, peer: str, reason: str) -> None:
+        """Remember it."""
+        self.hub.penalized.append((peer, reason))
+
+
+def clock_ms() -> int:
+    """Return the virtual time as a wall clock."""
+    return START_MS + int(trio.current_time() * 1000) + 1
+
+
+CONFIG = EngineConfig(offload=False, clock_ms=clock_ms)
+
+
+@asynccontextmanager
+async def running(
+    hub: Hub, home: Path, genesis: Genesis, key: PrivateKey, *, validate: bool = True
+) -> AsyncIterator[ChainEngine]:
+    """Run one engine on the hub while the block lasts; leaving is as sudden as a crash."""
+    home.mkdir(exist_ok=True)
+    peer = peer_id(key.account)
+    engine = ChainEngine(home, genesis, key, Link(hub, peer), replace(CONFIG, validate=validate))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        hub.engines[peer] = engine
+        try:
+            yield engine
+        finally:
+            hub.engines.pop(peer, None)
+            nursery.cancel_scope.cancel()
+
+
+async def until_height(engine: ChainEngine, height: int) -> None:
+    """Wait until the engine has a final block of `height`."""
+    while engine.state.height < height:
+        await trio.sleep(0.05)
