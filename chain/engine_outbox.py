@@ -40,9 +40,6 @@ class Outbox:
         self._chain_id = chain_id
         self._pending: list[Own] = []
 
-    def __len__(self) -> int:
-        return len(self._pending)
-
     @property
     def account(self) -> bytes:
         """The sender."""

@@ -131,14 +131,14 @@ class Transactions:
 
     def to_gossip(self, now: float) -> Sequence[bytes]:
         """Return the gossip messages that are due."""
-        return list(pack(self.outbox.to_gossip(now))) if self.outbox else []
+        return list(pack(self.outbox.to_gossip(now))) if self.outbox is not None else []
 
     def next_gossip(self) -> float:
         """Return when gossip is due."""
-        return self.outbox.next_gossip() if self.outbox else float("inf")
+        return self.outbox.next_gossip() if self.outbox is not None else float("inf")
 
     def _position(self, state: State) -> Position:
-        account = self.outbox.account if self.outbox else b""
+        account = self.outbox.account if self.outbox is not None else b""
         return Position(state.height, state.account(account).nonce, state.params.min_fee_per_byte)
 
     def _forget(self) -> None:
