@@ -44,6 +44,7 @@ class Coordinator:
         self._outbox = Outbox(transport, self._on_undelivered)
         self._state = SwarmState(config, ports, self._outbox.post, Pace(config.patience))
         self._swarm = Swarm(self._state)
+        self._next_check = 0.0
 
     @property
     def refused(self) -> Counter[Reason]:
@@ -124,6 +125,9 @@ class Coordinator:
         while not is_over():
             with trio.move_on_after(self._config.patience.tick):
                 self._swarm.take(await self._transport.receive())
+            if self._ports.clock() < self._next_check:
+                continue
+            self._next_check = self._ports.clock() + self._config.patience.tick
             members = self._ports.governor.current()
             if members.generation != self._state.generation:
                 raise _GenerationEndedError

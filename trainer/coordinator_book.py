@@ -79,9 +79,7 @@ class StepBook:
     def waited_for(self) -> frozenset[str]:
         """Return the owners that have all they need for their next half of some cell."""
         in_flight = Counter(
-            (stage, self.routes[cell][stage])
-            for stage, cell in self._passed
-            if (stage, cell) not in self._done
+            (stage, self.routes[cell][stage]) for stage, cell in self._passed if (stage, cell) not in self._done
         )
         return frozenset(
             self.routes[cell][stage]

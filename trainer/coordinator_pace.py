@@ -1,32 +1,36 @@
 """How fast the workers are, and who has been silent for too long."""
 
 from collections.abc import Iterable
-from statistics import median
 
 from trainer.coordinator_ports import Patience
 
 _SMOOTHING = 0.3
 _FORGIVENESS = 0.1
+_SHORTEST = 1e-6
 
 
 class Pace:
-    """Smoothed seconds a cell of every worker, and since when each one is waited for."""
+    """Smoothed seconds a cell of every worker, and since when each one is waited for.
+
+    Only the client's own clock counts: a worker's time is that during which it had all it needed.
+    """
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self._seconds: dict[str, float] = {}
         self._since: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
         self._stretch = 1.0
 
-    def learn(self, peer: str, seconds: float) -> None:
-        """Take the computing time of one cell."""
-        seconds = max(seconds, 1e-6)
+    def finished(self, peer: str) -> None:
+        """Count the time since the last finished cell as that of one more; call after `heard`."""
+        seconds = max(self._busy.pop(peer, 0.0), _SHORTEST)
         known = self._seconds.get(peer, seconds)
         self._seconds[peer] = known + _SMOOTHING * (seconds - known)
 
     def penalise(self, peer: str, now: float) -> None:
         """Count the time that `peer` let the step wait as a cell's time, and wait longer for the next."""
-        self._seconds[peer] = max(self._seconds.get(peer, 0.0), now - self._since.get(peer, now), 1e-6)
+        self._seconds[peer] = max(self._seconds.get(peer, 0.0), now - self._since.get(peer, now), _SHORTEST)
         self._since.pop(peer, None)
         self._stretch *= 2
 
@@ -46,6 +50,7 @@ class Pace:
     def start(self) -> None:
         """Begin a step: nobody is waited for yet."""
         self._since.clear()
+        self._busy.clear()
         self._stretch = 1.0
 
     def watch(self, waited_for: frozenset[str], now: float) -> None:
@@ -55,6 +60,7 @@ class Pace:
     def heard(self, peer: str, now: float) -> None:
         """Start the clock of `peer` again: it made progress."""
         if peer in self._since:
+            self._busy[peer] = self._busy.get(peer, 0.0) + now - self._since[peer]
             self._since[peer] = now
 
     def is_overdue(self, peer: str, replicas: Iterable[str], now: float) -> bool:
@@ -72,4 +78,4 @@ class Pace:
     def _usual(self, peers: tuple[str, ...]) -> float | None:
         # the lower median: half of the replicas being slow does not make slowness usual
         known = sorted(self._seconds[peer] for peer in peers if peer in self._seconds)
-        return median(known[: len(known) // 2 + 1]) if known else None
+        return known[(len(known) - 1) // 2] if known else None

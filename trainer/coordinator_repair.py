@@ -40,9 +40,7 @@ class Repairs:
         for member in self._swarm.roster.of(Status.PREPARING):
             if now - member.asked_at > self._patience.join * 2 ** min(member.failures, 3):
                 self.leave_out(member, "late")
-        self._empty_since = {
-            s: t for s, t in self._empty_since.items() if s in self._swarm.roster.empty_stages()
-        }
+        self._empty_since = {s: t for s, t in self._empty_since.items() if s in self._swarm.roster.empty_stages()}
         for stage in self._swarm.roster.empty_stages():
             if not self._swarm.roster.of(Status.PREPARING, stage):
                 self._await_stage(stage, now)
@@ -69,7 +67,6 @@ class Repairs:
     def _check_round(self, current: Round, now: float) -> None:
         usual = self._patience.first if self._reduce_seconds is None else self._reduce_seconds
         if current.is_complete:
-            self._reduce_seconds = current.since - current.started
             return
         # each further attempt gets twice the time, so that slowness alone cannot keep a step from ending
         stretch = 2 ** min(current.request.attempt // len(self._swarm.rounds), 6)
@@ -85,6 +82,10 @@ class Repairs:
         if not suspects:
             for peer in current.probe(now):
                 self._swarm.post(peer, current.request)
+
+    def learn_reduction(self, seconds: float) -> None:
+        """Take the time that the slowest round of a committed step took."""
+        self._reduce_seconds = seconds
 
     def lose(self, peer: str, why: str) -> None:
         """Leave out a worker whose link is gone."""

@@ -90,10 +90,7 @@ class Swarm:
     def open(self) -> StepBook:
         """Route the next step's micro-batches over the replicas and feed the ends."""
         self.invite_absent()
-        weights = [
-            self.state.pace.weights(self.state.roster.ready(stage))
-            for stage in range(self.state.roster.stages)
-        ]
+        weights = [self.state.pace.weights(self.state.roster.ready(stage)) for stage in range(self.state.roster.stages)]
         routes = plan_routes(self.state.config.manifest.microbatches, weights)
         self.state.book = book = StepBook(self.state.generation, self.state.step + 1, routes)
         self.state.rounds.clear()
@@ -140,6 +137,7 @@ class Swarm:
             for peer in done.roots.keys() - set(done.dissenters):
                 took_part.add(peer)
                 self.state.post(peer, Commit(book.generation, book.step))
+        self.repairs.learn_reduction(max(done.since - done.started for done in self.state.rounds.values()))
         dissenters = {peer for done in self.state.rounds.values() for peer in done.dissenters}
         self.state.rounds.clear()
         for member in (*self.state.roster.of(Status.PREPARING), *self.state.roster.of(Status.READY)):
@@ -206,8 +204,9 @@ class Swarm:
             book.note_passed(sender, message)
         else:
             book.note_done(sender, message)
-            self.state.pace.learn(sender, message.seconds)
         self.repairs.heard(sender)
+        if isinstance(message, CellDone):
+            self.state.pace.finished(sender)
         self.state.watch(book)
 
     def _on_fault(self, member: Member, fault: Fault) -> None:

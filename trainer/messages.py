@@ -166,11 +166,11 @@ class Passed(_OfCell, frozen=True):
 
 
 class CellDone(_OfCell, frozen=True):
-    """Worker to client: a cell is complete; `loss` counts at the last stage, `seconds` is computing time."""
+    """Worker to client: a cell is complete; `loss` counts at the last stage, `seconds` is its own word."""
 
     stage: StageIndex
     loss: float
-    seconds: float
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Reroute(_OfCell, frozen=True):

@@ -1,7 +1,8 @@
 """Who runs which cell, and in which order: pure rules.
 
 `apportion` and `plan_routes` spread the micro-batches of a step over replicas by speed; `in_flight_limit`
-is the 1F1B bound (Narayanan et al., PipeDream-Flush, 2021) that keeps a stage's memory at S − i graphs.
+is the 1F1B bound on a stage's memory (Narayanan et al., PipeDream-Flush, 2021): S − i graphs, and one more
+so that the next stage already has its next input when it finishes a cell, however long the way is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 def in_flight_limit(stage: int, stages: int) -> int:
     """Return how many forward halves stage `stage` of `stages` may hold before a backward half is due."""
-    return stages - stage
+    return stages - stage + 1 if stage < stages - 1 else 1
 
 
 def apportion(count: int, weights: Mapping[str, float]) -> dict[str, int]:

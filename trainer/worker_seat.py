@@ -72,9 +72,7 @@ class Seat:
         self.wanted, self.current = None, state
         self._tell(Ready(self.generation, state.step, state.root))
 
-    def computed(
-        self, work: StepWork, cell: Cell, forward: Forward | None, backward: Backward | None
-    ) -> None:
+    def computed(self, work: StepWork, cell: Cell, forward: Forward | None, backward: Backward | None) -> None:
         """Keep a cell's results and send them on."""
         if forward is not None:
             cell.y, cell.boundaries = forward
@@ -99,9 +97,7 @@ class Seat:
         self.pending = state
         self._tell_reduced(reduction.request, state)
 
-    def report(
-        self, during: Prepare | OpenStep | Reduce, reason: Reason, peers: tuple[str, ...] = ()
-    ) -> None:
+    def report(self, during: Prepare | OpenStep | Reduce, reason: Reason, peers: tuple[str, ...] = ()) -> None:
         """Tell the client what stops this worker."""
         self._tell(Fault(during.generation, during.step, reason, peers))
 

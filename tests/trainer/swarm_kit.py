@@ -31,7 +31,7 @@ PATIENCE = Patience(factor=8.0, floor=10.0, first=60.0, join=20.0, empty=600.0, 
 
 
 def manifest_of(stages: int = 2, steps: int = 4, microbatches: int = 4, layers: int = 2) -> TaskManifest:
-    config = {
+    config: dict[str, int | float | bool | str] = {
         "vocab_size": 64,
         "hidden_size": 16,
         "num_hidden_layers": layers,

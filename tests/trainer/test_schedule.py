@@ -57,4 +57,4 @@ def test_a_substitute_is_the_one_who_finishes_first() -> None:
 
 
 def test_the_window_shrinks_toward_the_last_stage() -> None:
-    assert [schedule.in_flight_limit(i, 3) for i in range(3)] == [3, 2, 1]
+    assert [schedule.in_flight_limit(i, 3) for i in range(3)] == [4, 3, 1]

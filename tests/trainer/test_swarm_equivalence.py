@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from swarm_kit import Kit, batches_of, in_virtual_time, manifest_of, relative
+import trio
+from swarm_kit import Kit, assert_same_model, batches_of, in_virtual_time, manifest_of, relative, trained
 
 from trainer.local import train_locally
+from trainer.worker_ports import ThreadCompute
 
 STEPS = 20
 
@@ -18,9 +20,7 @@ def test_parameters_equal_those_of_one_process(stages: int, replicas: int) -> No
     async def train() -> None:
         states = await kit.train()
         expected_losses: list[float] = []
-        expected = train_locally(
-            manifest, batches_of(manifest), STEPS, lambda step: expected_losses.append(step.loss)
-        )
+        expected = train_locally(manifest, batches_of(manifest), STEPS, lambda step: expected_losses.append(step.loss))
         assert [state.step for state in states] == [STEPS] * stages
         assert relative(torch.cat([state.weights for state in states]), expected.weights) < 1e-5
         assert relative(torch.cat([state.m for state in states]), expected.m) < 1e-4
@@ -30,4 +30,18 @@ def test_parameters_equal_those_of_one_process(stages: int, replicas: int) -> No
     in_virtual_time(train)
     kit.check_exactly_once()
     assert all(not worker.refused for worker in kit.workers.values())
+    assert not kit.coordinator.refused
+
+
+def test_threads_compute_the_same_bits() -> None:
+    torch.set_num_threads(1)
+    manifest = manifest_of(stages=2, steps=2)
+    kit = Kit(manifest)
+    kit.computes = {peer: ThreadCompute() for stage in kit.governor.members.stages for peer in stage}
+    inline = trained(Kit(manifest))
+
+    async def train() -> None:
+        assert_same_model(await kit.train(), inline)
+
+    trio.run(train)
     assert not kit.coordinator.refused

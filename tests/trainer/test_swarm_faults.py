@@ -42,12 +42,8 @@ PHASES: list[tuple[str, str, type[Message], int, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("peer", "of", "after", "before"), [p[1:] for p in PHASES], ids=[p[0] for p in PHASES]
-)
-def test_a_worker_killed_in_any_phase_changes_nothing(
-    peer: str, of: type[Message], after: int, before: bool
-) -> None:
+@pytest.mark.parametrize(("peer", "of", "after", "before"), [p[1:] for p in PHASES], ids=[p[0] for p in PHASES])
+def test_a_worker_killed_in_any_phase_changes_nothing(peer: str, of: type[Message], after: int, before: bool) -> None:
     kit = Kit(MANIFEST, faults=Faults().crash(peer, after=after, of=of, before=before))
     assert_undisturbed(kit)
     gone = [event for event in kit.events if isinstance(event, PeerLeft)]

@@ -112,9 +112,7 @@ def test_a_newcomer_who_gets_no_state_is_tried_again_with_growing_pauses() -> No
     kit.governor.hooks[2] = arrive
     kit.governor.hooks[8] = kit.unreachable.clear
     trained(kit)
-    asked = [
-        message.step for _, to, message in kit.hub.log if to == "s0r1" and isinstance(message, m.Prepare)
-    ]
+    asked = [message.step for _, to, message in kit.hub.log if to == "s0r1" and isinstance(message, m.Prepare)]
     assert asked == [1, 2, 4, 8]
     assert [e.step for e in kit.events if isinstance(e, PeerJoined) and e.peer == "s0r1"] == [9]
 

@@ -11,7 +11,7 @@ from trainer import messages as m
 from trainer.messages import Reason
 from trainer.stage import build_stage
 from trainer.state import StageState, initial_state
-from trainer.transport import InMemoryHub, Received
+from trainer.transport import InMemoryHub, Lost, Received
 from trainer.worker import Worker
 from trainer.worker_ports import StateUnavailable, T, WorkerConfig, WorkerPorts
 from trainer.worker_step import StepRecord
@@ -32,9 +32,8 @@ class Bench:
         self.peers = {peer: self.hub.join(peer) for peer in (CLIENT, NEXT, TWIN, "stranger")}
         self.records: list[StepRecord] = []
         self.holder: dict[bytes, StageState] = {}
-        self.compute = self.inline
         config = WorkerConfig(CLIENT, build_stage(MANIFEST, 0), MANIFEST, ring_depth, **limits)
-        ports = WorkerPorts(lambda work: self.compute(work), self.fetch, self.on_committed)
+        ports = WorkerPorts(self.inline, lambda root, holders: self.fetch(root, holders), self.on_committed)
         self.worker = Worker(config, self.hub.join(ME), ports)
 
     async def inline(self, work: Callable[[], T], /) -> T:
@@ -58,6 +57,7 @@ class Bench:
     async def hear(self, peer: str = CLIENT) -> m.Message:
         received: Received = await self.peers[peer].receive()
         assert received.sender == ME
+        assert not isinstance(received.message, Lost)
         return received.message
 
     def run(self, script: Callable[["Bench"], Awaitable[None]]) -> None:
@@ -228,7 +228,6 @@ def test_a_newer_request_ends_a_fetch_that_hangs() -> None:
         raise StateUnavailable
 
     bench.fetch = hang  # type: ignore[method-assign]
-    bench = bench_with(bench)
 
     async def script(bench: Bench) -> None:
         await bench.say(m.Prepare(0, 7, 0, NO_ROOT, (TWIN,)))
@@ -236,14 +235,6 @@ def test_a_newer_request_ends_a_fetch_that_hangs() -> None:
         assert isinstance(await bench.hear(), m.Ready)
 
     bench.run(script)
-
-
-def bench_with(bench: Bench) -> Bench:
-    """Return the bench with a worker that uses its present methods."""
-    config = WorkerConfig(CLIENT, build_stage(MANIFEST, 0), MANIFEST, ring_depth=3)
-    ports = WorkerPorts(lambda work: bench.compute(work), bench.fetch, bench.on_committed)
-    bench.worker = Worker(config, bench.hub.join(ME), ports)
-    return bench
 
 
 def test_an_error_of_the_stage_is_told_and_survived() -> None:
@@ -291,9 +282,7 @@ REFUSALS: list[tuple[str, str, m.Message, Reason]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("peer", "message", "reason"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS]
-)
+@pytest.mark.parametrize(("peer", "message", "reason"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
 def test_what_does_not_fit_is_refused_by_name(peer: str, message: m.Message, reason: Reason) -> None:
     bench = Bench()
 
