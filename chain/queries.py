@@ -27,11 +27,24 @@ _PAGE = 20
 _MOST = 1000
 
 
-class NotFound(LookupError):
+class QueryError(Exception):
+    """A query without an answer: one sentence, and a hint."""
+
+    is_missing = False
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class NotFound(QueryError):
     """There is no such thing on this chain."""
 
+    is_missing = True
 
-class BadQuery(ValueError):
+
+class BadQuery(QueryError):
     """A query that cannot be understood."""
 
 
@@ -40,14 +53,20 @@ class Reader:
     """What queries read: the store, the newest state and, on a running peer, its waiting transactions."""
 
     store: Store
-    state: State
-    mempool: tuple[Transaction, ...] = field(default=())
+    newest: Callable[[], State]
+    waiting: Callable[[], tuple[Transaction, ...]] = field(default=lambda: ())
+
+    @property
+    def state(self) -> State:
+        """The newest final state."""
+        return self.newest()
 
 
 def open_reader(path: Path) -> Reader:
     """Return a reader of a database file; raise `StoreCorrupt` or `FileNotFoundError`."""
     store = Store.open_read_only(path)
-    return Reader(store, store.load_state())
+    state = store.load_state()
+    return Reader(store, lambda: state)
 
 
 def answer(reader: Reader, query: str, arguments: Arguments) -> Any:
@@ -397,7 +416,7 @@ def _supply(reader: Reader, _: Arguments) -> Any:
 
 
 def _mempool(reader: Reader, _: Arguments) -> Any:
-    return [_transaction_line(transaction) for transaction in reader.mempool]
+    return [_transaction_line(transaction) for transaction in reader.waiting()]
 
 
 def _genesis(reader: Reader, _: Arguments) -> Any:
@@ -413,6 +432,24 @@ def _events(reader: Reader, arguments: Arguments) -> Any:
     kinds = [kind for kind in arguments.get("topics", "").split(",") if kind]
     rows = reader.store.events(first, last, kinds, count)
     return [{"height": height, "kind": event.kind, "data": event.data} for height, event in rows]
+
+
+def block_events(reader: Reader, height: int) -> list[dict[str, Any]]:
+    """Return what `watch` prints of one stored block: the block itself, then its events in order."""
+    pair = reader.store.block(height)
+    if pair is None:
+        return []
+    header = pair[0].header
+    block = {
+        "hash": header.hash.hex(),
+        "proposer": peer_id(header.proposer),
+        "transactions": len(pair[0].transactions),
+    }
+    stored = [(event.kind, event.data) for _, event in reader.store.events(height, height)]
+    lines = [("block", block), *stored]
+    return [
+        {"height": height, "time": header.timestamp, "kind": kind, "data": data} for kind, data in lines
+    ]
 
 
 def _db_check(reader: Reader, _: Arguments) -> Any:

@@ -69,7 +69,7 @@ class ControlPeer(Protocol):
         """Return the open tasks that the DHT knows and the chain confirms."""
         ...
 
-    def answer(self, query: str, params: Mapping[str, str]) -> Any:
+    async def answer(self, query: str, params: Mapping[str, str]) -> Any:
         """Return the inspector's answer; raise `ApiError`."""
         ...
 
@@ -118,7 +118,7 @@ class Api:
 
     async def chain(self, request: Request) -> Response:
         """Answer one query of the inspector."""
-        return _json(self._peer.answer(request.path_params["query"], dict(request.query_params)))
+        return _json(await self._peer.answer(request.path_params["query"], dict(request.query_params)))
 
     async def watch(self, request: Request) -> Response:
         """Stream the events of new blocks as JSON lines."""

@@ -67,8 +67,8 @@ def _halted(vitals: Vitals) -> Warn | None:
         return None
     return Warn(
         WarningCode.HALTED,
-        f"The chain engine has halted: {vitals.halted}.",
-        "the chain resumes by itself when validators with more than 2/3 of the stake are back",
+        vitals.halted,
+        "check that the silent validators run and are connected; nothing is lost meanwhile",
     )
 
 

@@ -27,7 +27,7 @@ class EventFeed(Protocol):
 
     height: int
 
-    def past(self, height: int) -> Iterable[dict[str, Any]]:
+    async def past(self, height: int) -> Iterable[dict[str, Any]]:
         """Return the lines of one final block."""
         ...
 
@@ -90,7 +90,7 @@ class WatchResponse(Response):
                 return
 
     async def _send_block(self, feed: EventFeed, height: int, send: Send) -> None:
-        for line in feed.past(height):
+        for line in await feed.past(height):
             if self._watch.topics and line["kind"] not in self._watch.topics:
                 continue
             if self._left == 0:

@@ -1,4 +1,4 @@
-"""Full comparison of two results of one cell against thresholds: per token for y and gx, per chunk for gw.
+"""Full comparison of two results of a cell: per token of y and gx, per sequence of losses, per chunk of gw.
 
 The measure of a row b against a is |a−b|₂ / max(|b|₂, 0.1·rms), rms being over the rows' norms; the default
 thresholds are ten times the worst honest deviation over 91 pairs of fp32 configurations (bench/numerics.py).
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.sketch import steady
 from trainer.stage import CellResult
 
 FRAUD_FACTOR = 100.0
@@ -43,7 +44,7 @@ class Comparison:
 
 def compare(claimed: CellResult, own: CellResult, thresholds: Thresholds = FP32) -> Comparison:
     """Return how far `claimed` is from `own`: a match within τ, fraud above 100 τ."""
-    y = deviation(_by_token(claimed.y), _by_token(own.y))
+    y = deviation(_by_token(steady(claimed.y)), _by_token(steady(own.y)))
     gx = deviation(_by_token(claimed.gx), _by_token(own.gx))
     gw = deviation(_by_chunk(claimed.gw), _by_chunk(own.gw))
     worst = max(y / thresholds.y, gx / thresholds.gx, gw / thresholds.gw)
@@ -65,8 +66,8 @@ def deviation(claimed: Tensor, own: Tensor) -> float:
 
 
 def _by_token(tensor: Tensor) -> Tensor:
-    """Return (B,T,D) as (B·T, D), and per-token losses (B,T) as (B·T, 1)."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() == 3 else tensor.reshape(-1, 1)
+    """Return (B,T,D) as (B·T, D); losses (B,T) stay, a row a sequence."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
 def _by_chunk(vector: Tensor) -> Tensor:

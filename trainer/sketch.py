@@ -36,8 +36,17 @@ def sketch(tensor: Tensor, key: bytes) -> bytes:
 
 def cell_sketch(y: Tensor, gx: Tensor, gw: Tensor, key: bytes) -> bytes:
     """Return the sketches of a cell's output, input gradient and weight gradient: 384 bytes."""
-    labelled = (("y", y), ("gx", gx), ("gw", gw))
+    labelled = (("y", steady(y)), ("gx", gx), ("gw", gw))
     return b"".join(sketch(tensor, _tensor_key(key, name)) for name, tensor in labelled)
+
+
+def steady(y: Tensor) -> Tensor:
+    """Return a cell's output as it is compared: hidden (B,T,D) itself, per-token losses (B,T) plus one.
+
+    The rounding of a loss follows the size of the logits that cancel in it, not its own: near zero it would
+    look like a deviation.
+    """
+    return y + 1.0 if y.dim() == 2 else y
 
 
 def _tensor_key(key: bytes, name: str) -> bytes:

@@ -97,8 +97,8 @@ class Stage:
         self.spec = spec
         self.layout: Layout = family.layout(manifest.config, spec)
         self._flat = torch.empty(self.layout.total, dtype=torch.float32)
-        self._module = family.build(manifest.config, spec, self._flat)
-        self._parameters = self._module.ordered()
+        self.module = family.build(manifest.config, spec, self._flat)
+        self._parameters = self.module.ordered()
         self._vocabulary = family.vocabulary(manifest.config)
         self._width = family.hidden(manifest.config)
         self._context = family.context(manifest.config)
@@ -132,7 +132,7 @@ class Stage:
             x.requires_grad_()
         layers: list[Tensor] = []
         with torch.enable_grad():
-            y = self._module(x, None if labels is None else labels.long(), layers)
+            y = self.module(x, None if labels is None else labels.long(), layers)
         self._graphs[cell] = _Graph(x, y)
         return Forward(y.detach(), tuple(address_of(buffer_of(layer)) for layer in layers))
 
@@ -161,7 +161,7 @@ class Stage:
     def logits(self, x: Tensor) -> Tensor:
         """Return hidden (B,T,D), or logits (B,T,V) at the last stage, without keeping a graph."""
         with torch.no_grad():
-            return self._module(aligned(x), None, [])
+            return self.module(aligned(x), None, [])
 
     def _seed(self, y: Tensor, gy: Tensor | None) -> Tensor:
         if self.spec.is_last:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
+from msgspec import structs
 
 from chain.engine import Action, ChainEngine, EngineConfig, RequestFailed
 from chain.genesis import Allocation, Genesis, GenesisValidator
@@ -27,17 +28,10 @@ def genesis_of(validators: list[PrivateKey], others: list[PrivateKey], **params:
     return Genesis(
         b"test",
         START_MS,
-        replace_params(Params(), **params),
+        structs.replace(Params(), **params),
         tuple(Allocation(key.account, 1_000_000) for key in [*validators, *others]),
         tuple(GenesisValidator(key.account, 10_000, onion_of(key).tip) for key in validators),
     )
-
-
-def replace_params(params: Params, **changes: int) -> Params:
-    """Return other parameters."""
-    from msgspec import structs
-
-    return structs.replace(params, **changes)
 
 
 @dataclass
@@ -99,9 +93,8 @@ async def running(
     hub: Hub, home: Path, genesis: Genesis, key: PrivateKey, *, validate: bool = True
 ) -> AsyncIterator[ChainEngine]:
     """Run one engine on the hub while the block lasts; leaving is as sudden as a crash."""
-    home.mkdir(exist_ok=True)
     peer = peer_id(key.account)
-    engine = ChainEngine(home, genesis, key, Link(hub, peer), replace(CONFIG, validate=validate))
+    engine = ChainEngine(_made(home), genesis, key, Link(hub, peer), replace(CONFIG, validate=validate))
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         hub.engines[peer] = engine
@@ -112,7 +105,13 @@ async def running(
             nursery.cancel_scope.cancel()
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 async def until_height(engine: ChainEngine, height: int) -> None:
     """Wait until the engine has a final block of `height`."""
-    while engine.state.height < height:
-        await trio.sleep(0.05)
+    async with engine.subscribe() as blocks:
+        while engine.state.height < height:
+            await blocks.receive()

@@ -160,8 +160,9 @@ async def test_new_validator_votes_when_the_set_contains_it(
         tip = onion_of(members[4]).tip
         assert (await new.receipt(await new.submit(RegisterValidator(tip)))).ok
         with trio.fail_after(200):
-            while all(proposer(engine) != members[4].account for engine in engines):
-                await trio.sleep(1)
+            async with new.subscribe() as blocks:
+                while (await blocks.receive()).block.header.proposer != members[4].account:
+                    pass
         assert new.status()["is_validator"]
         assert len(new.state.validators()) == 5
     assert hub.refused == []
@@ -228,8 +229,3 @@ async def test_false_messages_are_refused_by_name(tmp_path: Path, autojump_clock
         assert engine.deliver("vote", "x", vote(members[1], chain_id)).action == Action.ACCEPT
         assert engine.deliver("vote", "x", vote(members[1], chain_id)).reason == "known"
         assert engine.status()["messages"]["vote reject bad-signature"] == 1
-
-
-def proposer(engine: ChainEngine) -> bytes:
-    tip = engine.reader.store.tip()
-    return tip[0].header.proposer if tip else b""

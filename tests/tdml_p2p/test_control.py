@@ -25,7 +25,7 @@ class FakeFeed:
 
     height = 3
 
-    def past(self, height: int) -> list[dict[str, Any]]:
+    async def past(self, height: int) -> list[dict[str, Any]]:
         return [{"height": height, "kind": kind, "data": {}} for kind in ("block", "claimed")]
 
     async def __aiter__(self) -> AsyncIterator[int]:
@@ -53,7 +53,7 @@ class FakePeer:
     async def open_tasks(self) -> list[dict[str, Any]]:
         return [{"task": "ab"}]
 
-    def answer(self, query: str, params: Mapping[str, str]) -> Any:
+    async def answer(self, query: str, params: Mapping[str, str]) -> Any:
         if query != "status":
             raise ApiError(404, f"There is no query {query}.", "see --help")
         return {"params": dict(params)}

@@ -25,7 +25,7 @@ def test_a_healthy_peer_warns_of_nothing() -> None:
     [
         (replace(HEALTHY, peers=0), WarningCode.ALONE),
         (replace(HEALTHY, block_age=STALL_SECONDS), WarningCode.STALLED),
-        (replace(HEALTHY, halted="a third of the stake is gone"), WarningCode.HALTED),
+        (replace(HEALTHY, halted="A third of the stake is gone."), WarningCode.HALTED),
         (replace(HEALTHY, best_height=50 + LAG_BLOCKS), WarningCode.FALLING_BEHIND),
         (replace(HEALTHY, powers=(10, 10, 10)), WarningCode.ONE_OWNER),
         (replace(HEALTHY, powers=(16, 10, 10, 10)), WarningCode.ONE_OWNER),

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from training_samples import loaded_stages, run_cell, small_batches, small_manifest
 
 from trainer.compare import FP32, Thresholds, compare
+from trainer.sketch import cell_sketch
 from trainer.stage import CellResult, execute
 from trainer.state import initial_state
 
@@ -93,3 +95,15 @@ def test_zeros_against_zeros_match_and_nothing_else_does() -> None:
     nothing = CellResult(torch.zeros(2, 3), torch.empty(0), torch.zeros(5), ())
     assert compare(nothing, nothing).is_match
     assert compare(nothing._replace(gw=torch.full((5,), 1e-30)), nothing).is_fraud
+
+
+def test_rounding_of_a_small_loss_is_no_deviation() -> None:
+    loss = torch.full((4, 128), 1e-3)
+    rounded = loss + torch.linspace(-2e-7, 2e-7, 512).view(4, 128)
+    honest = CellResult(loss, torch.empty(0), torch.ones(5), ())
+    assert compare(honest._replace(y=rounded), honest).is_match
+    key = bytes(32)
+    sketches = [np.frombuffer(cell_sketch(y, honest.gx, honest.gw, key)[:128], "<f4") for y in (rounded, loss)]
+    assert np.linalg.norm(sketches[0] - sketches[1]) / np.linalg.norm(sketches[1]) < 0.2 * FP32.y
+    wrong = honest._replace(y=loss * 1.5)
+    assert compare(wrong, honest).is_fraud

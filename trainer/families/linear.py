@@ -4,6 +4,7 @@ torch sends fp32 products to MKL, which takes its slow paths on CPUs that Intel 
 AVX-512 code on all of them. Both are IEEE fp32 and differ in the order of sums only (bench/numerics.py).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,9 +45,16 @@ class FastLinear(nn.Linear):
         return _Linear.apply(x, self.weight)
 
 
+@cache
 def is_available() -> bool:
-    """Whether this build of torch has oneDNN's linear operator and the CPU can use it."""
-    return bool(torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    """Whether this build of torch has oneDNN's linear operator and it works on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight = torch.ones(2, 16), torch.ones(4, 16)
+    try:
+        return torch.equal(_product(x, weight), torch.full((2, 4), 16.0))
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def accelerate(module: nn.Module) -> None:

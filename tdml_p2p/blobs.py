@@ -1,0 +1,270 @@
+"""`/tdml/blob/1`: content-addressed transfer from several providers, verified chunk by chunk on arrival."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import structlog
+import trio
+from blake3 import blake3
+
+from tdml_p2p.blob_store import BlobStore, DiskFull, Source
+from tdml_p2p.limits import Offence, PeerLimits
+from tdml_p2p.requests import Refused, RequestFailed, Requests
+from trainer.content import CHUNK_BYTES, MAX_BLOB_BYTES, Address, BlobIndex
+
+log = structlog.get_logger(__name__)
+
+PROTOCOL = "/tdml/blob/1"
+MAX_REQUEST_BYTES = 256
+_MAX_REPLY_BYTES = 4 << 20
+_INDEX_BYTES_PER_CHUNK = 40
+_MAX_CHUNKS = MAX_BLOB_BYTES // CHUNK_BYTES
+_SECONDS = 30.0
+_PARALLEL = 4
+
+ABSENT = "blob-absent"
+
+
+class WantIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
+    """Ask for a blob's index and, when the blob is one chunk, that chunk with it."""
+
+    address: Address
+
+
+class WantChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=2):
+    """Ask for one chunk."""
+
+    address: Address
+    number: Annotated[int, msgspec.Meta(ge=0, lt=_MAX_CHUNKS)]
+
+
+class IndexReply(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A blob's index, and its only chunk or nothing."""
+
+    index: BlobIndex
+    chunk: Annotated[bytes, msgspec.Meta(max_length=CHUNK_BYTES)]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_want_decoder: msgspec.msgpack.Decoder[WantIndex | WantChunk] = msgspec.msgpack.Decoder(WantIndex | WantChunk)
+_index_decoder = msgspec.msgpack.Decoder(IndexReply)
+
+
+class BlobUnavailable(Exception):
+    """No provider gave the blob; the message names what each did."""
+
+
+def decode_want(data: bytes) -> WantIndex | WantChunk:
+    """Return the request that `data` encodes; raise `ValueError`."""
+    try:
+        return _want_decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+class Blobs:
+    """Held blobs and transfers of one peer."""
+
+    def __init__(self, requests: Requests, limits: PeerLimits, folder: Path | None) -> None:
+        self.store = BlobStore(folder)
+        self.bytes_fetched = 0
+        self._requests = requests
+        self._limits = limits
+        requests.serve(PROTOCOL, self._serve, MAX_REQUEST_BYTES)
+
+    async def put(self, data: bytes | memoryview) -> bytes:
+        """Keep and serve `data`; return its address; raise `DiskFull`."""
+        return await self.store.put(data)
+
+    def provide(self, address: bytes, getter: Callable[[], memoryview | bytes | None]) -> None:
+        """Serve `address` from memory for as long as `getter` returns its bytes."""
+        self.store.provide(address, getter)
+
+    def add_source(self, source: Source) -> None:
+        """Serve whatever `source` returns for an address, and None for what it does not hold."""
+        self.store.add_source(source)
+
+    async def fetch(self, address: bytes, providers: Sequence[str], limit: int = MAX_BLOB_BYTES) -> memoryview:
+        """Return a blob of up to `limit` bytes, local or from `providers`; raise `BlobUnavailable`."""
+        index = await self.store.index(address)
+        if index is not None:
+            return await self._read_local(address, index, limit)
+        transfer = _Transfer(self._requests, self._limits, address, providers, limit)
+        index = await transfer.find()
+        buffer = memoryview(bytearray(index.size))
+
+        async def keep(number: int, chunk: bytes) -> None:
+            buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
+
+        await transfer.run(set(range(len(index.chunks))), keep)
+        self.bytes_fetched += index.size
+        return buffer
+
+    async def download(self, address: bytes, providers: Sequence[str], limit: int = MAX_BLOB_BYTES) -> Path:
+        """Return the file of a blob, fetching what an earlier attempt left; raise like `fetch`, or `DiskFull`."""
+        path = self.store.path(address)
+        if path is not None:
+            return path
+        transfer = _Transfer(self._requests, self._limits, address, providers, limit)
+        index = await transfer.find()
+        part = self.store.partial_path(address)
+        missing = await trio.to_thread.run_sync(_missing_chunks, part, index)
+
+        async def keep(number: int, chunk: bytes) -> None:
+            await trio.to_thread.run_sync(_write_at, part, number * CHUNK_BYTES, chunk)
+
+        self.bytes_fetched += min(index.size, len(missing) * CHUNK_BYTES)
+        await transfer.run(missing, keep)
+        return await trio.to_thread.run_sync(self.store.adopt, address, index, part)
+
+    async def _read_local(self, address: bytes, index: BlobIndex, limit: int) -> memoryview:
+        if index.size > limit:
+            raise BlobUnavailable(f"{address.hex()} has {index.size} bytes, the limit is {limit}")
+        buffer = memoryview(bytearray(index.size))
+        for number in range(len(index.chunks)):
+            chunk = await self.store.chunk(address, number)
+            if chunk is None or blake3(chunk).digest() != index.chunks[number]:
+                raise BlobUnavailable(f"{address.hex()} is damaged in the local store")
+            buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
+        return buffer
+
+    async def _serve(self, _sender: str, data: bytes) -> bytes:
+        want = decode_want(data)
+        index = await self.store.index(want.address)
+        if index is None:
+            raise Refused(ABSENT)
+        if isinstance(want, WantIndex):
+            only = await self.store.chunk(want.address, 0) if len(index.chunks) == 1 else b""
+            return _encoder.encode(IndexReply(index, only or b""))
+        chunk = await self.store.chunk(want.address, want.number) if want.number < len(index.chunks) else None
+        if chunk is None:
+            raise Refused(ABSENT)
+        return chunk
+
+
+class _Transfer:
+    """One blob on its way here: its index, who may have it, and what each provider did wrong."""
+
+    def __init__(
+        self, requests: Requests, limits: PeerLimits, address: bytes, providers: Sequence[str], limit: int
+    ) -> None:
+        self._requests = requests
+        self._limits = limits
+        self._address = address
+        self._providers = list(dict.fromkeys(providers))
+        self._limit = limit
+        self._faults: Counter[str] = Counter()
+        self._complaints: dict[str, str] = {}
+        self._index = BlobIndex(0, ())
+        self._first: bytes | None = None
+
+    async def find(self) -> BlobIndex:
+        """Return the index that hashes to the address."""
+        size_limit = min(self._limit, MAX_BLOB_BYTES)
+        reply_limit = 1024 + CHUNK_BYTES + _INDEX_BYTES_PER_CHUNK * (size_limit // CHUNK_BYTES + 1)
+        for peer in list(self._providers):
+            reply = await self._ask(peer, WantIndex(self._address), min(reply_limit, _MAX_REPLY_BYTES))
+            if reply is None:
+                continue
+            try:
+                answer = _index_decoder.decode(reply)
+            except (msgspec.DecodeError, RecursionError):
+                self._blame(peer)
+                continue
+            index = answer.index
+            if index.address() != self._address or len(index.chunks) != -(-index.size // CHUNK_BYTES):
+                self._blame(peer)
+                continue
+            if index.size > self._limit:
+                raise BlobUnavailable(f"{self._address.hex()} has {index.size} bytes, over {self._limit}")
+            self._index, self._first = index, answer.chunk or None
+            return index
+        raise self._unavailable()
+
+    async def run(self, missing: set[int], keep: Callable) -> None:
+        """Fetch the chunks `missing` and hand each, verified, to `keep`."""
+        if self._first is not None and 0 in missing and self._is_true(0, self._first):
+            await keep(0, self._first)
+            missing.discard(0)
+        queue = sorted(missing, reverse=True)
+        failed: list[BlobUnavailable] = []
+
+        async def work(lane: int) -> None:
+            while queue and not failed:
+                number = queue.pop()
+                try:
+                    await keep(number, await self._chunk(number, lane))
+                except BlobUnavailable as error:
+                    failed.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for lane in range(min(_PARALLEL, len(queue))):
+                nursery.start_soon(work, lane)
+        if failed:
+            raise failed[0]
+
+    async def _chunk(self, number: int, lane: int) -> bytes:
+        """Return a verified chunk, from the least faulty provider first; lanes spread over equals."""
+        order = sorted(
+            range(len(self._providers)),
+            key=lambda i: (self._faults[self._providers[i]], (i - lane) % len(self._providers)),
+        )
+        for peer in [self._providers[i] for i in order]:
+            if self._faults[peer] >= 3:
+                continue
+            chunk = await self._ask(peer, WantChunk(self._address, number), CHUNK_BYTES)
+            if chunk is None:
+                continue
+            if self._is_true(number, chunk):
+                return chunk
+            self._blame(peer)
+        raise self._unavailable()
+
+    def _is_true(self, number: int, chunk: bytes) -> bool:
+        size = min(CHUNK_BYTES, self._index.size - number * CHUNK_BYTES)
+        return len(chunk) == size and blake3(chunk).digest() == self._index.chunks[number]
+
+    async def _ask(self, peer: str, want: WantIndex | WantChunk, limit: int) -> bytes | None:
+        try:
+            return await self._requests.ask(peer, PROTOCOL, _encoder.encode(want), limit=limit, timeout=_SECONDS)
+        except RequestFailed as error:
+            self._faults[peer] += 1
+            self._complaints[peer] = error.reason
+            return None
+
+    def _blame(self, peer: str) -> None:
+        """A provider that sent bytes of another hash is not asked again."""
+        self._faults[peer] += 3
+        self._complaints[peer] = "false bytes"
+        self._limits.charge(peer, Offence.FALSE_BLOB)
+        log.info("false blob bytes", peer=peer, address=self._address.hex())
+
+    def _unavailable(self) -> BlobUnavailable:
+        told = ", ".join(f"{peer}: {reason}" for peer, reason in self._complaints.items())
+        return BlobUnavailable(f"{self._address.hex()} has no provider left ({told or 'none was named'})")
+
+
+def _missing_chunks(part: Path, index: BlobIndex) -> set[int]:
+    """Return the chunks that an earlier attempt did not leave whole in `part`."""
+    missing = set(range(len(index.chunks)))
+    if part.exists():
+        with part.open("rb") as file:
+            for number, expected in enumerate(index.chunks):
+                if blake3(file.read(CHUNK_BYTES)).digest() == expected:
+                    missing.discard(number)
+    return missing
+
+
+def _write_at(part: Path, offset: int, chunk: bytes) -> None:
+    part.touch()
+    try:
+        with part.open("r+b") as file:
+            file.seek(offset)
+            file.write(chunk)
+    except OSError as error:
+        if error.errno == 28:
+            raise DiskFull(part.parent) from None
+        raise

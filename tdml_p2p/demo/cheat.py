@@ -1,0 +1,38 @@
+"""Entry point of the demonstration's dishonest peer: an ordinary peer with a faulty stage installed."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import trio
+
+from tdml_p2p.config import PeerConfig
+from tdml_p2p.demo.faults import ATTACKS, faulty_factory
+from tdml_p2p.errors import UserError
+from tdml_p2p.peer import run_start
+
+
+def main() -> int:
+    """Start the peer of `--home` whose stages run `--attack` from step `--from-step` on."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--join", required=True)
+    parser.add_argument("--listen", default="/ip4/127.0.0.1/tcp/0")
+    parser.add_argument("--attack", choices=sorted(ATTACKS), required=True)
+    parser.add_argument("--from-step", type=int, required=True)
+    options = parser.parse_args()
+    config = PeerConfig(home=options.home, join=(options.join,), listen=(options.listen,), threads=1)
+    factory = faulty_factory(options.attack, options.from_step)
+    try:
+        return trio.run(lambda: run_start(config, _silent, stage_factory=factory))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _silent(_event: dict[str, object]) -> None:
+    """Report nothing: the demonstration watches the chain instead."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""GossipSub set up for consensus: one-second heartbeat, content ids, our own rules as topic validators.
+
+A message's fate is decided once, by the topic's handler, before it is forwarded. Gossip may lose: what
+must arrive is asked for again by whoever misses it.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import structlog
+import trio
+from blake3 import blake3
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.tools.anyio_service import background_trio_service
+
+from tdml_p2p.limits import Offence, PeerLimits
+
+log = structlog.get_logger(__name__)
+
+MAX_MESSAGE_BYTES = 4 << 20
+_MAX_RPC_BYTES = MAX_MESSAGE_BYTES + (64 << 10)
+_QUEUED_RPCS = 512
+_SEEN_SECONDS = 6.0
+_MAX_SEEN = 65536
+
+
+class Disposition(StrEnum):
+    """What a handler decides about one message: forward it, drop it, or drop it and charge its sender."""
+
+    ACCEPT = "accept"
+    IGNORE = "ignore"
+    REJECT = "reject"
+
+
+TopicHandler = Callable[[str, bytes], Disposition]
+
+
+class Gossip:
+    """The topics of one network; `topic` names are short, such as `block`."""
+
+    def __init__(self, host: Any, prefix: str, limits: PeerLimits) -> None:
+        self.counts: Counter[str] = Counter()
+        self._prefix = prefix
+        self._limits = limits
+        self._self = host.get_id()
+        self._handlers: dict[str, TopicHandler] = {}
+        self._joined: dict[str, trio.Event] = {}
+        self._nursery: trio.Nursery | None = None
+        self.router = _router()
+        self._pubsub = _Pubsub(host, self.router)
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Take part in gossip while the block runs."""
+        async with (
+            background_trio_service(self.router),
+            background_trio_service(self._pubsub),
+            trio.open_nursery() as nursery,
+        ):
+            await self._pubsub.wait_until_ready()
+            self._nursery = nursery
+            for topic in self._handlers:
+                nursery.start_soon(self._join, topic)
+            yield
+            nursery.cancel_scope.cancel()
+
+    def on_topic(self, topic: str, handler: TopicHandler) -> None:
+        """Join `topic`; every message that is new here goes through `handler` exactly once."""
+        is_new = topic not in self._handlers
+        self._handlers[topic] = handler
+        if is_new and self._nursery is not None:
+            self._nursery.start_soon(self._join, topic)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Send `data` to the topic's other members; raise `ValueError` when it is too large."""
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a gossip message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}")
+        if topic in self._joined:
+            await self._joined[topic].wait()
+        self.counts["published"] += 1
+        await self._pubsub.publish(self._name(topic), data)
+
+    def mesh(self, topic: str) -> int:
+        """Return the number of peers that get this peer's messages of `topic` directly."""
+        return len(self.router.mesh.get(self._name(topic), ()))
+
+    def _name(self, topic: str) -> str:
+        return f"{self._prefix}/{topic}/1"
+
+    async def _join(self, topic: str) -> None:
+        self._joined[topic] = trio.Event()
+        name = self._name(topic)
+        self._pubsub.set_topic_validator(name, partial(self._judge, topic), is_async_validator=False)
+        subscription = await self._pubsub.subscribe(name)
+        self._joined[topic].set()
+        while True:
+            # The handler has already had the message; the queue only must not fill up.
+            await subscription.get()
+
+    def _judge(self, topic: str, forwarder: Any, message: Any) -> bool:
+        if forwarder == self._self:
+            return True
+        sender = str(forwarder)
+        try:
+            verdict = self._handlers[topic](sender, message.data)
+        except Exception:
+            # One message must not stop the peer; the fault is logged with its traceback.
+            log.exception("a gossip handler failed", topic=topic, sender=sender)
+            self.counts["failed"] += 1
+            return False
+        self.counts[verdict] += 1
+        if verdict == Disposition.REJECT:
+            self._limits.charge(sender, Offence.INVALID_MESSAGE)
+        return verdict == Disposition.ACCEPT
+
+
+class _Pubsub(Pubsub):
+    """Pubsub whose outbound queues take messages of consensus size."""
+
+    def __init__(self, host: Any, router: GossipSub) -> None:
+        super().__init__(
+            host,
+            router,
+            strict_signing=True,
+            msg_id_constructor=_message_id,
+            validation_cache_ttl=-1,
+            validation_cache_size=1,
+            max_inbound_rpc_size=_MAX_RPC_BYTES,
+        )
+        self.seen_messages.stop()
+        self.seen_messages = _Seen()
+
+    async def handle_sending_messages(self, peer_id: Any, stream: Any, queue: Any) -> None:
+        queue.max_message_size = _MAX_RPC_BYTES
+        queue._queue.max_size = _QUEUED_RPCS
+        await super().handle_sending_messages(peer_id, stream, queue)
+
+
+class _Seen:
+    """Ids of recent messages. They expire, so that a message said again on purpose travels again."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[bytes, float] = OrderedDict()
+
+    def add(self, key: bytes) -> bool:
+        now = trio.current_time()
+        while self._until and (len(self._until) >= _MAX_SEEN or next(iter(self._until.values())) <= now):
+            self._until.popitem(last=False)
+        is_new = key not in self._until
+        self._until.setdefault(key, now + _SEEN_SECONDS)
+        return is_new
+
+    def has(self, key: bytes) -> bool:
+        return self._until.get(key, 0.0) > trio.current_time()
+
+
+def _message_id(message: Any) -> bytes:
+    hasher = blake3(message.data)
+    for topic in message.topicIDs:
+        hasher.update(topic.encode())
+    return hasher.digest(20)
+
+
+def _router() -> GossipSub:
+    return GossipSub(
+        protocols=[PROTOCOL_ID_V11],
+        degree=8,
+        degree_low=6,
+        degree_high=12,
+        heartbeat_initial_delay=0.1,
+        heartbeat_interval=1,
+        prune_back_off=5,
+        unsubscribe_back_off=5,
+        adaptive_gossip_enabled=False,
+        spam_protection_enabled=False,
+        eclipse_protection_enabled=False,
+        max_pending_messages_per_peer=256,
+    )

@@ -1,0 +1,191 @@
+"""The network of one peer: a libp2p host with Noise and Yamux over TCP only, and what runs on it."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import structlog
+import trio
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.network.config import ConnectionConfig
+from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from multiaddr import Multiaddr
+
+from chain.keys import PrivateKey, peer_id
+from tdml_p2p.blobs import Blobs
+from tdml_p2p.discovery import Discovery
+from tdml_p2p.errors import UserError
+from tdml_p2p.gossip import Gossip, TopicHandler
+from tdml_p2p.limits import LimitConfig, PeerLimits
+from tdml_p2p.muxer import Muxers
+from tdml_p2p.peers import Upkeep, UpkeepConfig
+from tdml_p2p.requests import Handler, Requests
+from tdml_p2p.tensors import TensorConfig, TensorStreams
+
+log = structlog.get_logger(__name__)
+
+_NEGOTIATE_SECONDS = 10
+_GOODBYE_SECONDS = 2.0
+_MAX_CONNECTIONS = 256
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Where to listen and whom to start from; `home` keeps remembered peers and blobs, None keeps neither."""
+
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    bootstrap: tuple[str, ...] = ()
+    home: Path | None = None
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    tensors: TensorConfig = field(default_factory=TensorConfig)
+    round_seconds: float = 10.0
+
+
+class Network:
+    """One peer of the network `chain_id`: gossip, requests, tensors, blobs and discovery."""
+
+    def __init__(self, config: NetworkConfig, key: PrivateKey, chain_id: bytes) -> None:
+        self.peer = peer_id(key.account)
+        self.config = config
+        self.host = build_host(key)
+        prefix = f"/tdml/{chain_id.hex()[:16]}"
+        self.limits = PeerLimits(config.limits, time.monotonic, self._on_ban)
+        self.requests = Requests(self.host, self.limits)
+        self.gossip = Gossip(self.host, prefix, self.limits)
+        self.tensors = TensorStreams(self.host, self.limits, config.tensors)
+        self.blobs = Blobs(self.requests, self.limits, config.home / "blobs" if config.home else None)
+        self.discovery = Discovery(self.host, self.requests, self.limits, key, prefix, time.time)
+        self._upkeep = Upkeep(
+            self.host,
+            self.requests,
+            self.limits,
+            prefix,
+            UpkeepConfig(config.bootstrap, config.home / "peers.json" if config.home else None, config.round_seconds),
+            self.discovery.on_connected,
+        )
+        self._nursery: trio.Nursery | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: NetworkConfig, key: PrivateKey, chain_id: bytes) -> AsyncIterator[Self]:
+        """Listen and take part until the block ends; raise `UserError` when an address is not free."""
+        network = cls(config, key, chain_id)
+        async with _listening(network.host, config.listen), network.gossip.run(), network.discovery.run():
+            async with trio.open_nursery() as nursery:
+                network._nursery = nursery
+                await nursery.start(network.tensors.run)
+                await nursery.start(network._upkeep.run)
+                try:
+                    yield network
+                finally:
+                    network._nursery = None
+                    nursery.cancel_scope.cancel()
+                    await _close_connections(network.host)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Return where this peer listens, each ending in `/p2p/PEERID`."""
+        return self._upkeep.addresses()
+
+    def peers(self) -> tuple[str, ...]:
+        """Return the connected peers of this network."""
+        return self._upkeep.neighbours()
+
+    async def connect(self, address: str) -> str:
+        """Connect to `address` and return the peer's id; raise `ConnectFailed` or `ValueError`."""
+        return await self._upkeep.connect(address)
+
+    async def disconnect(self, peer: str) -> None:
+        """Close the connections to `peer`."""
+        await self._upkeep.disconnect(peer)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip up to 4 MiB on `topic`; raise `ValueError` beyond that."""
+        await self.gossip.publish(topic, data)
+
+    def on_topic(self, topic: str, handler: TopicHandler) -> None:
+        """Join `topic`; `handler` decides about every new message before it travels on."""
+        self.gossip.on_topic(topic, handler)
+
+    async def request(self, peer: str, protocol: str, data: bytes, *, limit: int, timeout: float) -> bytes:
+        """Return the peer's reply of up to `limit` bytes; raise `RequestFailed`."""
+        return await self.requests.ask(peer, protocol, data, limit=limit, timeout=timeout)
+
+    def on_request(self, protocol: str, handler: Handler, limit: int) -> None:
+        """Answer requests of up to `limit` bytes."""
+        self.requests.serve(protocol, handler, limit)
+
+    def evict(self, session: bytes, peer: str) -> None:
+        """Refuse this peer's frames of a session from now on."""
+        self.tensors.evict(session, peer)
+
+    def status(self) -> dict[str, Any]:
+        """Return what `status` shows of the network."""
+        return {
+            "peer": self.peer,
+            "addresses": list(self.addresses),
+            "peers": list(self.peers()),
+            "gossip": dict(self.gossip.counts),
+            "refused": {**self.requests.refused, **self.tensors.inbound.refused, **self.discovery.refused},
+            "offences": dict(self.limits.offences),
+            "banned": self.limits.banned(),
+        }
+
+    def _on_ban(self, peer: str) -> None:
+        log.warning("peer banned", peer=peer)
+        if self._nursery is not None:
+            self._nursery.start_soon(self.disconnect, peer)
+
+
+def build_host(key: PrivateKey) -> Any:
+    """Return a libp2p host whose id is the account's, offering Noise and Yamux over TCP only."""
+    pair = create_new_key_pair(key.seed)
+    noise = NoiseTransport(pair, noise_privkey=create_noise_key_pair().private_key)
+    resources = ResourceManager(
+        limits=ResourceLimits(max_connections=_MAX_CONNECTIONS, max_streams=8192),
+        enable_metrics=False,
+        enable_memory_limits=False,
+        enable_circuit_breaker=False,
+        enable_graceful_degradation=False,
+    )
+    # No automatic dialling or pruning by libp2p: `peers.Upkeep` decides about connections.
+    connections = ConnectionConfig(
+        max_connections=_MAX_CONNECTIONS, min_connections=0, low_watermark=0, high_watermark=_MAX_CONNECTIONS
+    )
+    host = new_host(
+        key_pair=pair,
+        sec_opt={NOISE: noise},
+        negotiate_timeout=_NEGOTIATE_SECONDS,
+        resource_manager=resources,
+        connection_config=connections,
+        disable_identify_address_discovery=True,
+    )
+    host.get_network().upgrader.muxer_multistream = Muxers(_NEGOTIATE_SECONDS)
+    return host
+
+
+@asynccontextmanager
+async def _listening(host: Any, addresses: tuple[str, ...]) -> AsyncIterator[None]:
+    wanted = [Multiaddr(address) for address in addresses]
+    async with host.run(wanted):
+        bound = sum(len(listener.get_addrs()) > 0 for listener in host.get_network().listeners.values())
+        if bound < len(wanted):
+            listed = ", ".join(addresses)
+            raise UserError(f"Cannot listen on {listed}.", "the port may be in use: choose another with --listen")
+        yield
+
+
+async def _close_connections(host: Any) -> None:
+    """Close all connections at once; one at a time, libp2p takes a fifth of a second for each."""
+    connections = host.get_network().get_connections()
+    with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
+        async with trio.open_nursery() as nursery:
+            for connection in connections:
+                nursery.start_soon(connection.close)

@@ -1,0 +1,189 @@
+"""What `status` and the page show of a peer, as plain JSON values; amounts are strings of base units."""
+
+import json
+import math
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chain.keys import peer_id
+from chain.records import Task, Worker
+from chain.state import State, Table
+from tdml_p2p.health import Vitals, Warn, warnings
+from tdml_p2p.reachability import Reachability, judge
+
+if TYPE_CHECKING:
+    from tdml_p2p.peer import Peer
+
+LOSS_POINTS = 400
+MAX_METRICS_BYTES = 8 << 20
+CONVICTION_REASONS = ("convicted", "equivocation", "withheld")
+
+
+def build_status(peer: "Peer") -> dict[str, Any]:
+    """Return the status of `peer`, and bring its gauges up to date."""
+    state, engine = peer.engine.state, peer.engine.status()
+    account = state.account(peer.key.account)
+    workers = own_workers(state, peer.key.account)
+    reach = judge(peer.network.addresses, peer.network.inbound())
+    found = warnings(_vitals(peer, engine, reach))
+    connected = peer.network.peers()
+    seats = [_seat(worker) for worker in workers if worker.is_seated]
+    _set_gauges(peer, len(connected), len(seats), reach, found)
+    return {
+        "peer": peer.name,
+        "name": peer.config.public_name,
+        "version": package_version(),
+        "chain_id": peer.genesis.chain_id.hex(),
+        "network": peer.genesis.name.decode("utf-8", "replace"),
+        "invite": peer.invite,
+        "status_url": peer.status_url,
+        "addresses": list(peer.network.addresses),
+        "uptime": round(peer.uptime(), 1),
+        "height": state.height,
+        "finality": {
+            "p50": peer.metrics.finality_quantile(0.5),
+            "p99": peer.metrics.finality_quantile(0.99),
+            "block_age": peer.chain.block_age(),
+        },
+        "chain": engine,
+        "peers": list(connected),
+        "validators": [
+            {"peer": peer_id(member), "power": str(power)} for member, power in state.validators().members
+        ],
+        "is_validator": peer.key.account in state.validators(),
+        "seats": seats,
+        "balance": str(account.balance),
+        "bonded": str(account.bonded),
+        "bond": str(account.bonded),
+        "earnings": str(sum(worker.earned for worker in workers)),
+        "reachability": {
+            "verdict": str(reach.verdict),
+            "detail": reach.detail,
+            "steps": list(reach.steps),
+        },
+        "warnings": [{"code": str(w.code), "message": w.message, "hint": w.hint} for w in found],
+    }
+
+
+def build_page(peer: "Peer") -> dict[str, Any]:
+    """Return everything that the status page shows."""
+    state = peer.engine.state
+    return {
+        "status": build_status(peer),
+        "tasks": [_task(peer, state, task) for task in state.open_tasks()],
+        "blocks": list(peer.chain.tail),
+        "evictions": evictions(state),
+    }
+
+
+def own_workers(state: State, account: bytes) -> list[Worker]:
+    """Return the seats and applications of `account` in every task."""
+    found = (state.worker(task, account) for task in state.tables[Table.TASKS])
+    return [worker for worker in found if worker is not None]
+
+
+def evictions(state: State) -> list[dict[str, Any]]:
+    """Return who was evicted or slashed, with the evidence, newest first."""
+    found = []
+    for conviction in state.tables[Table.CONVICTIONS].values():
+        audit = state.audit(conviction.subject)
+        found.append(
+            {
+                "peer": peer_id(conviction.account),
+                "task": conviction.task.hex() if conviction.task else None,
+                "step": audit.step if audit else None,
+                "reason": CONVICTION_REASONS[conviction.kind],
+                "evidence": conviction.subject.hex(),
+                "slashed": str(conviction.slashed),
+                "height": conviction.height,
+            }
+        )
+    return sorted(found, key=lambda line: -int(line["height"] or 0))
+
+
+def loss_curve(path: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) from a task's `metrics.jsonl`, thinned to a few hundred points."""
+    if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:
+        return []
+    points: dict[int, float] = {}
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                found = json.loads(line)
+                step, loss = int(found["step"]), float(found["loss"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if math.isfinite(loss):
+                points[step] = loss
+    ordered = sorted(points.items())
+    return ordered[:: max(1, -(-len(ordered) // LOSS_POINTS))]
+
+
+def package_version() -> str:
+    """Return the version of the installed package, or that of a source tree."""
+    try:
+        return version("tdml")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def _seat(worker: Worker) -> dict[str, Any]:
+    return {
+        "task": worker.task.hex(),
+        "stage": worker.stage,
+        "bond": str(worker.bond + worker.withheld),
+        "settled_cells": worker.settled_cells,
+        "lease_until": worker.lease_until,
+    }
+
+
+def _task(peer: "Peer", state: State, task: Task) -> dict[str, Any]:
+    stages: list[list[dict[str, Any]]] = [[] for _ in range(task.stages)]
+    for worker in state.workers(task.id):
+        if 0 <= worker.stage < task.stages:
+            stages[worker.stage].append(
+                {
+                    "peer": peer_id(worker.account),
+                    "status": str(worker.state),
+                    "settled_cells": worker.settled_cells,
+                }
+            )
+    return {
+        "task": task.id.hex(),
+        "status": str(task.state),
+        "settled": task.settled,
+        "steps": task.steps,
+        "stages": stages,
+        "loss": loss_curve(peer.home.tasks_path / task.id.hex() / "metrics.jsonl"),
+    }
+
+
+def _vitals(peer: "Peer", engine: dict[str, Any], reach: Reachability) -> Vitals:
+    state = peer.engine.state
+    own = state.validator(peer.key.account)
+    return Vitals(
+        uptime=peer.uptime(),
+        peers=len(peer.network.peers()),
+        height=state.height,
+        best_height=int(engine.get("best_height", state.height)),
+        block_age=peer.chain.block_age(),
+        powers=tuple(power for _, power in state.validators().members),
+        halted=engine.get("halted"),
+        is_jailed=own is not None and own.is_jailed and bool(state.account(peer.key.account).bonded),
+        is_reachable=reach.is_reachable,
+    )
+
+
+def _set_gauges(
+    peer: "Peer", peers: int, seats: int, reach: Reachability, found: tuple[Warn, ...]
+) -> None:
+    account = peer.engine.state.account(peer.key.account)
+    metrics = peer.metrics
+    metrics.peers.set(peers)
+    metrics.height.set(peer.engine.state.height)
+    metrics.seats.set(seats)
+    metrics.balance.set(account.balance)
+    metrics.bonded.set(account.bonded)
+    metrics.warnings.set(len(found))
+    metrics.reachable.set(-1 if reach.is_reachable is None else int(reach.is_reachable))

@@ -1,0 +1,283 @@
+"""The composition root: everything that one peer is made of, in one nursery."""
+
+import errno
+import signal
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import trio
+
+from chain import queries
+from chain.engine import ChainEngine, EngineConfig, SubmitRefused, TransactionExpired
+from chain.genesis import Genesis
+from chain.keys import PrivateKey, peer_id
+from chain.ledger import Receipt
+from chain.randomness import onion_of
+from chain.state import Table
+from chain.store import StoreCorrupt
+from chain.transactions import Payload
+from tdml_p2p.bootstrap import find_origin, join_network, serve_genesis
+from tdml_p2p.chain_service import ChainService, NetworkAdapter
+from tdml_p2p.config import PeerConfig
+from tdml_p2p.control import ApiError, ControlServer
+from tdml_p2p.errors import UserError
+from tdml_p2p.home import Home
+from tdml_p2p.host import Network, NetworkConfig
+from tdml_p2p.http_status import build_page, build_status, own_workers
+from tdml_p2p.http_watch import EventFeed
+from tdml_p2p.invite import invite_line
+from tdml_p2p.metrics import Metrics
+from tdml_p2p.wallet import Holdings, Wallet
+
+if TYPE_CHECKING:
+    from tdml_p2p.swarm.service import StageFactory, SwarmService
+
+log = structlog.get_logger("tdml.peer")
+
+Report = Callable[[dict[str, Any]], None]
+INCLUSION_TIMEOUT = 60.0
+QUERY_THREADS = 2
+
+
+class Peer:
+    """One running peer; `open_peer` makes it and ends it."""
+
+    def __init__(
+        self, config: PeerConfig, home: Home, key: PrivateKey, genesis: Genesis, network: Network
+    ) -> None:
+        self.config = config
+        self.home = home
+        self.key = key
+        self.name = peer_id(key.account)
+        self.genesis = genesis
+        self.network = network
+        self.metrics = Metrics()
+        self.engine = ChainEngine(
+            home.path, genesis, key, NetworkAdapter(network), EngineConfig(validate=config.validate)
+        )
+        self.chain = ChainService(network, self.engine, self.metrics, _now_ms)
+        self.invite = invite_line(network.addresses, self.name, genesis.chain_id)
+        self.status_url: str | None = None
+        self.swarm: SwarmService | None = None
+        self._query_limit = trio.CapacityLimiter(QUERY_THREADS)
+        self._started = trio.current_time()
+
+    def uptime(self) -> float:
+        """Return the seconds since this peer started."""
+        return trio.current_time() - self._started
+
+    async def submit(self, payload: Payload) -> Receipt:
+        """Sign and gossip `payload` until it is in a final block, and return its receipt.
+
+        Raises `chain.engine.SubmitRefused` or `TransactionExpired` when it is not included.
+        """
+        return await self.engine.receipt(await self.engine.submit(payload))
+
+    # what the control interface asks for
+
+    def status(self) -> dict[str, Any]:
+        """Return the status, ready for JSON."""
+        return build_status(self)
+
+    def page(self) -> dict[str, Any]:
+        """Return what the status page shows, ready for JSON."""
+        return build_page(self)
+
+    def render_metrics(self) -> bytes:
+        """Return the Prometheus text of every metric."""
+        build_status(self)
+        self.network.export(self.metrics)
+        return self.metrics.render()
+
+    async def open_tasks(self) -> list[dict[str, Any]]:
+        """Return the open tasks that the DHT knows and the chain confirms."""
+        state = self.engine.state
+        listed = {record.key for record in await self.network.discovery.tasks()}
+        return [
+            {
+                "task": task.id.hex(),
+                "client": peer_id(task.client),
+                "status": str(task.state),
+                "stages": task.stages,
+                "replicas": task.replicas,
+                "steps": task.steps,
+                "settled": task.settled,
+                "price": str(task.price),
+                "escrow": str(task.escrow),
+                "announced": task.id.hex() in listed,
+            }
+            for task in state.open_tasks()
+        ]
+
+    async def answer(self, query: str, params: Mapping[str, str]) -> Any:
+        """Return the inspector's answer; raise `ApiError`."""
+        reader = self.engine.reader
+        ask = partial(_answer, self.home.chain_path, reader.state, reader.mempool, query, dict(params))
+        return await trio.to_thread.run_sync(ask, limiter=self._query_limit)
+
+    async def transact(self, payload: Payload) -> dict[str, Any]:
+        """Submit `payload` and return its id and height; raise `ApiError` with the reason."""
+        try:
+            with trio.fail_after(INCLUSION_TIMEOUT):
+                receipt = await self.submit(payload)
+        except SubmitRefused as error:
+            raise ApiError(400, f"The transaction cannot be sent: {error.reason}.", "see `status`") from None
+        except (trio.TooSlowError, TransactionExpired):
+            raise ApiError(
+                504, "The transaction was not included in time.", "the chain may wait; see `status`"
+            ) from None
+        if not receipt.ok:
+            raise ApiError(400, f"The ledger refused it: {receipt.reason}.", "see `tdml-chain account`")
+        return {"id": receipt.tx_id.hex(), "height": self.engine.state.height}
+
+    def feed(self) -> AbstractAsyncContextManager[EventFeed]:
+        """Subscribe to the events of final blocks."""
+        return self.chain.feed(self.home.chain_path)
+
+    # what the wallet asks for
+
+    def holdings(self) -> Holdings | None:
+        """Return what this peer's account holds, None while the chain is behind."""
+        state, account = self.engine.state, self.key.account
+        if self.engine.status()["syncing"]:
+            return None
+        own, validator = state.account(account), state.validator(account)
+        return Holdings(
+            height=state.height,
+            balance=own.balance,
+            bonded=own.bonded,
+            nonce=own.nonce,
+            grant=state.params.faucet_grant,
+            lease_blocks=state.params.lease_blocks,
+            is_granted=own.granted,
+            is_registered=validator is not None,
+            may_unjail=validator is not None
+            and validator.is_jailed
+            and not validator.is_tombstoned
+            and state.height >= validator.jailed_until
+            and own.bonded >= state.params.min_stake,
+            leases=tuple(
+                (worker.task, worker.lease_until)
+                for worker in own_workers(state, account)
+                if str(worker.state) in ("spare", "seated") and _is_open(state.task(worker.task))
+            ),
+        )
+
+    async def next_block(self) -> None:
+        """Wait until another block is final."""
+        await self.chain.next_block()
+
+
+@asynccontextmanager
+async def open_peer(
+    config: PeerConfig, *, stage_factory: "StageFactory | None" = None, report: Report | None = None
+) -> AsyncIterator[Peer]:
+    """Run one peer while the block runs; raise `UserError` for everything that its owner can mend.
+
+    `stage_factory` replaces how stages of tasks are built; `report` receives the `ready` event.
+    """
+    with plain_errors():
+        async with _open(config, stage_factory) as peer:
+            if report is not None:
+                report(
+                    {
+                        "event": "ready",
+                        "peer": peer.name,
+                        "invite": peer.invite,
+                        "status_url": peer.status_url,
+                        "height": peer.engine.state.height,
+                    }
+                )
+            yield peer
+
+
+@asynccontextmanager
+async def _open(config: PeerConfig, stage_factory: "StageFactory | None") -> AsyncIterator[Peer]:
+    home = Home(config.home or default_home())
+    home.create()
+    with home.lock():
+        key = home.load_key()
+        origin = find_origin(home, key, config.join, _now_ms())
+        async with Network.open(network_config(config, home), key, origin.chain_id) as network:
+            genesis = await join_network(network, origin)
+            home.save_genesis(genesis)
+            serve_genesis(network, genesis)
+            peer = Peer(config, home, key, genesis, network)
+            control = ControlServer(peer, home.socket_path, _status_port(config))
+            peer.status_url = control.status_url
+            async with trio.open_nursery() as nursery:
+                for service in _services(peer, control, stage_factory):
+                    await nursery.start(service)
+                nursery.start_soon(peer.metrics.watch_stalls)
+                yield peer
+                nursery.cancel_scope.cancel()
+
+
+def _services(
+    peer: Peer, control: ControlServer, stage_factory: "StageFactory | None"
+) -> list[Callable[..., Awaitable[None]]]:
+    """Return everything that runs beside the network, in the order of starting."""
+    services = [peer.chain.run]
+    if peer.config.work or peer.config.validate:
+        from tdml_p2p.swarm.service import SwarmService
+
+        peer.swarm = SwarmService(peer, stage_factory)
+        services.append(peer.swarm.run)
+    services.append(Wallet(peer, onion_of(peer.key).tip if peer.config.validate else None).run)
+    return [*services, control.run]
+
+
+async def run_start(config: PeerConfig, report: Report) -> int:
+    """Run a daemon until SIGINT or SIGTERM and return its exit code; a second signal forces."""
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            stop = trio.CancelScope()
+            await nursery.start(_watch_signals, stop)
+            with stop:
+                async with open_peer(config, report=report):
+                    await trio.sleep_forever()
+            nursery.cancel_scope.cancel()
+    return 0
+
+
+async def _watch_signals(
+    stop: trio.CancelScope, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for received in signals:
+            if stop.cancel_called:
+                os._exit(128 + received)
+            log.info("stopping", signal=signal.Signals(received).name)
+            stop.cancel()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _is_open(task: Task | None) -> bool:
+    return task is not None and task.is_open
+
+
+def _status_port(config: PeerConfig) -> int | None:
+    """Return the port of the status page: 0 is any free one, a negative one none."""
+    return None if config.status_port < 0 else config.status_port
+
+
+def _answer(path: Path, state: State, mempool: Any, query: str, arguments: dict[str, str]) -> Any:
+    """Answer from a connection of its own, so that a long query neither blocks nor sees half a block."""
+    try:
+        with closing(Store.open_read_only(path)) as store:
+            return queries.answer(queries.Reader(store, state, mempool), query, arguments)
+    except queries.NotFound as error:
+        raise ApiError(404, str(error), "see `tdml-chain blocks`, `tasks`, `workers`, `validators`") from None
+    except queries.BadQuery as error:
+        raise ApiError(400, str(error), "see `tdml-chain --help`") from None
+    except StoreCorrupt as error:
+        raise ApiError(500, str(error), "see `tdml-chain db check`") from None

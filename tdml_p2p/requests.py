@@ -1,0 +1,181 @@
+"""Requests and replies: one stream each, 4-byte lengths, limits of size, time and number, named refusals.
+
+A request is `length, bytes`; a reply is `status, length, bytes`, where a status other than 0 makes the
+bytes the refusal's name.
+"""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import structlog
+import trio
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+
+from tdml_p2p.limits import Offence, PeerLimits
+from tdml_p2p.streams import StreamEnded, abandon, finish, read_exactly, write
+
+log = structlog.get_logger(__name__)
+
+Handler = Callable[[str, bytes], Awaitable[bytes]]
+
+READ_SECONDS = 10.0
+SERVE_SECONDS = 60.0
+MAX_REASON_BYTES = 256
+_OK, _REFUSED = 0, 1
+
+
+class RequestReason(StrEnum):
+    """Why a request got no answer."""
+
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    BROKEN = "broken"
+    REPLY_TOO_LARGE = "reply-too-large"
+    REQUEST_TOO_LARGE = "request-too-large"
+    TOO_MANY = "too-many-requests"
+    BUSY = "busy"
+    MALFORMED = "malformed"
+    INTERNAL = "internal-error"
+
+
+class RequestFailed(Exception):
+    """No answer: `peer`, and `reason`, a `RequestReason` or the name that the peer refused with."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer = peer
+        self.reason = reason
+
+
+class Refused(Exception):
+    """Raised by a handler to answer with a named refusal."""
+
+
+@dataclass(frozen=True)
+class _Served:
+    handler: Handler
+    limit: int
+
+
+class Requests:
+    """Both sides of every request protocol of one host."""
+
+    def __init__(self, host: Any, limits: PeerLimits) -> None:
+        self.refused: Counter[str] = Counter()
+        self._host = host
+        self._limits = limits
+        self._served: dict[str, _Served] = {}
+        self._running: Counter[str] = Counter()
+
+    def serve(self, protocol: str, handler: Handler, limit: int) -> None:
+        """Answer requests of up to `limit` bytes with what `handler(sender, data)` returns."""
+        self._served[protocol] = _Served(handler, limit)
+
+        async def accept(stream: Any) -> None:
+            await self._accept(protocol, stream)
+
+        self._host.set_stream_handler(protocol, accept)
+
+    async def ask(self, peer: str, protocol: str, data: bytes, *, limit: int, timeout: float) -> bytes:
+        """Return the peer's reply of up to `limit` bytes; raise `RequestFailed`."""
+        try:
+            with trio.fail_after(timeout):
+                stream = await self._open(peer, protocol)
+                return await _exchange(stream, peer, data, limit)
+        except trio.TooSlowError:
+            raise RequestFailed(peer, RequestReason.TIMEOUT) from None
+
+    async def _open(self, peer: str, protocol: str) -> Any:
+        try:
+            return await self._host.new_stream(ID.from_string(peer), [protocol])
+        except (BaseLibp2pError, OSError, ValueError):
+            raise RequestFailed(peer, RequestReason.UNREACHABLE) from None
+
+    async def _accept(self, protocol: str, stream: Any) -> None:
+        sender = str(stream.muxed_conn.peer_id)
+        reason = self._admission(sender)
+        if reason is not None:
+            self.refused[reason] += 1
+            await _answer(stream, _REFUSED, reason.encode())
+            return
+        self._running[sender] += 1
+        try:
+            await self._serve(self._served[protocol], sender, stream)
+        finally:
+            self._running[sender] -= 1
+            if not self._running[sender]:
+                del self._running[sender]
+
+    def _admission(self, sender: str) -> RequestReason | None:
+        if not self._limits.allows_request(sender):
+            return RequestReason.TOO_MANY
+        if self._running[sender] >= self._limits.config.concurrent_requests:
+            return RequestReason.BUSY
+        return None
+
+    async def _serve(self, served: _Served, sender: str, stream: Any) -> None:
+        try:
+            with trio.fail_after(READ_SECONDS):
+                length = int.from_bytes(await read_exactly(stream, 4), "big")
+                data = await read_exactly(stream, length) if length <= served.limit else None
+        except (trio.TooSlowError, StreamEnded):
+            self.refused[RequestReason.BROKEN] += 1
+            await abandon(stream)
+            return
+        if data is None:
+            self.refused[RequestReason.REQUEST_TOO_LARGE] += 1
+            self._limits.charge(sender, Offence.INVALID_MESSAGE)
+            await _answer(stream, _REFUSED, RequestReason.REQUEST_TOO_LARGE.encode())
+            return
+        status, answer = await self._run_handler(served.handler, sender, data)
+        await _answer(stream, status, answer)
+
+    async def _run_handler(self, handler: Handler, sender: str, data: bytes) -> tuple[int, bytes]:
+        try:
+            with trio.fail_after(SERVE_SECONDS):
+                return _OK, await handler(sender, data)
+        except trio.TooSlowError:
+            reason: str = RequestReason.TIMEOUT
+        except Refused as refusal:
+            reason = str(refusal)
+        except ValueError as error:
+            reason = f"{RequestReason.MALFORMED}: {error}"
+        except Exception:
+            # One request must not stop the peer; the fault is logged with its traceback.
+            log.exception("a request handler failed", sender=sender)
+            reason = RequestReason.INTERNAL
+        self.refused[reason.partition(":")[0][:64]] += 1
+        return _REFUSED, reason.encode()[:MAX_REASON_BYTES]
+
+
+async def _exchange(stream: Any, peer: str, data: bytes, limit: int) -> bytes:
+    is_done = False
+    try:
+        await write(stream, len(data).to_bytes(4, "big") + data)
+        status, *length = await read_exactly(stream, 5)
+        size = int.from_bytes(bytes(length), "big")
+        if size > (limit if status == _OK else MAX_REASON_BYTES):
+            raise RequestFailed(peer, RequestReason.REPLY_TOO_LARGE)
+        reply = await read_exactly(stream, size)
+        is_done = True
+    except StreamEnded:
+        raise RequestFailed(peer, RequestReason.BROKEN) from None
+    finally:
+        await (finish(stream) if is_done else abandon(stream))
+    if status != _OK:
+        raise RequestFailed(peer, reply.decode("utf-8", "replace"))
+    return reply
+
+
+async def _answer(stream: Any, status: int, data: bytes) -> None:
+    try:
+        with trio.fail_after(SERVE_SECONDS):
+            await write(stream, bytes([status]) + len(data).to_bytes(4, "big") + data)
+    except (trio.TooSlowError, StreamEnded):
+        await abandon(stream)
+        return
+    await finish(stream)

@@ -1,0 +1,1 @@
+"""The swarm services: seats, training sessions, claims, audits and votes of one peer."""

@@ -1,0 +1,47 @@
+"""Where a peer finds material by content address: its own seats, its disk, named holders, the DHT."""
+
+from collections.abc import Callable, Sequence
+
+from tdml_p2p.blobs import BlobUnavailable
+from tdml_p2p.host import Network
+from tdml_p2p.swarm.reexecution import Buffer, Unavailable
+from trainer.manifest import MAX_MANIFEST_BYTES, ManifestError, TaskManifest, decode_manifest
+
+MAX_TENSOR_BYTES = 8 << 30
+
+
+class Library:
+    """Blobs by address, and the task manifests read so far."""
+
+    def __init__(self, network: Network, local: Callable[[bytes], memoryview | None]) -> None:
+        self._network = network
+        self._local = local
+        self._manifests: dict[bytes, TaskManifest] = {}
+
+    def manifest(self, address: bytes) -> TaskManifest | None:
+        """Return a manifest that was learned before."""
+        return self._manifests.get(address)
+
+    def know(self, manifest: TaskManifest) -> None:
+        """Remember a manifest that this peer made itself."""
+        self._manifests[manifest.address] = manifest
+
+    async def learn(self, address: bytes, task: bytes, client: str) -> None:
+        """Fetch and remember a manifest; raise `Unavailable` when no holder has a valid one."""
+        holders = [record.peer for record in await self._network.discovery.find(f"task/{task.hex()}")]
+        data = await self.fetch(address, [*holders, client], MAX_MANIFEST_BYTES)
+        try:
+            self._manifests[address] = decode_manifest(bytes(data))
+        except ManifestError as error:
+            raise Unavailable(f"the manifest is refused: {error}") from None
+
+    async def fetch(self, address: bytes, holders: Sequence[str], limit: int = MAX_TENSOR_BYTES) -> Buffer:
+        """Return a blob, from this peer's own memory if it is there; raise `Unavailable`."""
+        found = self._local(address)
+        if found is not None:
+            return found
+        others = tuple(dict.fromkeys(peer for peer in holders if peer != self._network.peer))
+        try:
+            return await self._network.blobs.fetch(address, others, limit)
+        except BlobUnavailable as error:
+            raise Unavailable(str(error)) from None

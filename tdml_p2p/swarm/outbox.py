@@ -1,0 +1,63 @@
+"""Outgoing duty transactions, batched: many commits, openings and reveals under one signature."""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from chain.transactions import (
+    Claim,
+    Commit,
+    Commitment,
+    Open,
+    Opening,
+    Payload,
+    Reveal,
+    RevealAll,
+    SubmitClaims,
+)
+
+log = structlog.get_logger(__name__)
+
+Entry = Claim | Commitment | Opening | Reveal
+
+_BATCH_SECONDS = 0.1
+_PACKAGES: tuple[tuple[type, type, int], ...] = (
+    (Claim, SubmitClaims, 16),
+    (Commitment, Commit, 32),
+    (Opening, Open, 16),
+    (Reveal, RevealAll, 16),
+)
+
+
+class Outbox:
+    """Collects duty entries for a tenth of a second and submits each kind in one transaction."""
+
+    def __init__(self, submit: Callable[[Payload], Awaitable[bytes]]) -> None:
+        self._submit = submit
+        self._entries: list[Entry] = []
+        self._filled = trio.Event()
+
+    def put(self, entry: Entry) -> None:
+        """Queue one entry for the next batch."""
+        self._entries.append(entry)
+        self._filled.set()
+
+    async def run(self) -> None:
+        """Submit batches until cancelled."""
+        while True:
+            await self._filled.wait()
+            await trio.sleep(_BATCH_SECONDS)
+            self._filled = trio.Event()
+            entries, self._entries = self._entries, []
+            for payload in _package(entries):
+                await self._submit(payload)
+
+
+def _package(entries: list[Entry]) -> list[Payload]:
+    """Return the payloads that carry `entries`, kind by kind, in order."""
+    payloads: list[Payload] = []
+    for kind, package, most in _PACKAGES:
+        chosen = [entry for entry in entries if isinstance(entry, kind)]
+        payloads += [package(tuple(chosen[i : i + most])) for i in range(0, len(chosen), most)]
+    return payloads

@@ -1,0 +1,60 @@
+"""`tdml-peer train`: post a task, feed its swarm, follow it on the chain, save the model."""
+
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from tdml_p2p.config import PeerConfig, TrainConfig
+from tdml_p2p.errors import UserError
+from tdml_p2p.peer import open_peer
+from tdml_p2p.swarm.client import SwarmClient
+from tdml_p2p.swarm.preparation import prepare
+
+Report = Callable[[dict[str, Any]], None]
+
+
+async def run_train(config: PeerConfig, train: TrainConfig, report: Report) -> int:
+    """Train as the settings say; return 0, or 130 when interrupted with a resumable state saved.
+
+    Raises `UserError` for everything that the user can mend. A second signal ends the process at once.
+    """
+    home = config.home or train.out / ".peer"
+    client_config = replace(config, home=home, work=False, validate=False)
+    prepared = await trio.to_thread.run_sync(prepare, train)
+    async with open_peer(client_config) as peer, _interrupts() as interrupted:
+        client = SwarmClient(peer, prepared, train, report)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on, interrupted, client)
+            try:
+                return await client.run()
+            finally:
+                nursery.cancel_scope.cancel()
+    raise UserError("The peer stopped before the training was done.", "see its log")
+
+
+async def _stop_on(interrupted: trio.Event, client: SwarmClient) -> None:
+    await interrupted.wait()
+    client.interrupt()
+
+
+@asynccontextmanager
+async def _interrupts() -> AsyncIterator[trio.Event]:
+    """Give an event that the first SIGINT or SIGTERM sets; the second one kills the process."""
+    interrupted = trio.Event()
+
+    async def watch() -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for number in signals:
+                if interrupted.is_set():
+                    signal.signal(number, signal.SIG_DFL)
+                    signal.raise_signal(number)
+                interrupted.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        yield interrupted
+        nursery.cancel_scope.cancel()
