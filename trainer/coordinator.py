@@ -63,7 +63,8 @@ class Coordinator:
                 await self._train()
                 states = await self.fetch_states()
                 self._swarm.finish()
-                await self._outbox.flush()
+                with trio.move_on_after(self._config.patience.floor):
+                    await self._outbox.flush()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             if len(group.exceptions) == 1:

@@ -151,7 +151,9 @@ class Swarm:
 
     def finish(self) -> None:
         """Tell every member that the task is over."""
-        self.state.broadcast(Finish())
+        for status in Status:
+            for member in self.state.roster.of(status):
+                self.state.post(member.peer, Finish())
 
     # messages
 
