@@ -160,7 +160,8 @@ def honest_results(folder: Path, name: str) -> list[CellResult]:
     environment = {**os.environ, **HONEST[name], "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, "--child", str(folder)]
     subprocess.run(command, check=True, env=environment)
-    parts = load_file(folder / "results.safetensors")
+    # cloned: the next process writes the file that these tensors are mapped to
+    parts = {key: part.clone() for key, part in load_file(folder / "results.safetensors").items()}
     return [CellResult(parts[f"y{i}"], parts[f"gx{i}"], parts[f"gw{i}"], ()) for i in range(STAGES)]
 
 
@@ -199,7 +200,7 @@ def sketched(claimed: list[CellResult], own: list[CellResult]) -> list[float]:
     """Return the largest relative distances of the sketches, which is what the ledger compares."""
     return largest(
         [
-            float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+            float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30)
             for a, b in zip(projections(one), projections(other), strict=True)
         ]
         for one, other in zip(claimed, own, strict=True)

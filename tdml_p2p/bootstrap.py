@@ -1,20 +1,23 @@
 """How a peer comes to its network: a genesis of its own making, or the one that an invite names."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import trio
 
 from chain.codec import MAX_OBJECT_BYTES, DecodeError, decode, encode
 from chain.genesis import Allocation, Genesis, GenesisValidator
-from chain.keys import PrivateKey
+from chain.keys import PrivateKey, peer_id
 from chain.params import Params
 from chain.randomness import onion_of
 from tdml_p2p.errors import UNREACHABLE, USAGE, UserError
-from tdml_p2p.home import Home, other_network
+from tdml_p2p.home import Home, other_network, read_genesis
 from tdml_p2p.host import Network
 from tdml_p2p.invite import Invite
+from tdml_p2p.peers import ConnectFailed
 from tdml_p2p.requests import RequestFailed
 from tdml_p2p.wallet import BOND_FRACTION
 
@@ -22,7 +25,6 @@ log = structlog.get_logger("tdml.bootstrap")
 
 GENESIS_PROTOCOL = "/tdml/genesis/1"
 GENESIS_TIMEOUT = 20.0
-DIAL_TIMEOUT = 15.0
 
 FAUCET_GRANT = 1_000_000
 FOUNDER_STAKE = 40 * FAUCET_GRANT // BOND_FRACTION
@@ -73,6 +75,21 @@ def find_origin(home: Home, key: PrivateKey, join: Sequence[str], timestamp_ms: 
     return Origin(chain_id, genesis, invites)
 
 
+def initialize(path: Path, genesis_file: Path | None) -> dict[str, str]:
+    """Make a home with key and genesis, given or private, and return what it holds; raise `UserError`."""
+    home = Home(path)
+    home.create()
+    with home.lock():
+        key = home.load_key()
+        if genesis_file is not None:
+            try:
+                home.save_genesis(read_genesis(genesis_file.read_bytes(), str(genesis_file)))
+            except OSError as error:
+                raise UserError(f"{genesis_file} cannot be read: {error.strerror}.", "give a genesis.json") from None
+        origin = find_origin(home, key, (), time.time_ns() // 1_000_000)
+    return {"home": str(path), "peer": peer_id(key.account), "chain_id": origin.chain_id.hex()}
+
+
 def serve_genesis(network: Network, genesis: Genesis) -> None:
     """Answer `/tdml/genesis/1`, so that whoever this peer invites can verify and keep the genesis."""
     data = encode(genesis)
@@ -93,12 +110,13 @@ async def join_network(network: Network, origin: Origin) -> Genesis:
     genesis = origin.genesis
     for invite in origin.invites:
         try:
-            await _dial(network, invite)
+            if invite.peer != network.peer:
+                await network.connect(invite.address)
             if genesis is None:
                 genesis = await _fetch_genesis(network, invite)
-        except RequestFailed as error:
+        except (RequestFailed, ConnectFailed) as error:
             log.warning("an inviter cannot be used", invite=str(invite), reason=str(error))
-            failures.append(f"{invite.address}: {error}")
+            failures.append(str(error))
     if genesis is None:
         raise UserError(
             f"No peer of the network could be reached ({'; '.join(failures)[:300]}).",
@@ -108,19 +126,8 @@ async def join_network(network: Network, origin: Origin) -> Genesis:
     return genesis
 
 
-async def _dial(network: Network, invite: Invite) -> None:
-    if invite.peer == network.peer:
-        return
-    with trio.move_on_after(DIAL_TIMEOUT) as scope:
-        await network.connect(invite.address)
-    if scope.cancelled_caught:
-        raise RequestFailed(invite.peer, f"no answer within {DIAL_TIMEOUT:.0f} s")
-
-
 async def _fetch_genesis(network: Network, invite: Invite) -> Genesis:
-    data = await network.request(
-        invite.peer, GENESIS_PROTOCOL, b"", limit=MAX_OBJECT_BYTES, timeout=GENESIS_TIMEOUT
-    )
+    data = await network.request(invite.peer, GENESIS_PROTOCOL, b"", limit=MAX_OBJECT_BYTES, timeout=GENESIS_TIMEOUT)
     try:
         genesis: Genesis = decode(Genesis, data)
     except DecodeError as error:

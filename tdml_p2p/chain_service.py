@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
 import trio
 
 from chain.blocks import Block
@@ -17,11 +18,14 @@ from chain.ledger import Event
 from chain.store import Store
 from tdml_p2p.gossip import Disposition
 from tdml_p2p.host import Network
+from tdml_p2p.limits import Offence
 from tdml_p2p.metrics import Metrics
 from tdml_p2p.requests import RequestFailed
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
+
+log = structlog.get_logger("tdml.chain")
 
 TOPICS = ("block", "vote", "tx")
 SYNC_PROTOCOL = "/tdml/sync/1"
@@ -30,8 +34,20 @@ SYNC_REPLY_BYTES = 8 * 1024 * 1024
 SYNC_TIMEOUT = 20.0
 TAIL_BLOCKS = 20
 AUDIT_EVENTS = frozenset(
-    ("drawn", "committed", "opened", "passed", "disputed", "convicted", "acquitted", "faulted")
-    + ("undecided", "withheld", "absent", "void", "unaudited")
+    [
+        "drawn",
+        "committed",
+        "opened",
+        "passed",
+        "disputed",
+        "convicted",
+        "acquitted",
+        "faulted",
+        "undecided",
+        "withheld",
+        "absent",
+        "void",
+    ]
 )
 
 
@@ -52,15 +68,14 @@ class NetworkAdapter:
     async def request(self, peer: str, data: bytes) -> bytes:
         """Ask one peer over `/tdml/sync/1`; raise `chain.engine.RequestFailed`."""
         try:
-            return await self._network.request(
-                peer, SYNC_PROTOCOL, data, limit=SYNC_REPLY_BYTES, timeout=SYNC_TIMEOUT
-            )
+            return await self._network.request(peer, SYNC_PROTOCOL, data, limit=SYNC_REPLY_BYTES, timeout=SYNC_TIMEOUT)
         except RequestFailed as error:
             raise SyncFailed(str(error)) from error
 
     def penalize(self, peer: str, reason: str) -> None:
         """Count a false answer of a peer against it."""
-        self._network.penalize(peer, reason)
+        log.warning("a peer served something false", peer=peer, reason=reason)
+        self._network.limits.charge(peer, Offence.PROTOCOL_VIOLATION)
 
 
 def block_lines(found: Block, events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -72,10 +87,7 @@ def block_lines(found: Block, events: Sequence[Event]) -> list[dict[str, Any]]:
         "transactions": len(found.transactions),
     }
     lines = [("block", block), *((event.kind, event.data) for event in events)]
-    return [
-        {"height": header.height, "time": header.timestamp, "kind": kind, "data": data}
-        for kind, data in lines
-    ]
+    return [{"height": header.height, "time": header.timestamp, "kind": kind, "data": data} for kind, data in lines]
 
 
 class Feed:
@@ -111,9 +123,7 @@ def _stored_lines(store: Store, height: int) -> list[dict[str, Any]]:
 class ChainService:
     """Runs the engine on the network and keeps what the status shows of it."""
 
-    def __init__(
-        self, network: Network, engine: ChainEngine, metrics: Metrics, clock_ms: Callable[[], int]
-    ) -> None:
+    def __init__(self, network: Network, engine: ChainEngine, metrics: Metrics, clock_ms: Callable[[], int]) -> None:
         self.tail: deque[dict[str, Any]] = deque(maxlen=TAIL_BLOCKS)
         self._network = network
         self._engine = engine
@@ -148,7 +158,7 @@ class ChainService:
         header = committed.block.header
         self.tail.appendleft(_tail_line(committed))
         self._latest_at = trio.current_time()
-        if not self._engine.status().get("syncing"):
+        if not self._engine.status()["syncing"]:
             self._metrics.observe_finality((self._clock_ms() - header.timestamp) / 1000)
         self._metrics.height.set(header.height)
         for event in committed.events:

@@ -84,7 +84,7 @@ class Discovery:
         self._book = RecordBook(clock)
         self._own: dict[str, bytes] = {}
         # The random walk is off: at this size, neighbours' neighbours come through the peer exchange.
-        self._dht = KadDHT(host, DHTMode.SERVER, protocol_prefix=prefix, enable_values=False)
+        self._dht = KadDHT(host, DHTMode.SERVER, enable_values=False)
         requests.serve(self._protocol, self._serve, _MESSAGE_BYTES)
 
     @asynccontextmanager
@@ -116,7 +116,7 @@ class Discovery:
 
     async def on_connected(self, peer: str) -> None:
         """Add a new neighbour to the DHT and tell it what this peer announces."""
-        await self._dht.add_peer(ID.from_string(peer))
+        await self._dht.add_peer(ID.from_string(peer), skip_server_mode_check=True)
         if self._own:
             await self._tell(peer, self._signed(list(self._own)))
 

@@ -132,8 +132,9 @@ class _Pubsub(Pubsub):
             validation_cache_size=1,
             max_inbound_rpc_size=_MAX_RPC_BYTES,
         )
-        self.seen_messages.stop()
-        self.seen_messages = _Seen()
+        stock: Any = self.seen_messages
+        stock.stop()
+        self.seen_messages: Any = _Seen()
 
     async def handle_sending_messages(self, peer_id: Any, stream: Any, queue: Any) -> None:
         queue.max_message_size = _MAX_RPC_BYTES

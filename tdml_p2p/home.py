@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import platformdirs
+
 from chain.genesis import Genesis, from_json, to_json
 from chain.keys import PrivateKey
 from tdml_p2p.errors import UserError
 
 KEY_BYTES = 32
 MAX_GENESIS_BYTES = 32 << 20
+
+
+def default_home() -> Path:
+    """Return the home folder of a peer whose owner names none."""
+    return platformdirs.user_data_path("tdml", appauthor=False)
 
 
 class Home:
@@ -111,9 +118,7 @@ class Home:
 
     def _unreadable_key(self, error: OSError) -> UserError:
         if error.errno == errno.ELOOP:
-            return UserError(
-                f"The key file {self.key_path} is a symbolic link.", "put the key itself into the home"
-            )
+            return UserError(f"The key file {self.key_path} is a symbolic link.", "put the key itself into the home")
         return UserError(
             f"The key file {self.key_path} cannot be read: {error.strerror}.",
             f"make it yours: chown $USER {self.key_path} && chmod 600 {self.key_path}",

@@ -1,21 +1,16 @@
 """The network of one peer: a libp2p host with Noise and Yamux over TCP only, and what runs on it."""
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 import trio
-from libp2p import new_host
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.network.config import ConnectionConfig
-from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
 from chain.keys import PrivateKey, peer_id
@@ -23,17 +18,20 @@ from tdml_p2p.blobs import Blobs
 from tdml_p2p.discovery import Discovery
 from tdml_p2p.errors import UserError
 from tdml_p2p.gossip import Gossip, TopicHandler
-from tdml_p2p.limits import LimitConfig, PeerLimits
-from tdml_p2p.muxer import Muxers
+from tdml_p2p.limits import LimitConfig, Offence, PeerLimits
+from tdml_p2p.logs import route_library_loggers
+from tdml_p2p.p2p_host import build_host
 from tdml_p2p.peers import Upkeep, UpkeepConfig
 from tdml_p2p.requests import Handler, Requests
+from tdml_p2p.streams import shielded
 from tdml_p2p.tensors import TensorConfig, TensorStreams
+
+if TYPE_CHECKING:
+    from tdml_p2p.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-_NEGOTIATE_SECONDS = 10
 _GOODBYE_SECONDS = 2.0
-_MAX_CONNECTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class NetworkConfig:
     limits: LimitConfig = field(default_factory=LimitConfig)
     tensors: TensorConfig = field(default_factory=TensorConfig)
     round_seconds: float = 10.0
+    max_connections: int = 256
 
 
 class Network:
@@ -54,9 +53,9 @@ class Network:
     def __init__(self, config: NetworkConfig, key: PrivateKey, chain_id: bytes) -> None:
         self.peer = peer_id(key.account)
         self.config = config
-        self.host = build_host(key)
         prefix = f"/tdml/{chain_id.hex()[:16]}"
         self.limits = PeerLimits(config.limits, time.monotonic, self._on_ban)
+        self.host = build_host(key, prefix, self.limits, config.max_connections)
         self.requests = Requests(self.host, self.limits)
         self.gossip = Gossip(self.host, prefix, self.limits)
         self.tensors = TensorStreams(self.host, self.limits, config.tensors)
@@ -77,17 +76,21 @@ class Network:
     async def open(cls, config: NetworkConfig, key: PrivateKey, chain_id: bytes) -> AsyncIterator[Self]:
         """Listen and take part until the block ends; raise `UserError` when an address is not free."""
         network = cls(config, key, chain_id)
-        async with _listening(network.host, config.listen), network.gossip.run(), network.discovery.run():
-            async with trio.open_nursery() as nursery:
-                network._nursery = nursery
-                await nursery.start(network.tensors.run)
-                await nursery.start(network._upkeep.run)
-                try:
-                    yield network
-                finally:
-                    network._nursery = None
-                    nursery.cancel_scope.cancel()
-                    await _close_connections(network.host)
+        async with (
+            _listening(network.host, config.listen),
+            network.gossip.run(),
+            network.discovery.run(),
+            trio.open_nursery() as nursery,
+        ):
+            network._nursery = nursery
+            network.tensors.start(nursery)
+            network._upkeep.start(nursery)
+            try:
+                yield network
+            finally:
+                network._nursery = None
+                nursery.cancel_scope.cancel()
+                await _close_connections(network.host)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -99,7 +102,7 @@ class Network:
         return self._upkeep.neighbours()
 
     async def connect(self, address: str) -> str:
-        """Connect to `address` and return the peer's id; raise `ConnectFailed` or `ValueError`."""
+        """Connect to `address` and return the peer's id; raise `peers.ConnectFailed`."""
         return await self._upkeep.connect(address)
 
     async def disconnect(self, peer: str) -> None:
@@ -126,6 +129,29 @@ class Network:
         """Refuse this peer's frames of a session from now on."""
         self.tensors.evict(session, peer)
 
+    def penalize(self, peer: str, reason: str) -> None:
+        """Charge `peer` with a false answer; enough of them end in a timed ban."""
+        log.info("peer charged", peer=peer, reason=reason)
+        self.limits.charge(peer, Offence.FALSE_ANSWER)
+
+    def inbound(self) -> int:
+        """Return how many of the connections came from outside."""
+        connections = self.host.get_network().get_connections()
+        return sum(connection.direction is Direction.INBOUND for connection in connections)
+
+    def export(self, metrics: "Metrics") -> None:
+        """Bring the counters of the network up to date."""
+        sent, received = self.tensors.bytes_sent, self.tensors.inbound.bytes_received
+        metrics.advance(metrics.tensor_bytes.labels("sent"), "tensor bytes sent", sent)
+        metrics.advance(metrics.tensor_bytes.labels("received"), "tensor bytes received", received)
+        metrics.advance(metrics.gossip_drops, "gossip dropped", self.gossip.counts["dropped"])
+        for reason, count in self._refused().items():
+            metrics.advance(metrics.refused.labels(reason), f"refused {reason}", count)
+
+    def _refused(self) -> Counter[str]:
+        parts = (self.requests.refused, self.tensors.inbound.refused, self.discovery.refused)
+        return sum(parts, Counter())
+
     def status(self) -> dict[str, Any]:
         """Return what `status` shows of the network."""
         return {
@@ -133,7 +159,7 @@ class Network:
             "addresses": list(self.addresses),
             "peers": list(self.peers()),
             "gossip": dict(self.gossip.counts),
-            "refused": {**self.requests.refused, **self.tensors.inbound.refused, **self.discovery.refused},
+            "refused": dict(self._refused()),
             "offences": dict(self.limits.offences),
             "banned": self.limits.banned(),
         }
@@ -144,31 +170,11 @@ class Network:
             self._nursery.start_soon(self.disconnect, peer)
 
 
-def build_host(key: PrivateKey) -> Any:
-    """Return a libp2p host whose id is the account's, offering Noise and Yamux over TCP only."""
-    pair = create_new_key_pair(key.seed)
-    noise = NoiseTransport(pair, noise_privkey=create_noise_key_pair().private_key)
-    resources = ResourceManager(
-        limits=ResourceLimits(max_connections=_MAX_CONNECTIONS, max_streams=8192),
-        enable_metrics=False,
-        enable_memory_limits=False,
-        enable_circuit_breaker=False,
-        enable_graceful_degradation=False,
-    )
-    # No automatic dialling or pruning by libp2p: `peers.Upkeep` decides about connections.
-    connections = ConnectionConfig(
-        max_connections=_MAX_CONNECTIONS, min_connections=0, low_watermark=0, high_watermark=_MAX_CONNECTIONS
-    )
-    host = new_host(
-        key_pair=pair,
-        sec_opt={NOISE: noise},
-        negotiate_timeout=_NEGOTIATE_SECONDS,
-        resource_manager=resources,
-        connection_config=connections,
-        disable_identify_address_discovery=True,
-    )
-    host.get_network().upgrader.muxer_multistream = Muxers(_NEGOTIATE_SECONDS)
-    return host
+class NoAutoConnector(AutoConnector):
+    """Never dials: `peers.Upkeep` decides about connections."""
+
+    async def maybe_connect(self) -> None:
+        """Leave the connections as they are."""
 
 
 @asynccontextmanager
@@ -185,7 +191,7 @@ async def _listening(host: Any, addresses: tuple[str, ...]) -> AsyncIterator[Non
 async def _close_connections(host: Any) -> None:
     """Close all connections at once; one at a time, libp2p takes a fifth of a second for each."""
     connections = host.get_network().get_connections()
-    with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
+    with shielded(_GOODBYE_SECONDS):
         async with trio.open_nursery() as nursery:
             for connection in connections:
                 nursery.start_soon(connection.close)

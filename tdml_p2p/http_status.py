@@ -10,6 +10,7 @@ from chain.keys import peer_id
 from chain.records import Task, Worker
 from chain.state import State, Table
 from tdml_p2p.health import Vitals, Warn, warnings
+from tdml_p2p.listen import inbound
 from tdml_p2p.reachability import Reachability, judge
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def build_status(peer: "Peer") -> dict[str, Any]:
     state, engine = peer.engine.state, peer.engine.status()
     account = state.account(peer.key.account)
     workers = own_workers(state, peer.key.account)
-    reach = judge(peer.network.addresses, peer.network.inbound())
+    reach = judge(peer.network.addresses, inbound(peer.network))
     found = warnings(_vitals(peer, engine, reach))
     connected = peer.network.peers()
     seats = [_seat(worker) for worker in workers if worker.is_seated]
@@ -46,11 +47,12 @@ def build_status(peer: "Peer") -> dict[str, Any]:
             "p99": peer.metrics.finality_quantile(0.99),
             "block_age": peer.chain.block_age(),
         },
+        "view": engine["view"],
+        "syncing": engine["syncing"],
         "chain": engine,
+        "network_counters": peer.network.status(),
         "peers": list(connected),
-        "validators": [
-            {"peer": peer_id(member), "power": str(power)} for member, power in state.validators().members
-        ],
+        "validators": [{"peer": peer_id(member), "power": str(power)} for member, power in state.validators().members],
         "is_validator": peer.key.account in state.validators(),
         "seats": seats,
         "balance": str(account.balance),
@@ -166,20 +168,18 @@ def _vitals(peer: "Peer", engine: dict[str, Any], reach: Reachability) -> Vitals
         uptime=peer.uptime(),
         peers=len(peer.network.peers()),
         height=state.height,
-        best_height=int(engine.get("best_height", state.height)),
+        best_height=engine["target_height"],
         block_age=peer.chain.block_age(),
         powers=tuple(power for _, power in state.validators().members),
-        halted=engine.get("halted"),
+        halted=engine["halted"],
         is_jailed=own is not None and own.is_jailed and bool(state.account(peer.key.account).bonded),
         is_reachable=reach.is_reachable,
     )
 
 
-def _set_gauges(
-    peer: "Peer", peers: int, seats: int, reach: Reachability, found: tuple[Warn, ...]
-) -> None:
+def _set_gauges(peer: "Peer", peers: int, seats: int, reach: Reachability, found: tuple[Warn, ...]) -> None:
     account = peer.engine.state.account(peer.key.account)
-    metrics = peer.metrics
+    metrics, network = peer.metrics, peer.network
     metrics.peers.set(peers)
     metrics.height.set(peer.engine.state.height)
     metrics.seats.set(seats)
@@ -187,3 +187,12 @@ def _set_gauges(
     metrics.bonded.set(account.bonded)
     metrics.warnings.set(len(found))
     metrics.reachable.set(-1 if reach.is_reachable is None else int(reach.is_reachable))
+    counters = network.status()
+    metrics.advance(metrics.gossip_drops, "gossip-failed", counters["gossip"].get("failed", 0))
+    for reason, count in counters["refused"].items():
+        metrics.advance(metrics.refused.labels(reason), f"refused {reason}", count)
+    for direction, total in (
+        ("sent", network.tensors.bytes_sent),
+        ("received", network.tensors.inbound.bytes_received),
+    ):
+        metrics.advance(metrics.tensor_bytes.labels(direction), f"tensor bytes {direction}", total)

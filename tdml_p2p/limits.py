@@ -24,6 +24,7 @@ class Offence(StrEnum):
     TOO_MANY_STREAMS = "too-many-streams"
     FALSE_RECORD = "false-record"
     FALSE_BLOB = "false-blob"
+    FALSE_ANSWER = "false-answer"
 
 
 _POINTS = {
@@ -34,6 +35,7 @@ _POINTS = {
     Offence.TOO_MANY_STREAMS: 1.0,
     Offence.FALSE_RECORD: 5.0,
     Offence.FALSE_BLOB: 10.0,
+    Offence.FALSE_ANSWER: 10.0,
 }
 
 

@@ -14,6 +14,8 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID, Yamux
 
+from tdml_p2p.streams import shielded
+
 WRITE_STALL_SECONDS = 20.0
 MAX_BUFFERED_BYTES = 96 << 20
 """Bytes of unread stream data of one connection."""
@@ -23,11 +25,11 @@ class Muxer(Yamux):
     """A Yamux connection whose writes are never torn, whose resets wake readers, and whose memory is bounded."""
 
     async def _write_frame(self, data: bytes) -> None:
-        with trio.move_on_after(WRITE_STALL_SECONDS, shield=True) as stalled:
+        with shielded(WRITE_STALL_SECONDS) as stalled:
             async with self._write_lock:
                 await self.secured_conn.write(data)
         if stalled.cancelled_caught:
-            with trio.CancelScope(shield=True):
+            with shielded(WRITE_STALL_SECONDS):
                 await self._cleanup_on_error()
             raise ConnectionClosedError("the peer took no data", transport="tcp")
         await trio.lowlevel.checkpoint()

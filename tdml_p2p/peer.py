@@ -1,12 +1,13 @@
 """The composition root: everything that one peer is made of, in one nursery."""
 
-import errno
+import os
 import signal
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -18,23 +19,27 @@ from chain.genesis import Genesis
 from chain.keys import PrivateKey, peer_id
 from chain.ledger import Receipt
 from chain.randomness import onion_of
-from chain.state import Table
-from chain.store import StoreCorrupt
+from chain.state import Task
+from chain.store import Store, StoreCorrupt
 from chain.transactions import Payload
 from tdml_p2p.bootstrap import find_origin, join_network, serve_genesis
 from tdml_p2p.chain_service import ChainService, NetworkAdapter
 from tdml_p2p.config import PeerConfig
 from tdml_p2p.control import ApiError, ControlServer
-from tdml_p2p.errors import UserError
-from tdml_p2p.home import Home
+from tdml_p2p.home import Home, default_home
 from tdml_p2p.host import Network, NetworkConfig
 from tdml_p2p.http_status import build_page, build_status, own_workers
 from tdml_p2p.http_watch import EventFeed
 from tdml_p2p.invite import invite_line
+from tdml_p2p.listen import listen_addresses
+from tdml_p2p.logs import configure_logs
 from tdml_p2p.metrics import Metrics
+from tdml_p2p.plain_errors import plain_errors
 from tdml_p2p.wallet import Holdings, Wallet
 
 if TYPE_CHECKING:
+    from trio_typing import TaskStatus
+
     from tdml_p2p.swarm.service import StageFactory, SwarmService
 
 log = structlog.get_logger("tdml.peer")
@@ -47,9 +52,7 @@ QUERY_THREADS = 2
 class Peer:
     """One running peer; `open_peer` makes it and ends it."""
 
-    def __init__(
-        self, config: PeerConfig, home: Home, key: PrivateKey, genesis: Genesis, network: Network
-    ) -> None:
+    def __init__(self, config: PeerConfig, home: Home, key: PrivateKey, genesis: Genesis, network: Network) -> None:
         self.config = config
         self.home = home
         self.key = key
@@ -91,13 +94,12 @@ class Peer:
     def render_metrics(self) -> bytes:
         """Return the Prometheus text of every metric."""
         build_status(self)
-        self.network.export(self.metrics)
         return self.metrics.render()
 
     async def open_tasks(self) -> list[dict[str, Any]]:
         """Return the open tasks that the DHT knows and the chain confirms."""
         state = self.engine.state
-        listed = {record.key for record in await self.network.discovery.tasks()}
+        listed = {record.record for record in await self.network.discovery.find("tasks")}
         return [
             {
                 "task": task.id.hex(),
@@ -109,7 +111,7 @@ class Peer:
                 "settled": task.settled,
                 "price": str(task.price),
                 "escrow": str(task.escrow),
-                "announced": task.id.hex() in listed,
+                "announced": task.id in listed,
             }
             for task in state.open_tasks()
         ]
@@ -117,7 +119,7 @@ class Peer:
     async def answer(self, query: str, params: Mapping[str, str]) -> Any:
         """Return the inspector's answer; raise `ApiError`."""
         reader = self.engine.reader
-        ask = partial(_answer, self.home.chain_path, reader.state, reader.mempool, query, dict(params))
+        ask = partial(_answer, self.home.chain_path, reader, query, dict(params))
         return await trio.to_thread.run_sync(ask, limiter=self._query_limit)
 
     async def transact(self, payload: Payload) -> dict[str, Any]:
@@ -203,7 +205,12 @@ async def _open(config: PeerConfig, stage_factory: "StageFactory | None") -> Asy
     with home.lock():
         key = home.load_key()
         origin = find_origin(home, key, config.join, _now_ms())
-        async with Network.open(network_config(config, home), key, origin.chain_id) as network:
+        network_config = NetworkConfig(
+            listen=listen_addresses(config.listen, key.account),
+            bootstrap=tuple(invite.address for invite in origin.invites if invite.peer != peer_id(key.account)),
+            home=home.path,
+        )
+        async with Network.open(network_config, key, origin.chain_id) as network:
             genesis = await join_network(network, origin)
             home.save_genesis(genesis)
             serve_genesis(network, genesis)
@@ -222,32 +229,30 @@ def _services(
     peer: Peer, control: ControlServer, stage_factory: "StageFactory | None"
 ) -> list[Callable[..., Awaitable[None]]]:
     """Return everything that runs beside the network, in the order of starting."""
-    services = [peer.chain.run]
-    if peer.config.work or peer.config.validate:
-        from tdml_p2p.swarm.service import SwarmService
+    from tdml_p2p.swarm.service import SwarmService
 
-        peer.swarm = SwarmService(peer, stage_factory)
-        services.append(peer.swarm.run)
-    services.append(Wallet(peer, onion_of(peer.key).tip if peer.config.validate else None).run)
-    return [*services, control.run]
+    peer.swarm = SwarmService(peer, stage_factory)
+    wallet = Wallet(peer, onion_of(peer.key).tip if peer.config.validate else None)
+    return [peer.chain.run, peer.swarm.run, wallet.run, control.run]
 
 
-async def run_start(config: PeerConfig, report: Report) -> int:
-    """Run a daemon until SIGINT or SIGTERM and return its exit code; a second signal forces."""
+async def run_start(config: PeerConfig, report: Report, stage_factory: "StageFactory | None" = None) -> int:
+    """Run a daemon until SIGINT or SIGTERM and return its exit code; a second signal forces.
+
+    `stage_factory` replaces how stages of tasks are built.
+    """
     with plain_errors():
         async with trio.open_nursery() as nursery:
             stop = trio.CancelScope()
             await nursery.start(_watch_signals, stop)
             with stop:
-                async with open_peer(config, report=report):
+                async with open_peer(config, stage_factory=stage_factory, report=report):
                     await trio.sleep_forever()
             nursery.cancel_scope.cancel()
     return 0
 
 
-async def _watch_signals(
-    stop: trio.CancelScope, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED
-) -> None:
+async def _watch_signals(stop: trio.CancelScope, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for received in signals:
@@ -270,11 +275,11 @@ def _status_port(config: PeerConfig) -> int | None:
     return None if config.status_port < 0 else config.status_port
 
 
-def _answer(path: Path, state: State, mempool: Any, query: str, arguments: dict[str, str]) -> Any:
+def _answer(path: Path, live: queries.Reader, query: str, arguments: dict[str, str]) -> Any:
     """Answer from a connection of its own, so that a long query neither blocks nor sees half a block."""
     try:
         with closing(Store.open_read_only(path)) as store:
-            return queries.answer(queries.Reader(store, state, mempool), query, arguments)
+            return queries.answer(replace(live, store=store), query, arguments)
     except queries.NotFound as error:
         raise ApiError(404, str(error), "see `tdml-chain blocks`, `tasks`, `workers`, `validators`") from None
     except queries.BadQuery as error:

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 import trio
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import InvalidAddrError, PeerInfo, info_from_p2p_addr
 from multiaddr import Multiaddr
@@ -24,6 +25,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 from chain.keys import account_of
 from tdml_p2p.limits import PeerLimits
 from tdml_p2p.requests import RequestFailed, Requests
+from tdml_p2p.streams import shielded
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +36,7 @@ _MESSAGE_BYTES = 64 * 1024
 _DIAL_SECONDS = 10.0
 _HELLO_SECONDS = 10.0
 _MAX_MISSED = 2
+_GOODBYE_SECONDS = 3.0
 _BACKOFF_SECONDS = (1.0, 30.0)
 
 Address = Annotated[str, msgspec.Meta(max_length=256)]
@@ -54,8 +57,8 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Hello)
 
 
-class ConnectFailed(Exception):
-    """A peer could not be reached or is not of this network; the message says which."""
+class ConnectFailed(RequestFailed):
+    """A peer could not be reached or is not of this network; `reason` says which."""
 
 
 def decode_hello(data: bytes) -> Hello:
@@ -82,6 +85,7 @@ class _Known:
     failures: int = 0
     next_dial: float = 0.0
     missed: int = 0
+    dialling: trio.Lock = field(default_factory=trio.Lock)
 
 
 @dataclass(frozen=True)
@@ -113,23 +117,15 @@ class Upkeep:
         self.peer = str(self.host.get_id())
         self.protocol = f"{self.prefix}/peers/1"
         self.requests.serve(self.protocol, self._serve, _MESSAGE_BYTES)
+        self.host.reach = self._reach_for_stream
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep connected until cancelled."""
+    def start(self, nursery: trio.Nursery) -> None:
+        """Keep connected in `nursery`; raise `ValueError` for a bootstrap address that is none."""
         for address in (*self.config.bootstrap, *self._remembered()):
             info = peer_info(address)
             self._learn(str(info.peer_id), (_without_peer(address),))
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            while True:
-                self._dial_some(nursery)
-                for peer in self.neighbours():
-                    nursery.start_soon(self._check, peer)
-                self._wake = trio.Event()
-                with trio.move_on_after(self.config.round_seconds * self.rng.uniform(0.8, 1.2)):
-                    await self._wake.wait()
-                await trio.to_thread.run_sync(self._remember)
+        self._nursery = nursery
+        nursery.start_soon(self._run, nursery)
 
     def neighbours(self) -> tuple[str, ...]:
         """Return the connected peers of this network."""
@@ -142,8 +138,11 @@ class Upkeep:
         return tuple(str(address) for address in self.host.get_addrs())
 
     async def connect(self, address: str) -> str:
-        """Connect to a peer of this network and return its id; raise `ConnectFailed` or `ValueError`."""
-        info = peer_info(address)
+        """Connect to a peer of this network and return its id; raise `ConnectFailed`."""
+        try:
+            info = peer_info(address)
+        except ValueError as error:
+            raise ConnectFailed(address[:128], str(error)) from None
         peer = str(info.peer_id)
         self._learn(peer, (_without_peer(address),))
         await self._reach(peer)
@@ -152,24 +151,39 @@ class Upkeep:
     async def disconnect(self, peer: str) -> None:
         """Close every connection to a peer, also inside a cancelled scope."""
         self.greeted.discard(peer)
-        with trio.move_on_after(3.0, shield=True):
+        with shielded(_GOODBYE_SECONDS):
             await self.host.get_network().close_peer(ID.from_string(peer))
 
     async def _reach(self, peer: str) -> None:
         """Dial and greet a peer; raise `ConnectFailed`."""
         if self.limits.is_banned(peer):
-            raise ConnectFailed(f"{peer} is banned for now")
-        identity = ID.from_string(peer)
-        addresses = [Multiaddr(address) for address in self._known[peer].addresses]
-        network = self.host.get_network()
-        # libp2p refuses for a minute to dial what failed once; the backoff here is ours.
-        network.unblock_peer(identity)
-        try:
-            with trio.fail_after(_DIAL_SECONDS):
-                await self.host.connect(PeerInfo(identity, addresses))
-        except (BaseLibp2pError, OSError, trio.TooSlowError) as error:
-            raise ConnectFailed(f"{peer} cannot be reached: {type(error).__name__}") from None
+            raise ConnectFailed(peer, "banned for now")
+        known = self._known.get(peer)
+        if known is None or not known.addresses:
+            raise ConnectFailed(peer, "no address is known")
+        async with known.dialling:
+            if ID.from_string(peer) not in self.host.get_connected_peers():
+                await self._dial_any(peer, known.addresses)
         await self._greet(peer)
+
+    async def _dial_any(self, peer: str, addresses: tuple[str, ...]) -> None:
+        """Try the addresses one after the other; libp2p alone would try only the first."""
+        for address in addresses:
+            with trio.move_on_after(_DIAL_SECONDS):
+                try:
+                    await self.host.get_network().dial_addr(Multiaddr(address), ID.from_string(peer))
+                except (BaseLibp2pError, OSError) as error:
+                    log.debug("dial failed", peer=peer, address=address, error=str(error))
+                else:
+                    return
+        raise ConnectFailed(peer, "cannot be reached at any known address")
+
+    async def _reach_for_stream(self, peer: str) -> None:
+        """Connect before a stream is opened; what goes wrong is told in libp2p's terms."""
+        try:
+            await self._reach(peer)
+        except ConnectFailed as error:
+            raise SwarmException(error.reason) from None
 
     async def _greet(self, peer: str) -> None:
         try:
@@ -177,8 +191,10 @@ class Upkeep:
                 peer, self.protocol, self._hello(peer), limit=_MESSAGE_BYTES, timeout=_HELLO_SECONDS
             )
             hello = decode_hello(reply)
-        except (RequestFailed, ValueError) as error:
-            raise ConnectFailed(f"{peer} is not a peer of this network, or does not answer: {error}") from None
+        except RequestFailed as error:
+            raise ConnectFailed(peer, f"no answer from a peer of this network: {error.reason}") from None
+        except ValueError as error:
+            raise ConnectFailed(peer, f"its hello is malformed: {error}") from None
         await self._take(peer, hello)
 
     def _hello(self, receiver: str) -> bytes:
@@ -209,6 +225,16 @@ class Upkeep:
                 self._nursery.start_soon(self.on_greeted, sender)
         if news:
             self._wake.set()
+
+    async def _run(self, nursery: trio.Nursery) -> None:
+        while True:
+            self._dial_some(nursery)
+            for peer in self.neighbours():
+                nursery.start_soon(self._check, peer)
+            self._wake = trio.Event()
+            with trio.move_on_after(self.config.round_seconds * self.rng.uniform(0.8, 1.2)):
+                await self._wake.wait()
+            await trio.to_thread.run_sync(self._remember)
 
     def _learn(self, peer: str, addresses: tuple[str, ...]) -> None:
         """Remember addresses that look dialable; the newest of a peer replace older ones."""
@@ -293,8 +319,11 @@ class Upkeep:
             for address in known.addresses[:2]
         ]
         scratch = self.config.file.with_name(f".{self.config.file.name}.new")
-        scratch.write_text(json.dumps(lines[:_MAX_TOLD], indent=1))
-        scratch.replace(self.config.file)
+        try:
+            scratch.write_text(json.dumps(lines[:_MAX_TOLD], indent=1))
+            scratch.replace(self.config.file)
+        except OSError as error:
+            log.warning("peers cannot be remembered", error=str(error))
 
 
 def _without_peer(address: str) -> str:

@@ -45,16 +45,12 @@ def explain(error: BaseException) -> UserError | None:
                 "choose another with --listen MULTIADDR; port 0 takes any free one",
             )
         case PermissionError():
-            return UserError(
-                f"The file {error.filename} cannot be used: {error.strerror}.", "make it yours with chown"
-            )
+            return UserError(f"The file {error.filename} cannot be used: {error.strerror}.", "make it yours with chown")
     return None
 
 
 def _full() -> UserError:
-    return UserError(
-        "The disk is full.", "free some space and start again; everything up to the last block is kept"
-    )
+    return UserError("The disk is full.", "free some space and start again; everything up to the last block is kept")
 
 
 def _only_cause(error: BaseException) -> BaseException:

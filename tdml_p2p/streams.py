@@ -58,9 +58,16 @@ async def write(stream: Any, data: bytes | memoryview) -> None:
         raise StreamEnded(str(error) or type(error).__name__) from None
 
 
+def shielded(seconds: float) -> trio.CancelScope:
+    """Return a scope for what must still be done when the caller is cancelled, for `seconds` at most."""
+    scope = trio.move_on_after(seconds)
+    scope.shield = True
+    return scope
+
+
 async def abandon(stream: Any) -> None:
     """Reset a stream that cannot be used any more, also inside a cancelled scope."""
-    with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
+    with shielded(_GOODBYE_SECONDS):
         try:
             await stream.reset()
         except STREAM_ERRORS:
@@ -69,7 +76,7 @@ async def abandon(stream: Any) -> None:
 
 async def finish(stream: Any) -> None:
     """Close a stream after its last byte, also inside a cancelled scope."""
-    with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
+    with shielded(_GOODBYE_SECONDS):
         try:
             await stream.close()
         except STREAM_ERRORS:

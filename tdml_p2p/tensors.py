@@ -96,7 +96,7 @@ class _Link:
 
 
 class TensorStreams:
-    """All tensor streams of one host; `run` it before use."""
+    """All tensor streams of one host; `start` it before use."""
 
     def __init__(self, host: Any, limits: PeerLimits, config: TensorConfig) -> None:
         self.bytes_sent = 0
@@ -109,12 +109,9 @@ class TensorStreams:
         self.inbound = Inbound(self._sessions, limits, config.window, config.max_frame, self._sessions.lose)
         host.set_stream_handler(PROTOCOL, self.inbound.accept)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Read what receivers write back, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await trio.sleep_forever()
+    def start(self, nursery: trio.Nursery) -> None:
+        """Read what receivers write back in `nursery`; before that nothing can be sent."""
+        self._nursery = nursery
 
     def open_session(self, session: bytes) -> FrameChannel:
         """Return the channel of a session's frames; raise `ValueError` if it is open already."""

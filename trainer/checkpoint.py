@@ -104,9 +104,7 @@ def resume(folder: Path) -> Checkpoint:
     try:
         task = msgspec.json.decode(found[-1].read_bytes(), type=_Task)
         manifest = decode_manifest(bytes(task.manifest))
-        states = tuple(
-            _stage_state(found[-1].parent, manifest, task, index) for index in range(manifest.stages)
-        )
+        states = tuple(_stage_state(found[-1].parent, manifest, task, index) for index in range(manifest.stages))
     except (OSError, msgspec.DecodeError, ManifestError, SafetensorError, KeyError, IndexError) as error:
         raise _damaged(folder, str(error)) from None
     return Checkpoint(manifest, states, open_tokenizer(folder), task.losses)
@@ -123,7 +121,8 @@ def whole_tensors(manifest: TaskManifest, states: Sequence[StageState]) -> dict[
 
 
 def _stage_state(folder: Path, manifest: TaskManifest, task: _Task, index: int) -> StageState:
-    parts = load_file(folder / f"stage-{index}.safetensors")
+    # cloned: the tensors are mapped to the file, which somebody may change while the run goes on
+    parts = {name: part.clone() for name, part in load_file(folder / f"stage-{index}.safetensors").items()}
     state = StageState(task.step, parts["weights"], parts["m"], parts["v"])
     total = stage_layout(manifest, index).total
     is_right = all(part.dtype == torch.float32 and part.shape == (total,) for part in parts.values())

@@ -86,7 +86,7 @@ class SkipLayer(Faulty):
         """Run the forward pass, without the last layer once the attack has begun."""
         if not self.is_active(cell):
             return self.stage.forward(cell, x, labels)
-        with _skipping(self.stage.module.layers):
+        with _skipping(self.stage.module.get_submodule("layers")):
             return self.stage.forward(cell, x, labels)
 
 
@@ -114,15 +114,14 @@ class Stale(Faulty):
 
 
 @contextmanager
-def _skipping(layers: nn.ModuleDict) -> Iterator[None]:
+def _skipping(layers: nn.Module) -> Iterator[None]:
     """Make the last of a stage's decoder layers the identity within the block."""
-    name = list(layers)[-1]
-    skipped = layers[name]
-    layers[name] = _Identity(skipped)
+    name, skipped = list(layers.named_children())[-1]
+    setattr(layers, name, _Identity(skipped))
     try:
         yield
     finally:
-        layers[name] = skipped
+        setattr(layers, name, skipped)
 
 
 class _Identity(nn.Module):

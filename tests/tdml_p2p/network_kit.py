@@ -1,44 +1,39 @@
-"""Networks of several peers in one process, on real sockets of this machine."""
+"""Networks of real hosts on 127.0.0.1 for tests."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from pathlib import Path
 
 import trio
 
 from chain.keys import PrivateKey
 from tdml_p2p.host import Network, NetworkConfig
 
-CHAIN = bytes(range(32))
-QUICK = NetworkConfig(round_seconds=0.3)
+CHAIN_ID = bytes(range(32))
 
 
-def key(number: int) -> PrivateKey:
-    """Return the key of peer `number`."""
-    return PrivateKey(bytes([number + 1]) * 32)
+def key_of(index: int) -> PrivateKey:
+    """Return the key of the test peer `index`."""
+    return PrivateKey(bytes([index + 1]) * 32)
 
 
 @asynccontextmanager
-async def networks(
-    count: int, config: NetworkConfig = QUICK, chain: bytes = CHAIN, home: Path | None = None
+async def open_networks(
+    count: int, config: Callable[[int], NetworkConfig] | None = None
 ) -> AsyncIterator[list[Network]]:
-    """Run `count` peers, each connected to the first."""
+    """Open `count` peers, each started from the first one, and wait until all are connected to all."""
     async with AsyncExitStack() as stack:
-        peers: list[Network] = []
-        for number in range(count):
-            own = replace(config, home=home / str(number)) if home else config
-            if own.home is not None:
-                own.home.mkdir(parents=True)
-            peer = await stack.enter_async_context(Network.open(own, key(number), chain))
-            if peers:
-                await peer.connect(peers[0].addresses[0])
-            peers.append(peer)
-        yield peers
+        networks: list[Network] = []
+        for index in range(count):
+            bootstrap = (networks[0].addresses[0],) if networks else ()
+            settings = config(index) if config else NetworkConfig()
+            settings = NetworkConfig(**{**settings.__dict__, "bootstrap": bootstrap})
+            networks.append(await stack.enter_async_context(Network.open(settings, key_of(index), CHAIN_ID)))
+        await until(lambda: all(len(network.peers()) == count - 1 for network in networks))
+        yield networks
 
 
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until `condition` holds; raise `trio.TooSlowError`."""
+async def until(is_true: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for a condition that other tasks bring about."""
     with trio.fail_after(seconds):
-        while not condition():
+        while not is_true():  # noqa: ASYNC110
             await trio.sleep(0.005)

@@ -33,6 +33,10 @@ class StageModule(Protocol):
         """Return the parameters in the order of the layout."""
         ...
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a part of the module by name; `layers` holds the decoder layers in order."""
+        ...
+
 
 class Family(Protocol):
     """One architecture, cut at decoder-layer boundaries."""

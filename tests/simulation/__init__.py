@@ -1,1 +1,0 @@
-"""Deterministic virtual-time simulation of consensus and the oracle that judges it."""

@@ -1,0 +1,166 @@
+"""Real hosts on 127.0.0.1: identity, encryption, gossip, requests and shutdown."""
+
+import pytest
+import trio
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
+
+from chain.keys import peer_id
+from tdml_p2p.gossip import MAX_MESSAGE_BYTES, Disposition
+from tdml_p2p.host import Network, NetworkConfig
+from tdml_p2p.peers import ConnectFailed, peer_info
+from tdml_p2p.requests import Refused, RequestFailed, RequestReason
+from tests.tdml_p2p.network_kit import CHAIN_ID, key_of, open_networks, until
+
+
+def collector(into: list[bytes], verdict: Disposition = Disposition.ACCEPT):
+    def handle(_sender: str, data: bytes) -> Disposition:
+        into.append(data)
+        return verdict
+
+    return handle
+
+
+async def test_a_peer_is_its_account() -> None:
+    async with Network.open(NetworkConfig(), key_of(0), CHAIN_ID) as network:
+        assert str(network.host.get_id()) == network.peer == peer_id(key_of(0).account)
+        assert network.addresses[0].endswith(f"/p2p/{network.peer}")
+        assert network.peers() == ()
+
+
+async def test_plaintext_is_refused() -> None:
+    async with Network.open(NetworkConfig(), key_of(0), CHAIN_ID) as network:
+        pair = create_new_key_pair(bytes([9]) * 32)
+        other = new_host(key_pair=pair, sec_opt={PLAINTEXT_PROTOCOL_ID: InsecureTransport(pair)})
+        async with other.run([]):
+            with pytest.raises(BaseLibp2pError):
+                await other.connect(peer_info(network.addresses[0]))
+        assert network.host.get_connected_peers() == []
+
+
+async def test_a_message_reaches_everybody_once() -> None:
+    async with open_networks(5) as networks:
+        heard: list[list[bytes]] = [[] for _ in networks]
+        for network, into in zip(networks, heard, strict=True):
+            network.on_topic("vote", collector(into))
+        await until(lambda: all(network.gossip.mesh("vote") > 0 for network in networks))
+        await networks[3].publish("vote", b"first")
+        await until(lambda: sum(map(len, heard)) == 4)
+        large = bytes(MAX_MESSAGE_BYTES)
+        await networks[0].publish("vote", large)
+        await until(lambda: sum(map(len, heard)) == 8)
+        assert heard[3] == [large]
+        assert heard[0] == [b"first"]
+        assert all(into == [b"first", large] for into in (heard[1], heard[2], heard[4]))
+        with pytest.raises(ValueError, match="exceeds"):
+            await networks[0].publish("vote", large + b"x")
+
+
+async def test_a_late_joiner_is_heard_by_everybody() -> None:
+    async with open_networks(3) as networks:
+        heard: list[list[bytes]] = [[] for _ in networks]
+        for network, into in zip(networks, heard, strict=True):
+            network.on_topic("tx", collector(into))
+        config = NetworkConfig(bootstrap=(networks[0].addresses[0],))
+        async with Network.open(config, key_of(7), CHAIN_ID) as late:
+            late.on_topic("tx", collector([]))
+            await until(lambda: late.peers() != ())
+            await late.publish("tx", b"hello")
+            await until(lambda: all(into == [b"hello"] for into in heard))
+
+
+async def test_a_rejected_message_stops_and_its_senders_are_charged() -> None:
+    async with open_networks(2) as networks:
+        heard: list[bytes] = []
+        networks[0].on_topic("tx", collector([]))
+        networks[1].on_topic("tx", collector(heard, Disposition.REJECT))
+        await until(lambda: networks[0].gossip.mesh("tx") > 0)
+        await networks[0].publish("tx", b"bad")
+        await until(lambda: heard == [b"bad"])
+        assert networks[1].limits.penalty(networks[0].peer) > 0
+        assert networks[1].gossip.counts["reject"] == 1
+
+
+async def test_a_failing_handler_costs_one_message() -> None:
+    async with open_networks(2) as networks:
+        heard: list[bytes] = []
+
+        def fail_once(_sender: str, data: bytes) -> Disposition:
+            heard.append(data)
+            if len(heard) == 1:
+                raise RuntimeError("a fault of the handler")
+            return Disposition.ACCEPT
+
+        networks[0].on_topic("tx", collector([]))
+        networks[1].on_topic("tx", fail_once)
+        await until(lambda: networks[0].gossip.mesh("tx") > 0)
+        await networks[0].publish("tx", b"1")
+        await networks[0].publish("tx", b"2")
+        await until(lambda: heard == [b"1", b"2"])
+        assert networks[1].gossip.counts["failed"] == 1
+
+
+async def test_requests_answers_and_refusals() -> None:
+    async with open_networks(2) as (first, second):
+
+        async def serve(sender: str, data: bytes) -> bytes:
+            if data == b"refuse":
+                raise Refused("not-today")
+            if data == b"malformed":
+                raise ValueError("odd bytes")
+            if data == b"fault":
+                raise RuntimeError("a fault of the handler")
+            return sender.encode() + data
+
+        first.on_request("/tdml/test/1", serve, 100)
+
+        async def ask(data: bytes, limit: int = 1000) -> bytes:
+            return await second.request(first.peer, "/tdml/test/1", data, limit=limit, timeout=5)
+
+        async def reason(data: bytes, limit: int = 1000) -> str:
+            with pytest.raises(RequestFailed) as failed:
+                await ask(data, limit)
+            return failed.value.reason
+
+        assert await ask(b"x") == second.peer.encode() + b"x"
+        assert await ask(b"") == second.peer.encode()
+        assert await reason(b"refuse") == "not-today"
+        assert await reason(b"malformed") == "malformed: odd bytes"
+        assert await reason(b"fault") == RequestReason.INTERNAL
+        assert await reason(bytes(101)) == RequestReason.REQUEST_TOO_LARGE
+        assert await reason(b"x", limit=8) == RequestReason.REPLY_TOO_LARGE
+        with pytest.raises(RequestFailed) as failed:
+            await second.request(first.peer, "/tdml/other/1", b"", limit=9, timeout=5)
+        assert failed.value.reason == RequestReason.UNREACHABLE
+        with pytest.raises(RequestFailed) as failed:
+            await second.request(peer_id(key_of(9).account), "/tdml/test/1", b"", limit=9, timeout=5)
+        assert failed.value.reason == RequestReason.UNREACHABLE
+
+
+async def test_a_slow_answer_times_out_and_the_connection_survives() -> None:
+    async with open_networks(2) as (first, second):
+
+        async def serve(_sender: str, data: bytes) -> bytes:
+            if data == b"slow":
+                await trio.sleep_forever()
+            return data
+
+        first.on_request("/tdml/test/1", serve, 100)
+        with pytest.raises(RequestFailed) as failed:
+            await second.request(first.peer, "/tdml/test/1", b"slow", limit=9, timeout=0.1)
+        assert failed.value.reason == RequestReason.TIMEOUT
+        assert await second.request(first.peer, "/tdml/test/1", b"quick", limit=9, timeout=5) == b"quick"
+        assert second.peers() == (first.peer,)
+
+
+async def test_a_peer_of_another_network_is_not_a_neighbour() -> None:
+    async with (
+        Network.open(NetworkConfig(), key_of(0), CHAIN_ID) as network,
+        Network.open(NetworkConfig(), key_of(1), bytes(32)) as stranger,
+    ):
+        with pytest.raises(ConnectFailed, match="not a peer of this network"):
+            await stranger.connect(network.addresses[0])
+        assert network.peers() == ()
+        assert stranger.peers() == ()
