@@ -58,9 +58,7 @@ def certificate(kind: VoteKind, view: int, block_hash: bytes = ZERO) -> Certific
 
 
 def block(view: int, salt: int = 0, proposer: bytes | None = None) -> Block:
-    header = Header(
-        CHAIN, 1, CHAIN, proposer or led(view), view, salt, transactions_root(()), *[ZERO] * 7
-    )
+    header = Header(CHAIN, 1, CHAIN, proposer or led(view), view, salt, transactions_root(()), *[ZERO] * 7)
     return Block(header, (), None)
 
 
@@ -92,9 +90,7 @@ class Driver:
         return self
 
     def signed(self, kind: VoteKind) -> list[tuple[int, bytes]]:
-        return [
-            (e.vote.view, e.vote.block_hash) for e in self.effects if isinstance(e, Sign) and e.vote.kind == kind
-        ]
+        return [(e.vote.view, e.vote.block_hash) for e in self.effects if isinstance(e, Sign) and e.vote.kind == kind]
 
     def sent(self) -> list[object]:
         return [e.message for e in self.effects if isinstance(e, Broadcast)]
@@ -187,7 +183,7 @@ def test_an_invalid_proposal_is_nullified() -> None:
 
 
 def test_rules_of_a_proposal() -> None:
-    me = others(led(2))[0]
+    me = others(led(1), led(2))[0]
     old = block(1)
 
     def after(*certificates: Certificate, of: Proposal) -> Driver:

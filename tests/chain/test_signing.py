@@ -21,19 +21,19 @@ def unsigned(kind: VoteKind, block_hash: bytes = ZERO, *, height: int = 1, view:
 
 
 def opened(folder: Path, tip: int = 0) -> SigningRecord:
-    return SigningRecord.open(
-        folder / "signing.db", chain_id=CHAIN, account=KEY.account, sign=KEY.sign, tip=tip
-    )
+    return SigningRecord.open(folder / "signing.db", chain_id=CHAIN, account=KEY.account, sign=KEY.sign, tip=tip)
 
 
 def test_signed_votes_are_authentic_and_survive_reopening(tmp_path: Path) -> None:
     record = opened(tmp_path)
     draft = structs.replace(proposal(block()), vote=unsigned(VoteKind.PROPOSE, ONE))
-    signed = record.sign_all([
-        (draft.vote, draft),
-        (unsigned(VoteKind.NOTARIZE, TWO), draft),
-        (unsigned(VoteKind.NULLIFY, view=2), None),
-    ])
+    signed = record.sign_all(
+        [
+            (draft.vote, draft),
+            (unsigned(VoteKind.NOTARIZE, TWO), draft),
+            (unsigned(VoteKind.NULLIFY, view=2), None),
+        ]
+    )
     for vote in signed:
         verify_vote(vote, SET, verify)
     record.close()
@@ -120,9 +120,7 @@ def test_a_missing_record_beside_a_chain_is_refused(tmp_path: Path) -> None:
 def test_a_record_of_another_key_is_refused(tmp_path: Path) -> None:
     opened(tmp_path).close()
     with pytest.raises(RecordMissing):
-        SigningRecord.open(
-            tmp_path / "signing.db", chain_id=CHAIN, account=KEYS[1].account, sign=KEYS[1].sign, tip=0
-        )
+        SigningRecord.open(tmp_path / "signing.db", chain_id=CHAIN, account=KEYS[1].account, sign=KEYS[1].sign, tip=0)
 
 
 def test_two_processes_never_share_a_record(tmp_path: Path) -> None:

@@ -194,9 +194,7 @@ class Node:
             case _:
                 assert_never(effect)
 
-    def _later(
-        self, consensus: Consensus, action: Callable[[], list[Effect]], *, also_late: bool = False
-    ) -> None:
+    def _later(self, consensus: Consensus, action: Callable[[], list[Effect]], *, also_late: bool = False) -> None:
         delay = self.world.rng.uniform(0.0, 0.03)
 
         def act() -> None:

@@ -40,7 +40,5 @@ MUTANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_mutant_is_killed(name: str) -> None:
     symptom, mutation = MUTANTS[name]
     budget = 300
-    killed = (
-        seed for seed in range(budget) if any(symptom in fault for fault in judged(seed, **mutation).faults)
-    )
+    killed = (seed for seed in range(budget) if any(symptom in fault for fault in judged(seed, **mutation).faults))
     assert next(killed, None) is not None, f"{name}: survived {budget} seeds"

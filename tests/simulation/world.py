@@ -32,9 +32,7 @@ class World:
         self.now = 0.0
         self.rng = random.Random(f"world {scenario.seed}")
         self.outcome = Outcome()
-        self.stakes = {
-            digest("simulated account", bytes([i])): stake for i, stake in enumerate(scenario.stakes)
-        }
+        self.stakes = {digest("simulated account", bytes([i])): stake for i, stake in enumerate(scenario.stakes)}
         self.trace = hashlib.blake2b(digest_size=16)
         self._accounts = tuple(self.stakes)
         self._keeps_record = keeps_record
@@ -44,8 +42,7 @@ class World:
         self._down: set[int] = set()
         validators = set_type.of(self.stakes.items())
         self.nodes = [
-            Node(index, self._accounts[owner], validators, self)
-            for index, owner in enumerate(scenario.owners)
+            Node(index, self._accounts[owner], validators, self) for index, owner in enumerate(scenario.owners)
         ]
 
     @property
