@@ -1,7 +1,7 @@
 """Full comparison of two results of a cell: per token of y and gx, per sequence of losses, per chunk of gw.
 
 The measure of a row b against a is |a−b|₂ / max(|b|₂, 0.1·rms), rms being over the rows' norms; the default
-thresholds are ten times the worst honest deviation over 91 pairs of fp32 configurations (bench/numerics.py).
+thresholds are at least four times the worst honest deviation between fp32 configurations (bench/numerics.py).
 """
 
 import math

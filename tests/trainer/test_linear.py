@@ -3,10 +3,11 @@ import ctypes
 import pytest
 import torch
 from torch import nn
-from training_samples import CONFIG
+from training_samples import CONFIG, small_manifest
 
 from trainer.families.linear import FastLinear, accelerate, is_available
 from trainer.runtime import prepare_process
+from trainer.stage import build_stage
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this build of torch has no oneDNN")
 
@@ -32,6 +33,14 @@ def test_every_linear_layer_without_bias_is_replaced() -> None:
     accelerate(model)
     assert isinstance(model[0], FastLinear)
     assert type(model[1][0]) is nn.Linear
+
+
+def test_a_stage_is_accelerated() -> None:
+    is_available.cache_clear()
+    stage = build_stage(small_manifest(), 0)
+    linear = [module for module in stage.module.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == 4 * 7 + 1
+    assert all(isinstance(module, FastLinear) for module in linear)
 
 
 def test_a_process_is_prepared_with_or_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
