@@ -19,7 +19,6 @@ from tdml_p2p.discovery import Discovery
 from tdml_p2p.errors import UserError
 from tdml_p2p.gossip import Gossip, TopicHandler
 from tdml_p2p.limits import LimitConfig, Offence, PeerLimits
-from tdml_p2p.logs import route_library_loggers
 from tdml_p2p.p2p_host import build_host
 from tdml_p2p.peers import Upkeep, UpkeepConfig
 from tdml_p2p.requests import Handler, Requests
@@ -168,13 +167,6 @@ class Network:
         log.warning("peer banned", peer=peer)
         if self._nursery is not None:
             self._nursery.start_soon(self.disconnect, peer)
-
-
-class NoAutoConnector(AutoConnector):
-    """Never dials: `peers.Upkeep` decides about connections."""
-
-    async def maybe_connect(self) -> None:
-        """Leave the connections as they are."""
 
 
 @asynccontextmanager

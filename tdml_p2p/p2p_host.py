@@ -15,6 +15,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.host.basic_host import BasicHost
 from libp2p.kad_dht.common import PROTOCOL_ID as KAD
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
@@ -36,6 +37,13 @@ log = structlog.get_logger(__name__)
 NEGOTIATE_SECONDS = 10
 STREAM_SECONDS = 5.0
 Handler = Callable[[Any], Awaitable[None]]
+
+
+class _NoAutoConnector(AutoConnector):
+    """Never dials: `peers.Upkeep` decides about connections."""
+
+    async def maybe_connect(self) -> None:
+        """Leave the connections as they are."""
 
 
 class _Swarm(Swarm):
@@ -119,7 +127,6 @@ def build_host(key: PrivateKey, prefix: str, limits: PeerLimits, max_connections
     identity = ID.from_pubkey(pair.public_key)
     store = PeerStore()
     store.add_key_pair(identity, pair)
-    # libp2p neither dials nor prunes by itself: `peers.Upkeep` decides about connections.
     connections = ConnectionConfig(
         max_connections=max_connections,
         min_connections=0,
@@ -129,4 +136,5 @@ def build_host(key: PrivateKey, prefix: str, limits: PeerLimits, max_connections
     )
     swarm = _Swarm(identity, store, upgrader, [TCP()], RetryConfig(max_retries=0), connections)
     swarm.limits = limits
+    swarm.auto_connector = _NoAutoConnector(swarm)
     return Host(swarm, prefix, limits)

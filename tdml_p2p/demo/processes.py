@@ -12,11 +12,17 @@ from typing import Any
 
 import trio
 
+from tdml_p2p.errors import UserError
+
 _GRACE_SECONDS = 10.0
 
 
-class ChildFailed(RuntimeError):
+class ChildFailed(UserError):
     """A child process that ended, or said nothing, when it should have served."""
+
+    def __init__(self, name: str, problem: str, log: Path) -> None:
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        super().__init__(f"{name} {problem}: {lines[-1] if lines else 'it said nothing'}", "see its log beside the model")
 
 
 class Child:
@@ -41,13 +47,19 @@ class Child:
                 return
             self._buffer += chunk
 
+    async def drain(self) -> None:
+        """Read and drop what the child prints until it closes its output."""
+        assert self.process.stdout is not None
+        while await self.process.stdout.receive_some(65536):
+            pass
+
     async def expect(self, event: str, seconds: float) -> dict[str, Any]:
         """Return the first event of that name; raise `ChildFailed` when none comes in time."""
         with trio.move_on_after(seconds):
             async for found in self.events():
                 if found.get("event") == event:
                     return found
-        raise ChildFailed(f"{self.name} printed no {event!r} event; its log is {self.log}")
+        raise ChildFailed(self.name, f"printed no {event!r} event", self.log)
 
     async def stop(self) -> None:
         """End the child: politely first, by force after a grace period."""

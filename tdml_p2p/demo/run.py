@@ -14,6 +14,7 @@ import trio
 from tdml_p2p.demo.network import DemoNetwork, create_network
 from tdml_p2p.demo.processes import Child, ChildFailed, child
 from tdml_p2p.errors import USAGE, UserError
+from tdml_p2p.plain_errors import plain_errors
 from trainer.data import standard_library
 
 Report = Callable[[dict[str, Any]], None]
@@ -54,6 +55,11 @@ class Observed:
 async def run_demo(config: DemoConfig, report: Report) -> int:
     """Run the demonstration; return 0 only if the loss fell and exactly the cheat was evicted."""
     _check(config)
+    with plain_errors():
+        return await _until_signal(config, report)
+
+
+async def _until_signal(config: DemoConfig, report: Report) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             outcome: list[int] = []
@@ -118,7 +124,7 @@ async def _peers(config: DemoConfig, network: DemoNetwork, report: Report) -> As
             )
         async with trio.open_nursery() as nursery:
             for one in (first, *others):
-                nursery.start_soon(_drain, one)
+                nursery.start_soon(one.drain)
             yield invite
             nursery.cancel_scope.cancel()
 
@@ -154,7 +160,7 @@ async def _train(config: DemoConfig, network: DemoNetwork, invite: str, observed
             _note(event, observed)
             report(event)
         if await client.process.wait() != 0:
-            raise ChildFailed(f"training failed; its log is {client.log}")
+            raise ChildFailed("client", "did not finish the training", client.log)
         nursery.cancel_scope.cancel()
 
 
@@ -202,11 +208,6 @@ def _judge(
         }
     )
     return 0 if has_learned and is_just else 1
-
-
-async def _drain(one: Child) -> None:
-    async for _ in one.events():
-        pass
 
 
 def _short(event: dict[str, Any]) -> dict[str, Any]:

@@ -325,6 +325,8 @@ class SwarmClient:
     # at the end
 
     async def _save_interrupted(self, coordinator: Coordinator) -> int:
+        if not self._losses:
+            return 130  # nothing was trained yet
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _SAVE_SECONDS):
             try:
                 states = await coordinator.fetch_states()

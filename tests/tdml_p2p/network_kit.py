@@ -1,39 +1,52 @@
-"""Networks of real hosts on 127.0.0.1 for tests."""
+"""Networks of several peers in one process, on real sockets of this machine."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import trio
 
 from chain.keys import PrivateKey
 from tdml_p2p.host import Network, NetworkConfig
 
-CHAIN_ID = bytes(range(32))
+CHAIN = bytes(range(32))
+QUICK = NetworkConfig(round_seconds=0.3)
 
 
-def key_of(index: int) -> PrivateKey:
-    """Return the key of the test peer `index`."""
-    return PrivateKey(bytes([index + 1]) * 32)
+def key(number: int) -> PrivateKey:
+    """Return the key of peer `number`."""
+    return PrivateKey(bytes([number + 1]) * 32)
 
 
 @asynccontextmanager
-async def open_networks(
-    count: int, config: Callable[[int], NetworkConfig] | None = None
+async def networks(
+    count: int, config: NetworkConfig = QUICK, chain: bytes = CHAIN, home: Path | None = None
 ) -> AsyncIterator[list[Network]]:
-    """Open `count` peers, each started from the first one, and wait until all are connected to all."""
+    """Run `count` peers, each connected to the first."""
     async with AsyncExitStack() as stack:
-        networks: list[Network] = []
-        for index in range(count):
-            bootstrap = (networks[0].addresses[0],) if networks else ()
-            settings = config(index) if config else NetworkConfig()
-            settings = NetworkConfig(**{**settings.__dict__, "bootstrap": bootstrap})
-            networks.append(await stack.enter_async_context(Network.open(settings, key_of(index), CHAIN_ID)))
-        await until(lambda: all(len(network.peers()) == count - 1 for network in networks))
-        yield networks
+        peers: list[Network] = []
+        for number in range(count):
+            own = replace(config, home=home / str(number)) if home else config
+            if own.home is not None:
+                own.home.mkdir(parents=True)
+            peer = await stack.enter_async_context(Network.open(own, key(number), chain))
+            if peers:
+                await peer.connect(peers[0].addresses[0])
+            peers.append(peer)
+        yield peers
 
 
-async def until(is_true: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for a condition that other tasks bring about."""
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait until `condition` holds; raise `trio.TooSlowError`."""
     with trio.fail_after(seconds):
-        while not is_true():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)
+
+
+@asynccontextmanager
+async def meshed(count: int, config: NetworkConfig = QUICK) -> AsyncIterator[list[Network]]:
+    """Run `count` peers and wait until each is connected to each."""
+    async with networks(count, config) as peers:
+        await until(lambda: all(len(peer.peers()) == count - 1 for peer in peers))
+        yield peers

@@ -39,9 +39,7 @@ _ELEMENT_COST = 400  # per hidden element of a layer: norms, rotary embedding, a
 _ATTENTION_COST = 7  # per position and query element
 
 
-def _refuse(
-    sentence: str, reason: ManifestReason = ManifestReason.BAD_CONFIG, hint: str = ""
-) -> ManifestError:
+def _refuse(sentence: str, reason: ManifestReason = ManifestReason.BAD_CONFIG, hint: str = "") -> ManifestError:
     return ManifestError(reason, sentence, hint)
 
 
@@ -74,9 +72,7 @@ class Llama:
         full.setdefault("head_dim", hidden // heads)
         unknown = sorted(set(full) - set(_SIZES) - set(_DEFAULTS))
         if unknown:
-            raise _refuse(
-                f"The model setting {unknown[0][:64]!r} is not known.", ManifestReason.UNKNOWN_SETTING
-            )
+            raise _refuse(f"The model setting {unknown[0][:64]!r} is not known.", ManifestReason.UNKNOWN_SETTING)
         for key in _SIZES:
             full[key] = _checked_size(key, full.get(key))
         for key in _RATES:
@@ -154,10 +150,7 @@ class Llama:
         }
         norms = ("input_layernorm", "post_attention_layernorm")
         return (
-            *(
-                TensorSpec(f"{prefix}{name}.weight", shape, True, deviation)
-                for name, shape in matrices.items()
-            ),
+            *(TensorSpec(f"{prefix}{name}.weight", shape, True, deviation) for name, shape in matrices.items()),
             *(TensorSpec(f"{prefix}{name}.weight", (hidden,), False, 0.0) for name in norms),
         )
 
