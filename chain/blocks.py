@@ -241,9 +241,7 @@ def proposal_subject(block_hash: bytes, parent_view: int) -> bytes:
 
 def vote_bytes(kind: VoteKind, chain_id: bytes, height: int, view: int, block_hash: bytes) -> bytes:
     """Return the domain-separated digest that a vote's signature covers."""
-    return digest(
-        "vote", chain_id, bytes([kind]), height.to_bytes(8, "big"), view.to_bytes(8, "big"), block_hash
-    )
+    return digest("vote", chain_id, bytes([kind]), height.to_bytes(8, "big"), view.to_bytes(8, "big"), block_hash)
 
 
 def is_conflict(first: Vote, second: Vote) -> bool:
@@ -282,9 +280,7 @@ def _signers(bitmap: bytes, validators: ValidatorSet) -> tuple[bytes, ...]:
     size = len(validators)
     if len(bitmap) != (size + 7) // 8 or int.from_bytes(bitmap, "little") >> size:
         raise Refused(Reason.BAD_BITMAP)
-    return tuple(
-        account for i, (account, _) in enumerate(validators.members) if bitmap[i // 8] >> (i % 8) & 1
-    )
+    return tuple(account for i, (account, _) in enumerate(validators.members) if bitmap[i // 8] >> (i % 8) & 1)
 
 
 class VerifiedSignatures:

@@ -5,7 +5,6 @@ The one file of `chain` that knows trio. What to do is decided in `engine_core`,
 """
 
 import logging
-import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from chain.blocks import Block, Refused, VerifiedSignatures, Verifier
+from chain.blocks import Block, Refused, VerifiedSignatures
 from chain.codec import encode
-from chain.engine_blocks import Tip, assemble, check
+from chain.engine_blocks import Tip, assemble, check, check_proposal
 from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, ValidateJob
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
@@ -34,7 +33,7 @@ from chain.engine_sync import CatchUp
 from chain.engine_transactions import Transactions
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
-from chain.ledger import Executed, InvalidBlock, Reason, Receipt
+from chain.ledger import Executed, InvalidBlock, Receipt
 from chain.queries import Reader
 from chain.state import State
 from chain.sync import FinalBlock, StatusReply, StatusRequest, decode_request
@@ -61,6 +60,7 @@ _log = logging.getLogger("tdml.chain")
 
 SUBSCRIBER_BUFFER = 1024
 SYNC_PEERS = 4
+NEW_PEERS_SECONDS = 1.0
 LARGE_BLOCK = 32
 """Transactions from which a block is checked and executed in a thread."""
 
@@ -102,8 +102,7 @@ class ChainEngine:
         self._transactions = Transactions(key, tip.chain_id)
         self._catch_up = CatchUp(network, lambda: self._core.tip, self._commit_synced, self._verify)
         self._subscribers: set[trio.MemorySendChannel[Committed]] = set()
-        self._random = random.Random(tip.chain_id + (key.account if key else b""))
-        self._ahead: set[str] = set()
+        self._patience = trio.CancelScope()
         self._turn = trio.Lock()
         self._disk = trio.CapacityLimiter(1)
         self._block_passed = trio.Event()
@@ -266,16 +265,17 @@ class ChainEngine:
                 await self._network.publish("tx", data)
 
     async def _sync_loop(self) -> None:
+        complete = trio.current_time()
         while True:
-            with trio.move_on_after(self._config.sync_interval):
+            with trio.move_on_after(NEW_PEERS_SECONDS):
                 await self._syncing.heard()
                 await trio.sleep(self._config.sync_grace)
-            peers = list(self._network.peers())
-            self._random.shuffle(peers)
-            peers.sort(key=lambda peer: peer not in self._ahead)
-            self._ahead.clear()
-            for peer in peers[:SYNC_PEERS]:
-                await self._catch_up.follow(peer)
+            everyone = trio.current_time() - complete >= self._config.sync_interval or self._core.is_wanting
+            if everyone:
+                complete = trio.current_time()
+            for peer in self._catch_up.choose(everyone=everyone)[:SYNC_PEERS]:
+                with trio.move_on_after(self._config.sync_timeout) as self._patience:
+                    await self._catch_up.follow(peer)
 
     # Work.
 
@@ -314,7 +314,7 @@ class ChainEngine:
             return self._core.executed[block.hash]
         unchecked = self._transactions.unchecked(block)
         now_ms = self._config.clock_ms()
-        work = partial(_check_proposal, self._core.tip, block, unchecked, now_ms, self._verify)
+        work = partial(check_proposal, self._core.tip, block, unchecked, now_ms, self._verify)
         try:
             return await self._compute(block.transactions, work)
         except (Refused, InvalidBlock, AssertionError) as error:
@@ -325,6 +325,7 @@ class ChainEngine:
         async with self._turn:
             await self._commit(final)
         self._pump()
+        self._patience.deadline = trio.current_time() + self._config.sync_timeout
 
     async def _commit(self, final: FinalBlock) -> None:
         block, tip = final.block, self._core.tip
@@ -359,7 +360,7 @@ class ChainEngine:
         return len(self._transactions.mempool) > 0 or self.state.is_busy()
 
     def _hear_of_more(self, sender: str) -> None:
-        self._ahead.add(sender)
+        self._catch_up.hear_of_more(sender)
         self._syncing.ring()
 
     def _pump(self, *, clock: bool = True) -> None:
@@ -398,12 +399,3 @@ class ChainEngine:
         if not self._config.offload or len(transactions) < LARGE_BLOCK:
             return work()
         return await trio.to_thread.run_sync(work)
-
-
-def _check_proposal(
-    tip: Tip, block: Block, unchecked: Sequence[Transaction], now_ms: int, verify: Verifier
-) -> Executed:
-    for transaction in unchecked:
-        if not transaction.is_signed():
-            raise InvalidBlock(Reason.BAD_SIGNATURE, transaction.tx_id.hex())
-    return check(tip, block, now_ms, verify)

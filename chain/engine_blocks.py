@@ -87,6 +87,14 @@ def assemble(tip: Tip, draft: Draft, transactions: Sequence[Transaction]) -> tup
     return Block(header, tuple(transactions), tip.certificate), executed
 
 
+def check_proposal(tip: Tip, block: Block, unchecked: Sequence[Transaction], now_ms: int, verify: Verifier) -> Executed:
+    """Return what a proposed block does, after checking the signatures of `unchecked`; see `check`."""
+    for transaction in unchecked:
+        if not transaction.is_signed():
+            raise Refused(Reason.BAD_SIGNATURE, transaction.tx_id.hex())
+    return check(tip, block, now_ms, verify)
+
+
 def check(tip: Tip, block: Block, now_ms: int | None, verify: Verifier) -> Executed:
     """Return what a proposed (or, without `now_ms`, a final) block does.
 

@@ -68,6 +68,9 @@ class EngineConfig:
     timers: Timers = field(default_factory=Timers)
     standstill: float = 3.0
     sync_interval: float = 5.0
+    """How often every connected peer is asked for its height; new ones are asked within a second."""
+    sync_timeout: float = 10.0
+    """How long a peer may take for one answer."""
     sync_grace: float = 0.3
     """How long a higher height may be heard of before it is fetched; gossip usually brings it."""
     gossip_batch: float = 0.05

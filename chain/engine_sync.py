@@ -40,22 +40,43 @@ class CatchUp:
         self._tip = tip
         self._commit = commit
         self._verify = verify
+        self._asked: set[str] = set()
+        self._failed: set[str] = set()
+        self._ahead: set[str] = set()
         self.target = 0
         """The greatest height that a connected peer said to have reached."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether a peer said to be ahead of the tip by more than the block under way."""
-        return self.target > self._tip().height + 1
+        """Whether a peer is ahead by more than the block under way, or peers are there and none has answered."""
+        unheard = bool(self._network.peers()) and not self._asked
+        return unheard or self.target > self._tip().height + 1
+
+    def hear_of_more(self, peer: str) -> None:
+        """Note that a peer spoke of a greater height."""
+        self._ahead.add(peer)
+
+    def choose(self, *, everyone: bool) -> list[str]:
+        """Return whom to follow now: who is new or spoke of more, or all; who failed last comes last."""
+        peers = self._network.peers()
+        self._asked.intersection_update(peers)
+        self._failed.intersection_update(peers)
+        chosen = [p for p in peers if everyone or p in self._ahead or p not in self._asked]
+        ahead, self._ahead = self._ahead, set()
+        return sorted(chosen, key=lambda peer: (peer in self._failed, peer not in ahead))
 
     async def follow(self, peer: str) -> None:
         """Take from `peer` whatever it has beyond the tip; a false answer is reported to the network."""
+        self._failed.add(peer)
         try:
             status = await self._status(peer)
+            self._asked.add(peer)
             self.target = max(self.target, status.height)
             while self._tip().height < status.height:
                 if not await self._fetch(peer):
+                    self.target = self._tip().height
                     return
+            self._failed.discard(peer)
         except RequestFailed as error:
             _log.info("sync: %s did not answer: %s", peer, error)
         except (DecodeError, Refused) as error:

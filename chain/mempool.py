@@ -52,9 +52,7 @@ class Mempool:
     def add(self, state: State, transaction: Transaction) -> Reason | None:
         """Take a transaction; return why not, or None. The signature is the caller's to check."""
         body = transaction.body
-        entry = Entry(
-            transaction, transaction.tx_id, len(encode(transaction)), isinstance(body.payload, DUTIES)
-        )
+        entry = Entry(transaction, transaction.tx_id, len(encode(transaction)), isinstance(body.payload, DUTIES))
         nonce = state.account(body.sender).nonce
         if entry.tx_id in self._by_id:
             return None

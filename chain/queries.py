@@ -182,12 +182,9 @@ def _block(reader: Reader, arguments: Arguments) -> Any:
         **block_line(block, certificate),
         "header": plain(block.header),
         "raw": encode(block.header).hex(),
-        "transactions": [
-            {**_transaction_line(tx), "reason": receipts.get(tx.tx_id, "")} for tx in block.transactions
-        ],
+        "transactions": [{**_transaction_line(tx), "reason": receipts.get(tx.tx_id, "")} for tx in block.transactions],
         "events": [
-            {"kind": event.kind, "data": event.data}
-            for _, event in reader.store.events(block.height, block.height)
+            {"kind": event.kind, "data": event.data} for _, event in reader.store.events(block.height, block.height)
         ],
     }
 
@@ -354,9 +351,7 @@ def _trace(trace: Trace) -> dict[str, str]:
 
 
 def _by_tensor(values: tuple[float, float, float]) -> dict[str, float | str]:
-    return {
-        name: value if value < float("inf") else "inf" for name, value in zip(TENSORS, values, strict=True)
-    }
+    return {name: value if value < float("inf") else "inf" for name, value in zip(TENSORS, values, strict=True)}
 
 
 def _evidence(reader: Reader, arguments: Arguments) -> Any:
@@ -447,9 +442,7 @@ def block_events(reader: Reader, height: int) -> list[dict[str, Any]]:
     }
     stored = [(event.kind, event.data) for _, event in reader.store.events(height, height)]
     lines = [("block", block), *stored]
-    return [
-        {"height": height, "time": header.timestamp, "kind": kind, "data": data} for kind, data in lines
-    ]
+    return [{"height": height, "time": header.timestamp, "kind": kind, "data": data} for kind, data in lines]
 
 
 def _db_check(reader: Reader, _: Arguments) -> Any:

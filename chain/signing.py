@@ -54,9 +54,7 @@ class SigningRecord:
         ).fetchone()
 
     @classmethod
-    def open(
-        cls, path: Path, *, chain_id: bytes, account: bytes, sign: Callable[[bytes], bytes], tip: int
-    ) -> Self:
+    def open(cls, path: Path, *, chain_id: bytes, account: bytes, sign: Callable[[bytes], bytes], tip: int) -> Self:
         """Return the record at `path`, a new one when the chain is empty (`tip` 0).
 
         Raises `RecordMissing` for no record or another key's record, `RecordInUse` when it is locked,
@@ -79,9 +77,7 @@ class SigningRecord:
             raise
 
     @classmethod
-    def create(
-        cls, path: Path, *, chain_id: bytes, account: bytes, sign: Callable[[bytes], bytes], floor: int
-    ) -> Self:
+    def create(cls, path: Path, *, chain_id: bytes, account: bytes, sign: Callable[[bytes], bytes], floor: int) -> Self:
         """Return a new record that never signs at heights up to `floor`; raise `FileExistsError`."""
         if path.exists():
             raise FileExistsError(path)

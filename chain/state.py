@@ -136,9 +136,7 @@ class State:
         return ValidatorSet.of(
             (account, self.account(account).bonded)
             for account, validator in self.tables[Table.VALIDATORS].items()
-            if not validator.is_jailed
-            and not validator.is_tombstoned
-            and self.account(account).bonded >= least
+            if not validator.is_jailed and not validator.is_tombstoned and self.account(account).bonded >= least
         )
 
     def validators(self) -> ValidatorSet:

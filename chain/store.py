@@ -103,9 +103,7 @@ class Store:
             if record is None:
                 self._db.execute("DELETE FROM state WHERE tbl = ? AND key = ?", (int(table), key))
             else:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (int(table), key, encode(record))
-                )
+                self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (int(table), key, encode(record)))
 
     def tip(self) -> tuple[Block, Certificate] | None:
         """Return the newest block and its certificate, None at genesis."""
@@ -119,9 +117,7 @@ class Store:
 
     def block_by_hash(self, block_hash: bytes) -> tuple[Block, Certificate] | None:
         """Return the block with this hash and its certificate."""
-        row = self._db.execute(
-            "SELECT block, certificate FROM blocks WHERE hash = ?", (block_hash,)
-        ).fetchone()
+        row = self._db.execute("SELECT block, certificate FROM blocks WHERE hash = ?", (block_hash,)).fetchone()
         return self._pair(row)
 
     def _pair(self, row: Any) -> tuple[Block, Certificate] | None:
@@ -134,9 +130,7 @@ class Store:
 
     def validators(self, validators_hash: bytes) -> ValidatorSet | None:
         """Return the validator set with this hash, of any height."""
-        row = self._db.execute(
-            "SELECT members FROM validator_sets WHERE hash = ?", (validators_hash,)
-        ).fetchone()
+        row = self._db.execute("SELECT members FROM validator_sets WHERE hash = ?", (validators_hash,)).fetchone()
         return None if row is None else decode(ValidatorSet, row[0])
 
     def raw_blocks(self, first: int, last: int) -> list[tuple[bytes, bytes]]:
@@ -172,21 +166,15 @@ class Store:
 
     def receipt(self, tx_id: bytes) -> tuple[int, int, str] | None:
         """Return (height, place, reason) of an included transaction."""
-        row = self._db.execute(
-            "SELECT height, place, reason FROM receipts WHERE tx_id = ?", (tx_id,)
-        ).fetchone()
+        row = self._db.execute("SELECT height, place, reason FROM receipts WHERE tx_id = ?", (tx_id,)).fetchone()
         return None if row is None else (row[0], row[1], row[2])
 
     def receipts(self, height: int) -> tuple[Receipt, ...]:
         """Return the receipts of a block in order."""
-        rows = self._db.execute(
-            "SELECT tx_id, reason FROM receipts WHERE height = ? ORDER BY place", (height,)
-        )
+        rows = self._db.execute("SELECT tx_id, reason FROM receipts WHERE height = ? ORDER BY place", (height,))
         return tuple(Receipt(row[0], row[1]) for row in rows)
 
-    def events(
-        self, first: int, last: int, kinds: Iterable[str] = (), limit: int = 100_000
-    ) -> list[tuple[int, Event]]:
+    def events(self, first: int, last: int, kinds: Iterable[str] = (), limit: int = 100_000) -> list[tuple[int, Event]]:
         """Return the events of a range of heights, of some kinds or of all."""
         wanted = tuple(kinds)
         marks = ",".join("?" * len(wanted))

@@ -77,9 +77,7 @@ def _update(node: Node, changes: list[tuple[bytes, bytes | None]], depth: int) -
             changes = sorted([*changes, (node.key, node.value)])
         return _build([(key, value) for key, value in changes if value is not None], depth)
     split = next((i for i, (key, _) in enumerate(changes) if _bit(key, depth)), len(changes))
-    return _branch(
-        _update(node.left, changes[:split], depth + 1), _update(node.right, changes[split:], depth + 1)
-    )
+    return _branch(_update(node.left, changes[:split], depth + 1), _update(node.right, changes[split:], depth + 1))
 
 
 def _build(leaves: list[tuple[bytes, bytes]], depth: int) -> Node:
@@ -130,12 +128,7 @@ def verify_proof(root: bytes, key: bytes, value: bytes | None, proof: TreeProof)
         current = ZERO
     else:
         found, held = proof.leaf
-        if (
-            len(found) != 32
-            or len(held) != 32
-            or (value is None) == (found == key)
-            or value not in (None, held)
-        ):
+        if len(found) != 32 or len(held) != 32 or (value is None) == (found == key) or value not in (None, held):
             return False
         if any(_bit(found, depth) != _bit(key, depth) for depth in range(len(proof.siblings))):
             return False

@@ -30,10 +30,7 @@ class Ballot(StrEnum):
 def deviations(claimed: Sketch, own: Sketch) -> Deviations:
     """Return |claimed − own| / |own| per tensor; NaN and infinity deviate infinitely."""
     size = 4 * PROJECTIONS
-    parts = (
-        _deviation(claimed[start : start + size], own[start : start + size])
-        for start in range(0, 3 * size, size)
-    )
+    parts = (_deviation(claimed[start : start + size], own[start : start + size]) for start in range(0, 3 * size, size))
     y, gx, gw = parts
     return y, gx, gw
 
@@ -42,11 +39,7 @@ def _deviation(claimed: bytes, own: bytes) -> float:
     if claimed == own:
         return 0.0
     a, b = struct.unpack(f"<{PROJECTIONS}f", claimed), struct.unpack(f"<{PROJECTIONS}f", own)
-    gap = (
-        math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True))
-        if all(map(math.isfinite, a + b))
-        else math.inf
-    )
+    gap = math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True)) if all(map(math.isfinite, a + b)) else math.inf
     norm = math.sqrt(math.fsum(y * y for y in b)) if math.isfinite(gap) else 1.0
     return math.sqrt(gap) / max(norm, _TINY) if math.isfinite(gap) else math.inf
 

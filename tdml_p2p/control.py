@@ -125,9 +125,7 @@ class Api:
         try:
             wanted = parse_watch(dict(request.query_params))
         except ValueError as error:
-            raise ApiError(
-                400, f"{error}.", "from and count are numbers; topics are joined by commas"
-            ) from None
+            raise ApiError(400, f"{error}.", "from and count are numbers; topics are joined by commas") from None
         return WatchResponse(self._peer.feed, wanted)
 
     async def transact(self, request: Request) -> Response:

@@ -48,9 +48,7 @@ class WithdrawRequest(_Request, frozen=True, tag="withdraw"):
     """Move released stake to the balance."""
 
 
-TransactionRequest = (
-    BondRequest | UnbondRequest | TransferRequest | FaucetRequest | UnjailRequest | WithdrawRequest
-)
+TransactionRequest = BondRequest | UnbondRequest | TransferRequest | FaucetRequest | UnjailRequest | WithdrawRequest
 
 
 def parse_transaction(body: bytes) -> Payload:

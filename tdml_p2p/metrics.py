@@ -35,9 +35,7 @@ class Metrics:
         self.gossip_drops = Counter(
             "tdml_gossip_dropped", "Gossip messages dropped because a queue was full.", registry=registry
         )
-        self.refused = Counter(
-            "tdml_refused_messages", "Messages refused, by reason.", ["reason"], registry=registry
-        )
+        self.refused = Counter("tdml_refused_messages", "Messages refused, by reason.", ["reason"], registry=registry)
         self.tensor_bytes = Counter(
             "tdml_tensor_bytes", "Tensor bytes over the network.", ["direction"], registry=registry
         )

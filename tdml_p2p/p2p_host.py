@@ -62,9 +62,7 @@ class _Swarm(Swarm):
             self.manager.run_task(excess.close)
         return connection
 
-    async def _do_handle_inbound_connection(
-        self, read_write_closer: Any, maddr: Any, failure_event: Any
-    ) -> None:
+    async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Any, failure_event: Any) -> None:
         connection = RawConnection(read_write_closer, False)
         try:
             muxed = await self.upgrade_inbound_raw_conn(connection, maddr)

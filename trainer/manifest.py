@@ -136,9 +136,7 @@ def decode_manifest(data: bytes) -> TaskManifest:
     try:
         manifest = msgspec.json.decode(data, type=TaskManifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ManifestError(
-            ManifestReason.UNREADABLE, f"The manifest cannot be read: {str(error)[:200]}."
-        ) from None
+        raise ManifestError(ManifestReason.UNREADABLE, f"The manifest cannot be read: {str(error)[:200]}.") from None
     if not manifest.cuts or encode_manifest(complete(manifest)) != data:
         raise ManifestError(ManifestReason.NOT_CANONICAL, "The manifest is not in its one canonical form.")
     return manifest

@@ -169,9 +169,7 @@ class Stage:
                 raise StageError(StageReason.BAD_SHAPE, "The last stage takes no gradient of its output.")
             return torch.full_like(y, 1.0 / y.numel())
         if gy is None or gy.shape != y.shape or gy.dtype != torch.float32:
-            raise StageError(
-                StageReason.BAD_SHAPE, f"The gradient of the output must be fp32 {tuple(y.shape)}."
-            )
+            raise StageError(StageReason.BAD_SHAPE, f"The gradient of the output must be fp32 {tuple(y.shape)}.")
         return aligned(gy.detach())
 
     def _check(self, x: Tensor, labels: Tensor | None) -> None:

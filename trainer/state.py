@@ -93,9 +93,7 @@ def restored_state(manifest: StateManifest, size: int, fetch: Callable[[bytes], 
     for address in (manifest.weights, manifest.m, manifest.v):
         data = fetch(address)
         if len(data) != 4 * size or address_of(data) != address:
-            raise StageError(
-                StageReason.WRONG_STATE, "A part of the state is not the one that its root names."
-            )
+            raise StageError(StageReason.WRONG_STATE, "A part of the state is not the one that its root names.")
         vectors.append(vector_of(data, size))
     return StageState(manifest.step, *vectors)
 
@@ -179,9 +177,7 @@ class StateRing:
     def push(self, state: StageState) -> None:
         """Keep the state that follows the newest, pushing out the oldest; raise `StageError` for a gap."""
         if self._states and state.step != self.newest.step + 1:
-            raise StageError(
-                StageReason.WRONG_STATE, f"State {state.step} does not follow state {self.newest.step}."
-            )
+            raise StageError(StageReason.WRONG_STATE, f"State {state.step} does not follow state {self.newest.step}.")
         self._states[state.step] = state
         if len(self._states) > self.depth:
             del self._states[next(iter(self._states))]

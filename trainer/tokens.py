@@ -58,9 +58,7 @@ class Tokenizer:
         end = [self.end]
         for ids in self._encoded(texts):
             pieces.extend((ids, end))
-        return np.concatenate(
-            [np.asarray(piece, dtype=np.int32) for piece in pieces] or [np.empty(0, np.int32)]
-        )
+        return np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces] or [np.empty(0, np.int32)])
 
     def _encoded(self, texts: Sequence[str]) -> Iterable[npt.ArrayLike]:
         if self.is_bytes:
@@ -123,9 +121,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     try:
         return load_tokenizer((folder / FILES[0]).read_bytes())
     except OSError as error:
-        raise DataError(
-            DataReason.UNREADABLE, f"The tokenizer of {folder} cannot be read: {error.strerror}."
-        ) from None
+        raise DataError(DataReason.UNREADABLE, f"The tokenizer of {folder} cannot be read: {error.strerror}.") from None
 
 
 def _with_end(backend: Backend) -> Tokenizer:

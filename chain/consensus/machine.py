@@ -74,9 +74,7 @@ class Consensus:
     @property
     def finalization(self) -> Certificate | None:
         """The finalization certificate, which may be held before its block is known."""
-        return next(
-            (c for (_, kind), c in self.tally.certificates.items() if kind == VoteKind.FINALIZE), None
-        )
+        return next((c for (_, kind), c in self.tally.certificates.items() if kind == VoteKind.FINALIZE), None)
 
     def leader(self, view: int) -> bytes:
         """Return the account that leads `view`."""
@@ -292,9 +290,7 @@ class Consensus:
             VoteKind.NULLIFY: (VoteKind.NULLIFY, VoteKind.FINALIZE),
             VoteKind.FINALIZE: (VoteKind.NULLIFY, VoteKind.FINALIZE),
         }[kind]
-        return (
-            self.is_voter and not self.is_over and not any((view, other) in self._asked for other in forbids)
-        )
+        return self.is_voter and not self.is_over and not any((view, other) in self._asked for other in forbids)
 
     def _record(self, vote: Vote) -> None:
         other = self.tally.conflict(vote)

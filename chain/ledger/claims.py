@@ -154,9 +154,7 @@ def start_audit(
     return 1
 
 
-def eligible(
-    book: Book, record: ClaimRecord, cell: int, excluded: tuple[bytes, ...]
-) -> list[tuple[bytes, int]]:
+def eligible(book: Book, record: ClaimRecord, cell: int, excluded: tuple[bytes, ...]) -> list[tuple[bytes, int]]:
     """Return who may re-execute a cell, with stake: not the worker, nor its neighbours in the pipeline."""
     claim = record.claim
     workers = book.workers(claim.task)
@@ -183,9 +181,7 @@ def is_fit(book: Book, account: bytes) -> bool:
 
 def _touching(book: Book, claim: Claim, cell: int) -> set[bytes]:
     """Return the workers whose claims cover the cell in an adjacent stage."""
-    progress: StepProgress | None = book.draft.get(
-        Table.STEPS, step_key(claim.task, claim.generation, claim.step)
-    )
+    progress: StepProgress | None = book.draft.get(Table.STEPS, step_key(claim.task, claim.generation, claim.step))
     found = set()
     for identity in progress.claims if progress else ():
         other: ClaimRecord = book.claim(identity)

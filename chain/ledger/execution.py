@@ -40,9 +40,7 @@ class Executed:
     events: tuple[Event, ...]
 
 
-def check_envelope(
-    state: State, transaction: Transaction, height: int, nonce: int | None = None
-) -> Reason | None:
+def check_envelope(state: State, transaction: Transaction, height: int, nonce: int | None = None) -> Reason | None:
     """Return why the envelope is not valid at `height`, its signature left out; None if it is."""
     body = transaction.body
     account = state.account(body.sender)

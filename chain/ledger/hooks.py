@@ -54,9 +54,7 @@ def _count_liveness(book: Book, signers: frozenset[bytes]) -> None:
             book.draft.put(
                 Table.VALIDATORS,
                 account,
-                replace(
-                    validator, missed=(), is_jailed=True, jailed_until=book.height + book.params.jail_blocks
-                ),
+                replace(validator, missed=(), is_jailed=True, jailed_until=book.height + book.params.jail_blocks),
             )
             book.note("jailed", validator=name(account))
         elif missed != validator.missed:

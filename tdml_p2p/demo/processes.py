@@ -22,7 +22,9 @@ class ChildFailed(UserError):
 
     def __init__(self, name: str, problem: str, log: Path) -> None:
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        super().__init__(f"{name} {problem}: {lines[-1] if lines else 'it said nothing'}", "see its log beside the model")
+        super().__init__(
+            f"{name} {problem}: {lines[-1] if lines else 'it said nothing'}", "see its log beside the model"
+        )
 
 
 class Child:

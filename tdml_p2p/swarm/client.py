@@ -108,7 +108,7 @@ class SwarmClient:
     async def _wait_for_peers(self) -> None:
         with trio.move_on_after(_PEER_SECONDS):
             while not self._peer.network.peers() or self._peer.engine.status()["syncing"]:
-                await trio.sleep(0.1)  # noqa: ASYNC110 - two independent parties have no common event
+                await trio.sleep(0.1)
             return
         raise UserError(
             "No peer of the network was reached.", "give the invite line of a running peer with --join INVITE"

@@ -101,9 +101,7 @@ async def test_page_asks_nobody_else(peer: FakePeer) -> None:
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize(
-    ("path", "code"), [("/chain/nonsense", 404), ("/nowhere", 404), ("/chain/watch?from=x", 400)]
-)
+@pytest.mark.parametrize(("path", "code"), [("/chain/nonsense", 404), ("/nowhere", 404), ("/chain/watch?from=x", 400)])
 async def test_refusals_have_a_sentence_and_a_hint(peer: FakePeer, path: str, code: int) -> None:
     async with client(peer) as http:
         reply = await http.get(path)
@@ -121,9 +119,7 @@ async def test_refusals_have_a_sentence_and_a_hint(peer: FakePeer, path: str, co
         ("from=1&count=0", []),
     ],
 )
-async def test_watch_streams_history_then_news(
-    peer: FakePeer, query: str, expected: list[tuple[int, str]]
-) -> None:
+async def test_watch_streams_history_then_news(peer: FakePeer, query: str, expected: list[tuple[int, str]]) -> None:
     async with client(peer) as http:
         reply = await http.get(f"/chain/watch?{query}")
     lines = [json.loads(line) for line in reply.text.splitlines()]

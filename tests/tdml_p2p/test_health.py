@@ -69,9 +69,7 @@ def test_a_halt_is_not_called_a_stall_as_well() -> None:
         ((), 0, Verdict.UNKNOWN),
     ],
 )
-def test_reachability_is_judged_by_who_connected(
-    addresses: tuple[str, ...], inbound: int, verdict: Verdict
-) -> None:
+def test_reachability_is_judged_by_who_connected(addresses: tuple[str, ...], inbound: int, verdict: Verdict) -> None:
     found = judge(addresses, inbound)
     assert found.verdict is verdict
     assert bool(found.steps) == (verdict is not Verdict.REACHABLE)

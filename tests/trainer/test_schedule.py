@@ -4,9 +4,7 @@ from hypothesis import strategies as st
 
 from trainer import schedule
 
-WEIGHTS = st.dictionaries(
-    st.text("abcdef", min_size=1, max_size=3), st.floats(0.01, 100), min_size=1, max_size=6
-)
+WEIGHTS = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.floats(0.01, 100), min_size=1, max_size=6)
 
 
 @given(st.integers(0, 64), WEIGHTS)

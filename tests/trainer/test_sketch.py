@@ -43,9 +43,7 @@ def test_the_distance_of_sketches_is_the_distance_of_tensors(shape: str) -> None
             change[:512], change[512:1024] = 1.0, -1.0
         else:
             change[: 100 * 512] = torch.outer(random(100, number), random(512, number + 9)).flatten()
-        gap = np.frombuffer(sketch(base + change, key(number)), "<f4") - np.frombuffer(
-            sketch(base, key(number)), "<f4"
-        )
+        gap = np.frombuffer(sketch(base + change, key(number)), "<f4") - np.frombuffer(sketch(base, key(number)), "<f4")
         true = float(torch.linalg.vector_norm((base + change - base).double()))
         assert 0.5 < float(np.linalg.norm(gap)) / math.sqrt(32) / true < 2.0
 
@@ -53,9 +51,7 @@ def test_the_distance_of_sketches_is_the_distance_of_tensors(shape: str) -> None
 def test_small_and_scaled_deviations_are_seen() -> None:
     values = random(100_000, 1)
     for ratio in (1.01, 1.0001, -1.0):
-        gap = np.frombuffer(sketch(values * ratio, key(3)), "<f4") - np.frombuffer(
-            sketch(values, key(3)), "<f4"
-        )
+        gap = np.frombuffer(sketch(values * ratio, key(3)), "<f4") - np.frombuffer(sketch(values, key(3)), "<f4")
         relative = np.linalg.norm(gap) / np.linalg.norm(np.frombuffer(sketch(values, key(3)), "<f4"))
         assert relative == pytest.approx(abs(ratio - 1), rel=1e-2)
 

@@ -82,8 +82,7 @@ def test_reexecution_is_bit_equal_whatever_the_buffers_are_aligned_to() -> None:
 @pytest.mark.slow
 def test_another_process_gets_the_same_bits() -> None:
     code = (
-        "import torch; torch.set_num_threads(1); "
-        "from trainer.kernel import kernel_class; print(kernel_class().hex())"
+        "import torch; torch.set_num_threads(1); from trainer.kernel import kernel_class; print(kernel_class().hex())"
     )
     answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert answer.stdout.strip() == kernel_class().hex()
