@@ -10,6 +10,7 @@ import trio
 
 from tdml_p2p.config import PeerConfig, TrainConfig
 from tdml_p2p.errors import UserError
+from tdml_p2p.logs import configure_logs
 from tdml_p2p.peer import open_peer
 from tdml_p2p.swarm.client import SwarmClient
 from tdml_p2p.swarm.preparation import prepare
@@ -22,6 +23,7 @@ async def run_train(config: PeerConfig, train: TrainConfig, report: Report) -> i
 
     Raises `UserError` for everything that the user can mend. A second signal ends the process at once.
     """
+    configure_logs(config.log_level)
     home = config.home or train.out / ".peer"
     client_config = replace(config, home=home, work=False, validate=False)
     prepared = await trio.to_thread.run_sync(prepare, train)

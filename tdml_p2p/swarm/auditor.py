@@ -5,6 +5,7 @@ asked for again at the next block. Results stay in memory between commitment and
 restarts in between is absent from that audit, which costs it the fee and nothing else.
 """
 
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,22 +53,35 @@ class Auditor:
         self._open_cell = open_cell
         self._answers: dict[tuple[bytes, int], Answer] = {}
         self._busy: set[tuple[str, bytes, int]] = set()
-        self._send, self._receive = trio.open_memory_channel[tuple[Duty, Audit]](4096)
+        self._due: set[tuple[str, bytes, int]] = set()
+        self._quick = trio.open_memory_channel[tuple[Duty, Audit]](math.inf)
+        self._slow = trio.open_memory_channel[tuple[Duty, Audit]](math.inf)
 
     def on_state(self, state: State) -> None:
-        """Take up the duties of a new final state."""
-        for duty in state.duties(self._account):
-            name = (str(duty.kind), duty.audit, duty.round)
+        """Take up the duties of a new final state; those that are over are forgotten."""
+        duties = state.duties(self._account)
+        self._due = {(duty.kind, duty.audit, duty.round) for duty in duties}
+        self._busy &= self._due
+        for duty in duties:
+            name = (duty.kind, duty.audit, duty.round)
             audit = state.audit(duty.audit)
             if name in self._busy or audit is None:
                 continue
             self._busy.add(name)
-            self._send.send_nowait((duty, audit))
+            lane = self._slow if duty.kind == "commit" else self._quick
+            lane[0].send_nowait((duty, audit))
 
     async def run(self) -> None:
-        """Answer duties, one at a time, until cancelled."""
-        async for duty, audit in self._receive:
-            name = (str(duty.kind), duty.audit, duty.round)
+        """Answer duties until cancelled; openings and reveals do not wait for re-executions."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve, self._quick[1])
+            nursery.start_soon(self._serve, self._slow[1])
+
+    async def _serve(self, duties: "trio.MemoryReceiveChannel[tuple[Duty, Audit]]") -> None:
+        async for duty, audit in duties:
+            name = (duty.kind, duty.audit, duty.round)
+            if name not in self._due:
+                continue
             try:
                 await self._answer(duty, audit)
             except Unavailable as error:
@@ -75,7 +89,7 @@ class Auditor:
                 self._busy.discard(name)
 
     async def _answer(self, duty: Duty, audit: Audit) -> None:
-        match str(duty.kind):
+        match duty.kind:
             case "commit":
                 await self._commit(duty, audit)
             case "reveal":
