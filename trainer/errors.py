@@ -53,7 +53,6 @@ class CheckpointReason(StrEnum):
     MISSING = "checkpoint-missing"
     DAMAGED = "checkpoint-damaged"
     DISK = "disk-full"
-    OTHER_TASK = "other-task"
 
 
 class TrainerError(ValueError):

@@ -27,6 +27,7 @@ __all__ = [
 VERSION = 1
 MAX_MANIFEST_BYTES = 64 * 1024
 MAX_CELL_BYTES = 1 << 30
+MAX_PARAMETERS = 1 << 38
 BYTES_TOKENIZER = "bytes"
 
 _Count = Annotated[int, Meta(ge=0, le=2**31)]
@@ -208,6 +209,8 @@ def _check_fit(draft: TaskManifest, config: Config) -> None:
             f"A model of {layers} layers cannot be cut into {draft.stages} stages.",
             f"Use at most {layers} stages.",
         )
+    if family.layout(config, StageSpec(0, 1, 0, layers)).total > MAX_PARAMETERS:
+        raise ManifestError(ManifestReason.BAD_SIZE, f"The model has more than {MAX_PARAMETERS:,} parameters.")
     if draft.sequence > context:
         raise ManifestError(
             ManifestReason.SEQUENCE_TOO_LONG,

@@ -101,8 +101,11 @@ def restored_state(manifest: StateManifest, size: int, fetch: Callable[[bytes], 
 def initial_state(manifest: TaskManifest, index: int) -> StageState:
     """Return the state of stage `index` before the first step, drawn from the manifest's seed.
 
-    Every tensor has its own generator, so the values do not depend on the number of stages.
+    Every tensor has its own generator, so the values do not depend on the number of stages. Raise `StageError`
+    if the task starts from given weights instead (`state_of_weights`).
     """
+    if manifest.weights:
+        raise StageError(StageReason.WRONG_STATE, "This task starts from given weights, not from its seed.")
     layout = stage_layout(manifest, index)
     weights = torch.empty(layout.total, dtype=torch.float32)
     for tensor, (start, stop) in zip(layout.tensors, layout.ranges, strict=True):

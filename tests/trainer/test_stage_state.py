@@ -60,6 +60,8 @@ def test_weights_given_by_name_make_the_same_state() -> None:
     assert state_of_weights(manifest, 1, tensors).root == states[1].root
     with pytest.raises(StageError):
         state_of_weights(manifest, 1, {})
+    with pytest.raises(StageError):
+        initial_state(small_manifest(weights="ab" * 32), 0)
 
 
 def test_the_ring_keeps_the_newest_states_and_can_go_back() -> None:
