@@ -4,6 +4,7 @@ Everything signed names the chain, the height and the view. A proposal is signed
 kind `PROPOSE` over the digest of (block, parent view), so that evidence is always two small votes.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from enum import IntEnum, StrEnum
 from functools import cached_property
@@ -289,7 +290,7 @@ class VerifiedSignatures:
     def __init__(self, check: Verifier = verify, capacity: int = 65_536) -> None:
         self._check = check
         self._capacity = capacity
-        self._known: dict[tuple[bytes, bytes, bytes], None] = {}
+        self._known: OrderedDict[tuple[bytes, bytes, bytes], None] = OrderedDict()
 
     def __call__(self, account: bytes, message: bytes, signature: bytes) -> bool:
         entry = (account, message, signature)
@@ -297,9 +298,9 @@ class VerifiedSignatures:
             return True
         if not self._check(account, message, signature):
             return False
-        if len(self._known) >= self._capacity:
-            self._known.pop(next(iter(self._known)), None)
         self._known[entry] = None
+        if len(self._known) > self._capacity:
+            self._known.popitem(last=False)
         return True
 
 

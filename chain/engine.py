@@ -354,8 +354,6 @@ class ChainEngine:
             except trio.WouldBlock:
                 _log.warning("a subscriber is %d blocks behind and misses one", SUBSCRIBER_BUFFER)
 
-    # Plumbing.
-
     def _is_pending(self) -> bool:
         return len(self._transactions.mempool) > 0 or self.state.is_busy()
 

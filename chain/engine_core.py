@@ -34,6 +34,8 @@ from chain.transactions import Evidence
 
 MAX_EXECUTED = 8
 """Executed candidates of one height that are kept."""
+MAX_UNPUBLISHED = 2048
+"""Messages that wait for a slow network; the oldest are dropped and come again at a standstill."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Core:
         self.pace = Pace(params.block_interval_ms / 1000, params.heartbeat_ms / 1000, config.standstill)
         self.previous: Consensus | None = None
         self.executed: dict[bytes, Executed] = {}
-        self.publish: deque[tuple[str, bytes]] = deque()
+        self.publish: deque[tuple[str, bytes]] = deque(maxlen=MAX_UNPUBLISHED)
         self.signing: deque[SignJob] = deque()
         self.jobs: deque[Job] = deque()
         self.evidence: deque[Evidence] = deque()

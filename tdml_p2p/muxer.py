@@ -122,8 +122,6 @@ class Muxer(Yamux):
         self._queue.append(data)
         self._queued += len(data)
         self._work.set()
-        if data[1] == TYPE_GO_AWAY:
-            await self._flush()
         await trio.lowlevel.checkpoint()
 
     async def _flush(self) -> None:
@@ -160,11 +158,24 @@ class Muxer(Yamux):
         self._room = trio.Event()
 
     async def _cleanup_on_error(self) -> None:
+        if self.event_closed.is_set():
+            return
         self._queue.clear()
-        await super()._cleanup_on_error()
         self._queued = 0
+        # Half a clean-up, cut off by the end of the reader, would leave waiters asleep.
+        with shielded(WRITE_STALL_SECONDS):
+            await super()._cleanup_on_error()
         self._wake_writers()
         self._work.set()
+
+    async def close(self, error_code: int = 0) -> None:
+        """Say goodbye if the peer still reads, then close the socket, which frees every blocked writer."""
+        if not self.event_shutting_down.is_set():
+            self._queue.append(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_GO_AWAY, 0, 0, error_code))
+            self._queued += len(self._queue[-1])
+            self._work.set()
+            await self._flush()
+        await self._cleanup_on_error()
 
     def _finalize_stream_locked(self, stream: Any, *, fully_closed: bool) -> None:
         waiting = self.stream_events.get(stream.stream_id)

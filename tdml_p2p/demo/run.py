@@ -165,8 +165,7 @@ async def _train(config: DemoConfig, network: DemoNetwork, invite: str, observed
 
 
 async def _follow_chain(watch: Child, network: DemoNetwork, observed: Observed, report: Report) -> None:
-    async for line in watch.events():
-        event = line.get("data", line)
+    async for event in watch.events():
         kind = str(event.get("kind", ""))
         if kind not in _SHOWN_ON_CHAIN:
             continue

@@ -158,7 +158,8 @@ class Node:
 
     def adopt(self, block: Block, certificate: Certificate) -> None:
         """Take a final block of the next height from another node."""
-        if block.height == self.height:
+        parent = self.disk.chain[-1][0].hash if self.disk.chain else CHAIN_ID
+        if block.height == self.height and block.header.parent == parent:
             self._commit(block, certificate)
 
     def perform(self, effects: list[Effect]) -> None:

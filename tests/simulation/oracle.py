@@ -55,6 +55,23 @@ def incriminated(votes: Iterable[Any]) -> set[bytes]:
     return guilty
 
 
+def culprits(certificates: Iterable[Any], stakes: Mapping[bytes, int]) -> set[bytes]:
+    """Return whom the certificates that went over the network convict by themselves."""
+    said: defaultdict[tuple[int, int], set[tuple[int, bytes, bytes]]] = defaultdict(set)
+    for certificate in certificates:
+        for account in signers(certificate, stakes):
+            said[certificate.height, certificate.view].add((int(certificate.kind), certificate.block_hash, account))
+    found = set()
+    for statements in said.values():
+        for kind, hash_, account in statements:
+            others = {(k, h) for k, h, a in statements if a == account}
+            doubled = any(k == kind and h != hash_ for k, h in others)
+            split = kind == NOTARIZE and any(k == FINALIZE and h != hash_ for k, h in others)
+            if doubled or split or (kind == NULLIFY and any(k == FINALIZE for k, _ in others)):
+                found.add(account)
+    return found
+
+
 def judge(outcome: Any, stakes: Mapping[bytes, int], honest_nodes: set[int], honest: set[bytes]) -> list[str]:
     """Return every broken invariant of a run, in words."""
     faults: list[str] = []

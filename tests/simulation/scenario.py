@@ -31,6 +31,10 @@ class Scenario:
     crash_chance: float
     invalid_chance: float
     partitions: tuple[Partition, ...]
+    heal: float = HEAL_SECONDS
+    """When partitions, crashes and heavy loss end."""
+    patience: float = PATIENCE_SECONDS
+    """Seconds after the healing by which every honest node must be done."""
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -69,4 +73,28 @@ def scenario(seed: int, *, loss: float | None = None) -> Scenario:
         crash_chance=rng.choice((0.0, 0.02, 0.1)),
         invalid_chance=rng.choice((0.0, 0.1)),
         partitions=tuple(partitions),
+    )
+
+
+def crowded(seed: int) -> Scenario:
+    """Return a scenario with so many Twins (f + 1 to 2f of 3f + 1) that the chain may fork."""
+    rng = random.Random(f"crowded {seed}")
+    third = rng.randint(1, 2)
+    count = 3 * third + 1
+    twins = tuple(rng.sample(range(count), rng.randint(third + 1, 2 * third)))
+    groups = [rng.randint(0, 1) for _ in range(count)]
+    split = (*groups, *(1 - groups[twin] for twin in twins))
+    return Scenario(
+        seed=seed,
+        stakes=(1,) * count,
+        twins=twins,
+        heights=2,
+        loss=rng.choice((0.0, 0.05)),
+        duplication=0.0,
+        delay=rng.choice((0.02, 0.1)),
+        crash_chance=0.0,
+        invalid_chance=0.0,
+        partitions=(Partition(rng.uniform(0, 1), 12.0, split),),
+        heal=12.0,
+        patience=2.0,
     )

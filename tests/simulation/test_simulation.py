@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 
 from tests.simulation import mutants
+from tests.simulation.oracle import culprits, judge
 from tests.simulation.runs import judged
+from tests.simulation.scenario import crowded
+from tests.simulation.world import World
 
 CHUNK = 15
 CHUNKS = 40
@@ -17,6 +20,22 @@ def test_no_fork_nobody_stuck_nobody_honest_accused(chunk: int) -> None:
     start = FIRST + chunk * CHUNK
     broken = [verdict for seed in range(start, start + CHUNK) if (verdict := judged(seed)).faults]
     assert not broken, "\n".join(map(str, broken))
+
+
+def test_every_fork_names_more_than_a_third_of_the_stake_and_nobody_honest() -> None:
+    forks = 0
+    for seed in range(60):
+        world = World(crowded(seed))
+        outcome = world.run()
+        honest = {node.account for node in world.honest}
+        faults = judge(outcome, world.stakes, {node.index for node in world.honest}, honest)
+        guilty = culprits(outcome.certificates, world.stakes)
+        assert not guilty & honest, f"crowded seed {seed}"
+        assert not any(fault.startswith("honest") for fault in faults), f"crowded seed {seed}: {faults}"
+        if any(fault.startswith("fork") for fault in faults):
+            forks += 1
+            assert 3 * sum(map(world.stakes.__getitem__, guilty)) > sum(world.stakes.values()), seed
+    assert forks
 
 
 def test_same_seed_same_trace() -> None:

@@ -11,7 +11,7 @@ from chain.codec import encode
 from chain.consensus import Consensus
 from chain.hashing import digest
 from tests.simulation.node import Crashed, Node, Outcome
-from tests.simulation.scenario import HEAL_SECONDS, PATIENCE_SECONDS, Scenario
+from tests.simulation.scenario import Scenario
 
 STANDSTILL_SECONDS = 2.0
 MAX_EVENTS = 400_000
@@ -56,7 +56,7 @@ class World:
         for node in self.nodes:
             self._at(0.0, lambda node=node: self._boot(node))  # type: ignore[misc]
         for _ in range(MAX_EVENTS):
-            if not self._queue or self.is_done or self.now > HEAL_SECONDS + PATIENCE_SECONDS:
+            if not self._queue or self.is_done or self.now > self.scenario.heal + self.scenario.patience:
                 break
             self.now, _, action = heapq.heappop(self._queue)
             action()
@@ -85,7 +85,7 @@ class World:
 
     def maybe_crash(self, node: Node) -> None:
         """Raise `Crashed` with the scenario's chance while faults last."""
-        if self.now < HEAL_SECONDS and self.rng.random() < self.scenario.crash_chance:
+        if self.now < self.scenario.heal and self.rng.random() < self.scenario.crash_chance:
             raise Crashed
 
     def _answer(self, target: int, asker: int, height: int) -> None:
@@ -96,7 +96,7 @@ class World:
         return lambda: self.nodes[asker].adopt(block, certificate)
 
     def _send(self, sender: int, target: Node, action: Callable[[], None]) -> None:
-        loss = self.scenario.loss if self.now < HEAL_SECONDS else min(0.1, self.scenario.loss)
+        loss = self.scenario.loss if self.now < self.scenario.heal else min(0.1, self.scenario.loss)
         if not self._connected(sender, target.index) or self.rng.random() < loss:
             return
         copies = 2 if self.rng.random() < self.scenario.duplication else 1

@@ -61,7 +61,15 @@ def test_a_complete_manifest_survives_its_canonical_bytes() -> None:
         (draft(optimizer=OptimizerSettings(learning_rate=float("nan"))), ManifestReason.BAD_OPTIMIZER),
         (draft({"tie_word_embeddings": True}), ManifestReason.TIED_EMBEDDINGS),
         (
-            draft({"hidden_size": 1 << 14, "intermediate_size": 1 << 18, "num_hidden_layers": 1024}, batch=1),
+            draft(
+                {
+                    "hidden_size": 1 << 14,
+                    "intermediate_size": 1 << 18,
+                    "num_hidden_layers": 1024,
+                    "num_attention_heads": 64,
+                },
+                batch=1,
+            ),
             ManifestReason.BAD_SIZE,
         ),
         (draft({"surprise": 1}), ManifestReason.UNKNOWN_SETTING),
