@@ -3,11 +3,12 @@
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 from msgspec import structs
 
-from chain.blocks import Vote, VoteKind, decode_message, vote_bytes
+from chain.blocks import Block, Vote, VoteKind, decode_message, vote_bytes
 from chain.codec import encode
 from chain.engine import Action, ChainEngine
 from chain.genesis import Genesis
@@ -229,3 +230,55 @@ async def test_false_messages_are_refused_by_name(tmp_path: Path, autojump_clock
         assert engine.deliver("vote", "x", vote(members[1], chain_id)).action == Action.ACCEPT
         assert engine.deliver("vote", "x", vote(members[1], chain_id)).reason == "known"
         assert engine.status()["messages"]["vote reject bad-signature"] == 1
+
+
+async def test_a_key_that_runs_twice_is_tombstoned_and_the_chain_goes_on(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    members, hub = keys(4), Hub()
+    genesis = genesis_of(members, [])
+    twin = members[3]
+    async with AsyncExitStack() as stack:
+        engines = await start_all(stack, hub, tmp_path, genesis, members)
+        await stack.enter_async_context(running(hub, tmp_path / "twin", genesis, twin, name="twin"))
+        async with engines[0].subscribe() as blocks:
+            with trio.fail_after(300):
+                while twin.account in engines[0].state.validators():
+                    await blocks.receive()
+        validator = engines[0].state.validator(twin.account)
+        assert validator is not None
+        assert validator.is_tombstoned
+        assert {account for account, _ in engines[0].state.validators().members} == {key.account for key in members[:3]}
+        with trio.fail_after(60):
+            await until_height(engines[1], engines[1].state.height + 3)
+
+
+async def test_a_proposal_that_does_not_execute_costs_its_leader_only_the_view(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    members, hub = keys(4), Hub()
+    genesis = genesis_of(members, [])
+    async with AsyncExitStack() as stack:
+        engines = await start_all(stack, hub, tmp_path, genesis, members)
+
+        def lie(block: Block) -> Block:
+            header = structs.replace(block.header, state_root=bytes(32))
+            return Block(header, block.transactions, block.parent_certificate)
+
+        machine_type = type(engines[3]._core.machine)
+        honest = machine_type.on_built
+        monkey = stack.enter_context(pytest.MonkeyPatch.context())
+        monkey.setattr(
+            machine_type,
+            "on_built",
+            lambda self, view, block: honest(
+                self, view, lie(block) if self.config.account == members[3].account else block
+            ),
+        )
+        proposers: list[bytes] = []
+        async with engines[0].subscribe() as blocks:
+            with trio.fail_after(300):
+                while len(proposers) < 20:
+                    proposers.append((await blocks.receive()).block.header.proposer)
+        assert set(proposers) == {key.account for key in members[:3]}
+        assert len(engines[0].state.validators()) == 4
