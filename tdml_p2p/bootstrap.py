@@ -17,7 +17,7 @@ from tdml_p2p.errors import UNREACHABLE, USAGE, UserError
 from tdml_p2p.home import Home, other_network, read_genesis
 from tdml_p2p.host import Network
 from tdml_p2p.invite import Invite
-from tdml_p2p.peers import ConnectFailed
+from tdml_p2p.peers import ConnectFailed, peer_info
 from tdml_p2p.requests import RequestFailed
 from tdml_p2p.wallet import BOND_FRACTION
 
@@ -59,7 +59,7 @@ def find_origin(home: Home, key: PrivateKey, join: Sequence[str], timestamp_ms: 
 
     Raises `UserError` for an invite of another network than the home's, or invites of several.
     """
-    invites = tuple(Invite.parse(line) for line in join)
+    invites = tuple(_dialable(Invite.parse(line)) for line in join)
     genesis = home.load_genesis()
     if genesis is None and not invites:
         genesis = private_genesis(key, timestamp_ms)
@@ -73,6 +73,14 @@ def find_origin(home: Home, key: PrivateKey, join: Sequence[str], timestamp_ms: 
             raise other_network(home.path, chain_id, invite.chain_id)
         raise UserError("The invites are of different networks.", "join one network at a time", USAGE)
     return Origin(chain_id, genesis, invites)
+
+
+def _dialable(invite: Invite) -> Invite:
+    try:
+        peer_info(invite.address)
+    except ValueError as error:
+        raise UserError(f"The invite cannot be dialled: {error}.", "ask for a fresh invite line", USAGE) from None
+    return invite
 
 
 def initialize(path: Path, genesis_file: Path | None) -> dict[str, str]:

@@ -32,6 +32,7 @@ from tdml_p2p.http_status import build_page, build_status, own_workers
 from tdml_p2p.http_watch import EventFeed
 from tdml_p2p.invite import invite_line
 from tdml_p2p.listen import listen_addresses
+from tdml_p2p.logs import configure_logs
 from tdml_p2p.metrics import Metrics
 from tdml_p2p.plain_errors import plain_errors
 from tdml_p2p.wallet import Holdings, Wallet
@@ -240,6 +241,7 @@ async def run_start(config: PeerConfig, report: Report, stage_factory: "StageFac
 
     `stage_factory` replaces how stages of tasks are built.
     """
+    configure_logs(config.log_level)
     with plain_errors():
         async with trio.open_nursery() as nursery:
             stop = trio.CancelScope()
