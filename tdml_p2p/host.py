@@ -88,6 +88,7 @@ class Network:
                 yield network
             finally:
                 network._nursery = None
+                network._upkeep.stop()
                 nursery.cancel_scope.cancel()
                 await _close_connections(network.host)
 

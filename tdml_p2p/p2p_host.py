@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
-import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.host.basic_host import BasicHost
@@ -30,12 +29,12 @@ from libp2p.transport.upgrader import TransportUpgrader
 from chain.keys import PrivateKey
 from tdml_p2p.limits import Offence, PeerLimits
 from tdml_p2p.muxer import Muxers
-from tdml_p2p.streams import abandon
+from tdml_p2p.streams import abandon, shielded
 
 log = structlog.get_logger(__name__)
 
 NEGOTIATE_SECONDS = 10
-STREAM_SECONDS = 5.0
+CLOSE_SECONDS = 5.0
 Handler = Callable[[Any], Awaitable[None]]
 
 
@@ -69,8 +68,8 @@ class _Swarm(Swarm):
             await muxed.event_closed.wait()
         except Exception as error:
             # Whatever a stranger sends costs this connection only.
-            log.debug("inbound connection failed", error=f"{type(error).__name__}: {error}")
-            with trio.move_on_after(STREAM_SECONDS, shield=True):
+            log.debug("inbound connection failed", reason=type(error).__name__, exc_info=True)
+            with shielded(CLOSE_SECONDS):
                 await connection.close()
 
 
@@ -108,7 +107,7 @@ class Host(BasicHost):
             await super()._swarm_stream_handler(net_stream)
         except Exception as error:
             # A broken stream ends here; every other one goes on.
-            log.debug("stream failed", peer=peer, error=f"{type(error).__name__}: {error}")
+            log.debug("stream failed", peer=peer, reason=type(error).__name__, exc_info=True)
             await abandon(net_stream)
         finally:
             self._streams[peer] -= 1

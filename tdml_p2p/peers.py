@@ -24,18 +24,20 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from chain.keys import account_of
 from tdml_p2p.limits import PeerLimits
-from tdml_p2p.requests import RequestFailed, Requests
+from tdml_p2p.requests import Refused, RequestFailed, Requests
 from tdml_p2p.streams import shielded
 
 log = structlog.get_logger(__name__)
 
 TARGET_NEIGHBOURS = 16
 _MAX_KNOWN = 1024
+_MAX_ADDRESSES = 8
 _MAX_TOLD = 64
 _MESSAGE_BYTES = 64 * 1024
 _DIAL_SECONDS = 10.0
 _HELLO_SECONDS = 10.0
-_MAX_MISSED = 2
+_MAX_MISSED = 3
+_LEAST_ROUND_SECONDS = 0.1
 _GOODBYE_SECONDS = 3.0
 _BACKOFF_SECONDS = (1.0, 30.0)
 
@@ -85,6 +87,7 @@ class _Known:
     failures: int = 0
     next_dial: float = 0.0
     missed: int = 0
+    is_checked: bool = False
     dialling: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -126,6 +129,10 @@ class Upkeep:
             self._learn(str(info.peer_id), (_without_peer(address),))
         self._nursery = nursery
         nursery.start_soon(self._run, nursery)
+
+    def stop(self) -> None:
+        """Start nothing new, because the nursery is about to close."""
+        self._nursery = None
 
     def neighbours(self) -> tuple[str, ...]:
         """Return the connected peers of this network."""
@@ -213,8 +220,11 @@ class Upkeep:
         return self._hello(sender)
 
     async def _take(self, sender: str, hello: Hello) -> None:
-        self._learn(sender, hello.addresses)
-        self._known[sender].failures = self._known[sender].missed = 0
+        self._learn(sender, hello.addresses, is_own=True)
+        known = self._known.get(sender)
+        if known is None:
+            raise Refused("no-account")
+        known.failures = known.missed = 0
         news = [peer for peer, _ in hello.peers if peer != self.peer and peer not in self._known]
         for peer, addresses in hello.peers:
             if peer != self.peer and peer not in self.greeted:
@@ -227,17 +237,21 @@ class Upkeep:
             self._wake.set()
 
     async def _run(self, nursery: trio.Nursery) -> None:
+        next_check = trio.current_time()
         while True:
+            if trio.current_time() >= next_check:
+                next_check = trio.current_time() + self.config.round_seconds * self.rng.uniform(0.8, 1.2)
+                for peer in self.neighbours():
+                    nursery.start_soon(self._check, peer)
+                await trio.to_thread.run_sync(self._remember)
             self._dial_some(nursery)
-            for peer in self.neighbours():
-                nursery.start_soon(self._check, peer)
             self._wake = trio.Event()
-            with trio.move_on_after(self.config.round_seconds * self.rng.uniform(0.8, 1.2)):
+            with trio.move_on_at(next_check):
                 await self._wake.wait()
-            await trio.to_thread.run_sync(self._remember)
+                await trio.sleep(_LEAST_ROUND_SECONDS)
 
-    def _learn(self, peer: str, addresses: tuple[str, ...]) -> None:
-        """Remember addresses that look dialable; the newest of a peer replace older ones."""
+    def _learn(self, peer: str, addresses: tuple[str, ...], *, is_own: bool = False) -> None:
+        """Remember addresses that look dialable; only a peer itself can take back older ones."""
         try:
             account_of(peer)
             usable = tuple(address for address in addresses if Multiaddr(address).value_for_protocol("tcp"))
@@ -245,7 +259,8 @@ class Upkeep:
             return
         known = self._known.get(peer)
         if known is not None:
-            known.addresses = usable or known.addresses
+            held = () if is_own and usable else known.addresses
+            known.addresses = tuple(dict.fromkeys((*usable, *held)))[:_MAX_ADDRESSES]
             return
         self._known[peer] = _Known(usable)
         while len(self._known) > _MAX_KNOWN:
@@ -282,22 +297,28 @@ class Upkeep:
                 wait = min(most, least * 2.0**known.failures) * self.rng.uniform(0.5, 1.5)
                 known.next_dial = trio.current_time() + wait
                 known.failures = min(known.failures + 1, 16)
-                log.info("peer not reached", peer=peer, reason=str(error), again_in=round(wait, 1))
+                log.info("peer not reached", peer=peer, reason=error.reason, again_in=round(wait, 1))
                 return
         known.next_dial = 0.0
 
     async def _check(self, peer: str) -> None:
         """Exchange peers with a neighbour; a silent one is disconnected."""
+        known = self._known.get(peer)
+        # A slow peer gets one question at a time.
+        if known is None or known.is_checked:
+            return
+        known.is_checked = True
         try:
             await self._greet(peer)
         except ConnectFailed as error:
-            known = self._known.get(peer)
-            if known is None or peer not in self.neighbours():
+            if peer not in self.neighbours():
                 return
             known.missed += 1
             if known.missed >= _MAX_MISSED:
-                log.info("silent peer disconnected", peer=peer, reason=str(error))
+                log.info("silent peer disconnected", peer=peer, reason=error.reason)
                 await self.disconnect(peer)
+        finally:
+            known.is_checked = False
 
     def _remembered(self) -> list[str]:
         if self.config.file is None or not self.config.file.exists():
