@@ -13,6 +13,9 @@ from chain.keys import account_of, peer_id
 from chain.params import Params
 
 
+MAX_ISSUED = 2**63 - 1
+
+
 class Allocation(Record, frozen=True):
     """Balance of an account at the start."""
 
@@ -51,6 +54,21 @@ class Genesis(Record, frozen=True, dict=True):
         return staked + self.faucet + sum(allocation.amount for allocation in self.accounts)
 
 
+def check(genesis: Genesis) -> None:
+    """Raise `ValueError`, saying why, for a genesis that no chain can start from."""
+    accounts = [validator.account for validator in genesis.validators]
+    if len(set(accounts)) != len(accounts):
+        raise ValueError("a validator is named twice")
+    if genesis.issued > MAX_ISSUED:
+        raise ValueError("more base units are issued than amounts can count")
+    if all(validator.stake < genesis.params.min_stake for validator in genesis.validators):
+        raise ValueError("no validator has the least stake")
+    try:
+        genesis.name.decode()
+    except UnicodeDecodeError:
+        raise ValueError("the name is not UTF-8 text") from None
+
+
 def to_json(genesis: Genesis) -> str:
     """Return the JSON text of a genesis: peer ids for accounts, strings for amounts, hex for hashes."""
     document = {
@@ -73,8 +91,9 @@ def from_json(text: str) -> Genesis:
     try:
         document = json.loads(text)
         genesis = _genesis_of(document)
-    except (KeyError, TypeError, msgspec.ValidationError, RecursionError) as error:
+    except (KeyError, TypeError, OverflowError, msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"a field is missing or wrong: {error}") from None
+    check(genesis)
     if document.get("chain_id", genesis.chain_id.hex()) != genesis.chain_id.hex():
         raise ValueError("its content does not hash to its chain_id")
     return genesis

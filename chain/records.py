@@ -31,6 +31,11 @@ class Validator(Record, frozen=True):
     missed: tuple[Uint, ...] = ()
     """Heights, within the jail window, whose finalization it did not sign."""
 
+    @property
+    def is_able(self) -> bool:
+        """Whether it may validate, given stake."""
+        return not self.is_jailed and not self.is_tombstoned
+
 
 class Unbonding(Record, frozen=True):
     """Stake on its way back to the balance."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from chain.blocks import ValidatorSet
+from chain.blocks import MAX_VALIDATORS, ValidatorSet
 from chain.codec import Record, decode, encode
-from chain.genesis import Genesis
+from chain.genesis import Genesis, check
 from chain.hashing import ZERO, digest
 from chain.params import Params
 from chain.records import (
@@ -26,6 +26,7 @@ from chain.records import (
     Validator,
     Voter,
     Worker,
+    WorkerStatus,
 )
 from chain.tree import SparseTree, TreeProof
 
@@ -50,6 +51,8 @@ class Table(IntEnum):
     """Claims waiting for their draw, by height and claim id."""
     ACTIVE = 12
     """Ids of audits in which somebody owes something."""
+    OPEN = 13
+    """Ids of tasks that are not closed, or that still hold bonds."""
 
 
 class Marker(Record, frozen=True):
@@ -70,8 +73,27 @@ KINDS: dict[Table, type[Record]] = {
     Table.CONVICTIONS: Conviction,
     Table.QUEUE: Marker,
     Table.ACTIVE: Marker,
+    Table.OPEN: Marker,
 }
 _ONLY = b""
+PREFIX = 32
+"""Bytes of the task or account that the keys of some tables begin with."""
+
+
+class Rows(dict[bytes, Any]):
+    """One table: records by key, and the keys grouped by their first 32 bytes."""
+
+    @cached_property
+    def groups(self) -> dict[bytes, list[bytes]]:
+        """Keys by prefix; made on first use, so only from a table that no longer changes."""
+        found: dict[bytes, list[bytes]] = {}
+        for key in self:
+            found.setdefault(key[:PREFIX], []).append(key)
+        return found
+
+    def starting(self, prefix: bytes) -> Iterator[tuple[bytes, Any]]:
+        """Yield the rows whose keys start with `prefix`, empty or of 32 bytes, in no order."""
+        return iter(self.items()) if not prefix else ((key, self[key]) for key in self.groups.get(prefix, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +111,7 @@ class Duty:
 class State:
     """The state after one block."""
 
-    tables: dict[Table, dict[bytes, Any]]
+    tables: dict[Table, Rows]
     tree: SparseTree
 
     @property
@@ -133,14 +155,16 @@ class State:
     @cached_property
     def _validators(self) -> ValidatorSet:
         least = self.params.min_stake
-        return ValidatorSet.of(
-            (account, self.account(account).bonded)
+        able = (
+            (self.account(account).bonded, account)
             for account, validator in self.tables[Table.VALIDATORS].items()
-            if not validator.is_jailed and not validator.is_tombstoned and self.account(account).bonded >= least
+            if validator.is_able and self.account(account).bonded >= least
         )
+        strongest = sorted(able, reverse=True)[:MAX_VALIDATORS]
+        return ValidatorSet.of((account, power) for power, account in strongest)
 
     def validators(self) -> ValidatorSet:
-        """Return the validators of the next height."""
+        """Return the validators of the next height: those with the most stake."""
         return self._validators
 
     def task(self, task: bytes) -> Task | None:
@@ -149,12 +173,12 @@ class State:
 
     def open_tasks(self) -> tuple[Task, ...]:
         """Return the tasks that are not closed."""
-        return tuple(task for task in self.tables[Table.TASKS].values() if task.is_open)
+        found = (self.tables[Table.TASKS][task] for task in sorted(self.tables[Table.OPEN]))
+        return tuple(task for task in found if task.is_open)
 
     def workers(self, task: bytes) -> tuple[Worker, ...]:
         """Return the applicants and workers of a task, also those who left, by account."""
-        table = self.tables[Table.WORKERS]
-        return tuple(table[key] for key in sorted(table) if key.startswith(task))
+        return tuple(worker for _, worker in sorted(self.tables[Table.WORKERS].starting(task)))
 
     def worker(self, task: bytes, account: bytes) -> Worker | None:
         """Return one applicant or worker of a task."""
@@ -181,7 +205,19 @@ class State:
         """Whether blocks are due at full rate: draws, audits, seats to fill or steps to settle."""
         if self.tables[Table.QUEUE] or self.tables[Table.ACTIVE] or self.tables[Table.STEPS]:
             return True
-        return any(task.status == 0 for task in self.open_tasks())
+        return any(self._is_filling(task) for task in self.open_tasks())
+
+    def _is_filling(self, task: Task) -> bool:
+        """Whether an applicant of the task may get a seat in one of the next blocks."""
+        workers = self.workers(task.id)
+        seated = sum(1 for worker in workers if worker.is_seated)
+        return seated < task.stages * task.replicas and any(worker.state is WorkerStatus.SPARE for worker in workers)
+
+    def is_participant(self, account: bytes) -> bool:
+        """Whether an account may owe something: it has stake, or works or worked in an open task."""
+        if self.account(account).bonded:
+            return True
+        return any(self.worker(task, account) is not None for task in self.tables[Table.OPEN])
 
     def prove(self, table: Table, key: bytes) -> TreeProof:
         """Return the proof that a record is, or is not, in the state."""
@@ -240,27 +276,28 @@ class Draft:
 
     def __init__(self, base: "State | Draft") -> None:
         self._base = base
-        self.changes: dict[tuple[Table, bytes], Any] = {}
+        self.changes: dict[Table, dict[bytes, Any]] = {table: {} for table in Table}
         self.events: list[Any] = []
 
     def get(self, table: Table, key: bytes) -> Any:
         """Return a record or None."""
-        if (table, key) in self.changes:
-            return self.changes[table, key]
+        changed = self.changes[table]
+        if key in changed:
+            return changed[key]
         if isinstance(self._base, Draft):
             return self._base.get(table, key)
         return self._base.tables[table].get(key)
 
     def put(self, table: Table, key: bytes, record: Record) -> None:
         """Set a record."""
-        self.changes[table, key] = record
+        self.changes[table][key] = record
 
     def delete(self, table: Table, key: bytes) -> None:
         """Remove a record."""
-        self.changes[table, key] = None
+        self.changes[table][key] = None
 
     def items(self, table: Table, prefix: bytes = b"") -> list[tuple[bytes, Any]]:
-        """Return the records of a table whose keys start with `prefix`, in order of keys."""
+        """Return the records whose keys start with `prefix`, empty or of 32 bytes, in order of keys."""
         found: dict[bytes, Any] = {}
         self._collect(table, prefix, found)
         return sorted((key, record) for key, record in found.items() if record is not None)
@@ -269,9 +306,8 @@ class Draft:
         if isinstance(self._base, Draft):
             self._base._collect(table, prefix, found)
         else:
-            rows = self._base.tables[table]
-            found.update((key, record) for key, record in rows.items() if key.startswith(prefix))
-        found.update((k, r) for (t, k), r in self.changes.items() if t is table and k.startswith(prefix))
+            found.update(self._base.tables[table].starting(prefix))
+        found.update((key, record) for key, record in self.changes[table].items() if key.startswith(prefix))
 
     def fork(self) -> "Draft":
         """Return a draft on top of this one."""
@@ -279,31 +315,35 @@ class Draft:
 
     def merge(self, fork: "Draft") -> None:
         """Take over the changes and events of a fork."""
-        self.changes.update(fork.changes)
+        for table, changed in fork.changes.items():
+            self.changes[table].update(changed)
         self.events.extend(fork.events)
 
     def freeze(self, state: State) -> State:
         """Return `state` with the changes of this draft, which must stand directly on it."""
         tables = dict(state.tables)
-        for table in {table for table, _ in self.changes}:
-            tables[table] = dict(tables[table])
         updates: dict[bytes, bytes | None] = {}
-        for (table, key), record in self.changes.items():
-            if record is None:
-                tables[table].pop(key, None)
-            else:
-                tables[table][key] = record
-            updates[state_key(table, key)] = None if record is None else value_hash(record)
+        for table, changed in self.changes.items():
+            if not changed:
+                continue
+            rows = tables[table] = Rows(tables[table])
+            for key, record in changed.items():
+                if record is None:
+                    rows.pop(key, None)
+                else:
+                    rows[key] = record
+                updates[state_key(table, key)] = None if record is None else value_hash(record)
         return State(tables, state.tree.update(updates))
 
 
 def empty_state() -> State:
     """Return the state without any record."""
-    return State({table: {} for table in Table}, SparseTree())
+    return State({table: Rows() for table in Table}, SparseTree())
 
 
 def genesis_state(genesis: Genesis) -> State:
-    """Return the state before the first block."""
+    """Return the state before the first block; raise `ValueError` for an impossible genesis."""
+    check(genesis)
     draft = Draft(empty_state())
     seed = digest("genesis seed", genesis.chain_id)
     chain = Chain(genesis.chain_id, 0, genesis.timestamp, seed, seed, seed, genesis.issued, 0, genesis.faucet)

@@ -193,6 +193,8 @@ class _Meter:
 
     def __init__(self, link: InboundLink, kept: int, stalled: trio.CancelScope) -> None:
         self.link = link
+        # A piece must fit into the credit that is left beside an unread frame.
+        self.piece = min(_PIECE_BYTES, link.window // 8)
         self._kept = kept
         self._stalled = stalled
         self._arrived = 0
@@ -213,15 +215,15 @@ class _Meter:
 
 async def _read_tensor(meter: _Meter, length: int) -> memoryview:
     view = memoryview(bytearray(length))
-    for start in range(0, length, _PIECE_BYTES):
-        piece = view[start : start + _PIECE_BYTES]
+    for start in range(0, length, meter.piece):
+        piece = view[start : start + meter.piece]
         await read_into(meter.link.stream, piece)
         meter.count(len(piece))
     return view
 
 
 async def _skip(meter: _Meter, total: int) -> None:
-    for start in range(0, total, _PIECE_BYTES):
-        count = min(_PIECE_BYTES, total - start)
+    for start in range(0, total, meter.piece):
+        count = min(meter.piece, total - start)
         await read_exactly(meter.link.stream, count)
         meter.count(count)

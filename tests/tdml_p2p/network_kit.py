@@ -23,7 +23,8 @@ def key(number: int) -> PrivateKey:
 async def networks(
     count: int, config: NetworkConfig = QUICK, chain: bytes = CHAIN, home: Path | None = None
 ) -> AsyncIterator[list[Network]]:
-    """Run `count` peers, each connected to the first."""
+    """Run `count` peers, each connected to the first; what fails inside is raised as it is, in no group."""
+    failure: Exception | None = None
     async with AsyncExitStack() as stack:
         peers: list[Network] = []
         for number in range(count):
@@ -34,7 +35,12 @@ async def networks(
             if peers:
                 await peer.connect(peers[0].addresses[0])
             peers.append(peer)
-        yield peers
+        try:
+            yield peers
+        except Exception as error:  # noqa: BLE001
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
