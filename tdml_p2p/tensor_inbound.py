@@ -42,6 +42,7 @@ class InboundLink:
     window: int
     credit: int = 0
     owed: int = 0
+    debt: int = 0
     accepted: set[bytes] = field(default_factory=set)
     waiting: set[bytes] = field(default_factory=set)
     outbox: list[Control] = field(default_factory=list)
@@ -90,10 +91,14 @@ class Inbound:
         self._max_frame = max_frame
         self._on_lost = on_lost
         self._links: dict[int, InboundLink] = {}
+        self._unread: Counter[str] = Counter()
 
     async def accept(self, stream: Any) -> None:
         """Serve one stream until it ends."""
-        link = InboundLink(str(stream.muxed_conn.peer_id), stream, self._window, owed=self._window)
+        peer = str(stream.muxed_conn.peer_id)
+        # Frames that came over earlier streams and are still unread count: reconnecting buys no memory.
+        debt = min(self._unread[peer], self._window)
+        link = InboundLink(peer, stream, self._window, owed=self._window - debt, debt=debt)
         if sum(other.peer == link.peer for other in self._links.values()) >= self._limits.config.connections:
             self._limits.charge(link.peer, Offence.TOO_MANY_STREAMS)
             await abandon(stream)
@@ -185,7 +190,23 @@ class Inbound:
             return
         tensors = tuple([await _read_tensor(meter, length) for length in lengths])
         self.bytes_received += record.total
-        self._sessions.deliver(record.session, Frame(link.peer, header, tensors), lambda: link.give_back(kept))
+        self._unread[link.peer] += kept
+        self._sessions.deliver(record.session, Frame(link.peer, header, tensors), lambda: self._on_read(link, kept))
+
+    def _on_read(self, link: InboundLink, kept: int) -> None:
+        """Give a frame's credit back to its link or, when that is gone, to the peer's later ones."""
+        self._unread[link.peer] -= kept
+        if not self._unread[link.peer]:
+            del self._unread[link.peer]
+        if id(link) in self._links:
+            link.give_back(kept)
+            return
+        for other in self._links.values():
+            if other.peer == link.peer:
+                paid = min(kept, other.debt)
+                other.debt -= paid
+                kept -= paid
+                other.give_back(paid)
 
 
 class _Meter:
