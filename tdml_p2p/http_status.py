@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tdml_p2p.peer import Peer
 
 LOSS_POINTS = 400
+CLOSED_TASKS = 4
 MAX_METRICS_BYTES = 8 << 20
 CONVICTION_REASONS = ("convicted", "equivocation", "withheld")
 
@@ -73,10 +74,16 @@ def build_page(peer: "Peer") -> dict[str, Any]:
     state = peer.engine.state
     return {
         "status": build_status(peer),
-        "tasks": [_task(peer, state, task) for task in state.open_tasks()],
+        "tasks": [_task(peer, state, task) for task in recent_tasks(state)],
         "blocks": list(peer.chain.tail),
         "evictions": evictions(state),
     }
+
+
+def recent_tasks(state: State) -> list[Task]:
+    """Return the open tasks and the newest closed ones, newest first."""
+    newest: list[Task] = sorted(state.tables[Table.TASKS].values(), key=lambda task: -task.posted_at)
+    return [task for place, task in enumerate(newest) if task.is_open or place < CLOSED_TASKS]
 
 
 def own_workers(state: State, account: bytes) -> list[Worker]:

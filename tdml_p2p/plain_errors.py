@@ -17,11 +17,14 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        cause = _only_cause(error)
+        cause = _chief_cause(error)
         plain = explain(cause)
-        if plain is None:
+        if plain is not None:
+            raise plain from (None if plain is cause else cause)
+        if cause is error or len(_leaves(error)) > 1:
             raise
-        raise plain from (None if plain is cause else cause)
+        # Ten nested groups around one fault would hide where it is.
+        raise cause from None
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -29,14 +32,14 @@ def explain(error: BaseException) -> UserError | None:
     match error:
         case UserError():
             return error
-        case StoreCorrupt():
+        case sqlite3.Error() if "full" in str(error):
+            return _full()
+        case StoreCorrupt() | sqlite3.DatabaseError():
             return UserError(
-                f"The chain database cannot be used: {_sentence(str(error))}",
+                f"The chain database cannot be used: {str(error).rstrip('.')}.",
                 "move chain.db out of the home (keep signing.db and key) and start with --join INVITE: "
                 "the peer fetches the chain again",
             )
-        case sqlite3.Error() if "full" in str(error):
-            return _full()
         case OSError() if error.errno in _FULL:
             return _full()
         case OSError() if error.errno == errno.EADDRINUSE:
@@ -53,13 +56,13 @@ def _full() -> UserError:
     return UserError("The disk is full.", "free some space and start again; everything up to the last block is kept")
 
 
-def _only_cause(error: BaseException) -> BaseException:
-    """Return what a group is about: its one error, or the first that an owner can mend."""
+def _chief_cause(error: BaseException) -> BaseException:
+    """Return what a group is about: the first error that an owner can mend, else its first."""
+    leaves = _leaves(error)
+    return next((leaf for leaf in leaves if explain(leaf) is not None), leaves[0])
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
     if not isinstance(error, BaseExceptionGroup):
-        return error
-    causes = [_only_cause(part) for part in error.exceptions]
-    return next((cause for cause in causes if explain(cause) is not None), causes[0])
-
-
-def _sentence(text: str) -> str:
-    return f"{text.rstrip('.')}."
+        return [error]
+    return [leaf for part in error.exceptions for leaf in _leaves(part)]

@@ -50,10 +50,13 @@ def wishes(own: Holdings, onion_tip: bytes | None) -> Iterator[Payload]:
         return
     if own.may_unjail:
         yield Unjail()
-    if own.grant and not own.is_registered and own.balance:
-        yield RegisterValidator(onion_tip)
+    if own.is_registered:
+        # Who unbonds after registering wants to; only a newcomer is bonded without being asked.
+        return
     stake = own.grant // BOND_FRACTION
-    if own.grant and own.is_registered and not own.bonded and own.balance > stake:
+    if own.bonded:
+        yield RegisterValidator(onion_tip)
+    elif stake and own.balance > stake:
         yield Bond(stake)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -212,10 +213,15 @@ async def test_a_listening_port_in_use_is_one_sentence(tmp_path: Path) -> None:
     [
         (OSError(28, "No space left on device"), "The disk is full."),
         (OSError(98, "Address already in use"), "An address to listen on is in use by another program."),
+        (sqlite3.OperationalError("database or disk is full"), "The disk is full."),
+        (
+            sqlite3.DatabaseError("database disk image is malformed"),
+            "The chain database cannot be used: database disk image is malformed.",
+        ),
         (PermissionError(13, "Permission denied", "/x"), "The file /x cannot be used: Permission denied."),
     ],
 )
-def test_system_errors_are_said_plainly_even_out_of_a_group(error: OSError, said: str) -> None:
+def test_system_errors_are_said_plainly_even_out_of_a_group(error: Exception, said: str) -> None:
     with pytest.raises(UserError) as caught, plain_errors():
         raise ExceptionGroup("all", [RuntimeError("noise"), ExceptionGroup("inner", [error])])
     assert caught.value.message == said
@@ -226,3 +232,7 @@ def test_a_fault_of_the_program_is_not_dressed_up() -> None:
     assert explain(RuntimeError("bug")) is None
     with pytest.raises(RuntimeError), plain_errors():
         raise RuntimeError("bug")
+    with pytest.raises(RuntimeError), plain_errors():
+        raise ExceptionGroup("all", [ExceptionGroup("inner", [RuntimeError("bug")])])
+    with pytest.raises(ExceptionGroup), plain_errors():
+        raise ExceptionGroup("all", [RuntimeError("bug"), KeyError("other")])

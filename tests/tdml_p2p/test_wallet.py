@@ -23,8 +23,9 @@ NEW = Holdings(
     may_unjail=False,
 )
 GRANTED = replace(NEW, balance=1000, nonce=1, is_granted=True)
-REGISTERED = replace(GRANTED, nonce=2, is_registered=True)
-BONDED = replace(REGISTERED, balance=750, bonded=250, nonce=3)
+STAKED = replace(GRANTED, balance=750, bonded=250, nonce=2)
+BONDED = replace(STAKED, nonce=3, is_registered=True)
+UNBONDED = replace(BONDED, balance=1000, bonded=0, nonce=5)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +35,17 @@ BONDED = replace(REGISTERED, balance=750, bonded=250, nonce=3)
         (NEW, None, [Faucet()]),
         (replace(NEW, grant=0), TIP, []),
         (replace(NEW, balance=5), None, []),
-        (GRANTED, TIP, [RegisterValidator(TIP)]),
+        (GRANTED, TIP, [Bond(250)]),
         (GRANTED, None, []),
-        (REGISTERED, TIP, [Bond(250)]),
-        (REGISTERED, None, []),
+        (replace(GRANTED, balance=250), TIP, []),
+        (STAKED, TIP, [RegisterValidator(TIP)]),
+        (replace(STAKED, grant=0), TIP, [RegisterValidator(TIP)]),
+        (STAKED, None, []),
+        (UNBONDED, TIP, []),
         (BONDED, TIP, []),
         (replace(BONDED, may_unjail=True), TIP, [Unjail()]),
         (replace(BONDED, may_unjail=True), None, []),
-        (replace(REGISTERED, grant=0), TIP, []),
+        (replace(GRANTED, grant=0), TIP, []),
         (replace(BONDED, leases=((TASK, 21),)), TIP, []),
         (replace(BONDED, leases=((TASK, 20),)), TIP, [RenewLease(TASK)]),
         (replace(BONDED, leases=((TASK, 20),)), None, [RenewLease(TASK)]),
@@ -103,7 +107,7 @@ async def run(chain: FakeChain) -> None:
 async def test_a_newcomer_becomes_a_validator_once(autojump_clock: trio.testing.MockClock) -> None:
     chain = FakeChain()
     await run(chain)
-    assert [payload for _, payload in chain.sent] == [Faucet(), RegisterValidator(TIP), Bond(250)]
+    assert [payload for _, payload in chain.sent] == [Faucet(), Bond(250), RegisterValidator(TIP)]
 
 
 @pytest.mark.trio
