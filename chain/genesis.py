@@ -12,7 +12,6 @@ from chain.hashing import digest
 from chain.keys import account_of, peer_id
 from chain.params import Params
 
-
 MAX_ISSUED = 2**63 - 1
 
 

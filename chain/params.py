@@ -47,5 +47,5 @@ class Params(Record, frozen=True):
     max_block_bytes: Count = 900_000
     max_drawn_cells: Count = 4096
     """Cells whose audit is decided in one block; claims beyond wait for the next one."""
-    free_tasks: bool = True
+    free_tasks: bool = False
     """Whether a task may offer a price of nothing, as private networks may want."""

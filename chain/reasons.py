@@ -21,6 +21,7 @@ class Reason(StrEnum):
     TOO_MANY = "too-many"  # More transactions or bytes than a block may carry.
     ZERO_AMOUNT = "zero-amount"  # An amount of nothing.
     NO_STAKE = "no-stake"  # Less stake than that is bonded.
+    LAST_VALIDATOR = "last-validator"  # The chain would have nobody to go on with.
     NOTHING_RELEASED = "nothing-released"  # No unbonding has ended.
     NOT_A_VALIDATOR = "not-a-validator"  # The sender is not registered.
     TOMBSTONED = "tombstoned"  # Signed two conflicting votes: out for good.
@@ -33,11 +34,13 @@ class Reason(StrEnum):
     TASK_CLOSED = "task-closed"  # The task has ended.
     NOT_THE_CLIENT = "not-the-client"  # Only who posted the task may.
     ESCROW_TOO_SMALL = "escrow-too-small"  # Does not cover every cell and its audit.
+    PRICE_TOO_SMALL = "price-too-small"  # This network has no tasks without pay.
     BOND_TOO_SMALL = "bond-too-small"  # Cheating would pay at this bond, rate and price.
     RATE_TOO_SMALL = "rate-too-small"  # Fewer audits than the network's floor.
     ALREADY_APPLIED = "already-applied"  # The sender has a seat or an application.
     BARRED = "barred"  # Convicted before.
     NO_SEAT = "no-seat"  # The sender holds no seat of that stage.
+    NOT_RUNNING = "not-running"  # The seats are not drawn yet.
     WRONG_GENERATION = "wrong-generation"  # A rollback has ended that generation.
     WRONG_STEP = "wrong-step"  # Settled already, or further ahead than the ring is deep.
     BAD_CELLS = "bad-cells"  # Cells out of order or out of range.

@@ -116,6 +116,11 @@ class Worker(Record, frozen=True):
         return tuple(WorkerStatus)[self.status]
 
     @property
+    def is_present(self) -> bool:
+        """Whether the worker holds a seat or an application now."""
+        return self.state in (WorkerStatus.SPARE, WorkerStatus.SEATED)
+
+    @property
     def is_seated(self) -> bool:
         """Whether the worker holds its seat now."""
         return self.state is WorkerStatus.SEATED

@@ -80,6 +80,10 @@ PREFIX = 32
 """Bytes of the task or account that the keys of some tables begin with."""
 
 
+Changes = dict[Table, dict[bytes, Any]]
+"""Records set, or None for those removed, by table and key."""
+
+
 class Rows(dict[bytes, Any]):
     """One table: records by key, and the keys grouped by their first 32 bytes."""
 
@@ -276,7 +280,7 @@ class Draft:
 
     def __init__(self, base: "State | Draft") -> None:
         self._base = base
-        self.changes: dict[Table, dict[bytes, Any]] = {table: {} for table in Table}
+        self.changes: Changes = {table: {} for table in Table}
         self.events: list[Any] = []
 
     def get(self, table: Table, key: bytes) -> Any:

@@ -47,8 +47,8 @@ def unbond(book: Book, sender: bytes, payload: Unbond) -> None:
 
 def _refuse_empty_set(book: Book, sender: bytes, left: int) -> None:
     """The last validator cannot leave: a chain without validators could never go on."""
-    if left < book.params.min_stake and set(book.validators.powers) <= {sender}:
-        raise Refused(Reason.NO_STAKE)
+    if left < book.params.min_stake and not book.has_other_validator(sender):
+        raise Refused(Reason.LAST_VALIDATOR)
 
 
 def withdraw(book: Book, sender: bytes) -> None:
@@ -112,8 +112,8 @@ def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
         raise Refused(Reason.BAD_EVIDENCE)
     if known.is_tombstoned:
         raise Refused(Reason.EVIDENCE_KNOWN)
-    slashed = book.account(culprit).bonded
-    reward = slashed * book.params.reporter_share // 10_000
+    slashed = book.account(culprit).bonded + _take_unbondings(book, culprit)
+    reward = slashed * book.params.reporter_share // 10_000 if sender != culprit else 0
     book.set_account(culprit, bonded=0)
     book.credit(sender, reward)
     book.burn(slashed - reward)
@@ -131,3 +131,11 @@ def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
         slashed=str(slashed),
         evidence=subject.hex(),
     )
+
+
+def _take_unbondings(book: Book, culprit: bytes) -> int:
+    """Return the stake that was on its way out: an offender cannot unbond ahead of the evidence."""
+    held = [(k, u) for k, u in book.draft.items(Table.UNBONDINGS, culprit) if u.release_at > book.height]
+    for key, _ in held:
+        book.draft.delete(Table.UNBONDINGS, key)
+    return sum(unbonding.amount for _, unbonding in held)

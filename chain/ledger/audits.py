@@ -6,7 +6,8 @@ from chain.commitment import is_member, leaf
 from chain.hashing import digest
 from chain.ledger.book import Book, name
 from chain.ledger.claims import eligible, start_audit
-from chain.ledger.settlement import convict, end_audit, evict_without_slash
+from chain.ledger.convictions import convict, evict_without_slash
+from chain.ledger.settlement import end_audit
 from chain.randomness import weighted_draw
 from chain.reasons import Reason, Refused
 from chain.records import Audit, AuditStatus, ClaimRecord, Voter
@@ -34,9 +35,9 @@ def _commit(book: Book, sender: bytes, entry: Commitment) -> None:
         book.set_audit(audit, third=replace(third, commitment=entry.digest))
         return
     if entry.round == 2 and state is AuditStatus.VOTING and not has_commit_phase_ended(audit):
-        changed = _with_voter(audit, sender, commitment=entry.digest)
-        if changed is not None:
-            book.set_audit(audit, voters=changed)
+        voters = _with_voter(audit, sender, commitment=entry.digest)
+        if voters is not None:
+            _start_reveals(book, book.set_audit(audit, voters=voters))
             return
     raise Refused(Reason.NOT_OWED)
 
@@ -46,6 +47,12 @@ def _with_voter(audit: Audit, account: bytes, commitment: bytes) -> tuple[Voter,
     if not any(v.account == account and v.commitment is None for v in audit.voters):
         return None
     return tuple(replace(v, commitment=commitment) if v.account == account else v for v in audit.voters)
+
+
+def _start_reveals(book: Book, audit: Audit) -> None:
+    """Once all voters have committed they have the whole reveal window, whatever was left of the first."""
+    if has_commit_phase_ended(audit):
+        book.set_audit(audit, is_revealing=True, deadline=book.height + book.params.reveal_window)
 
 
 def open_cells(book: Book, sender: bytes, payload: Open) -> None:
@@ -226,8 +233,8 @@ def _acquit(book: Book, audit: Audit) -> None:
 
 def expire(book: Book) -> None:
     """End or redraw the audits whose deadline has passed."""
-    for identity, _ in book.draft.items(Table.ACTIVE):
-        audit: Audit = book.draft.get(Table.AUDITS, identity)
+    for listed in book.active_audits():
+        audit: Audit = book.draft.get(Table.AUDITS, listed.id)
         if audit.is_active and audit.deadline < book.height:
             _expire(book, audit)
 

@@ -77,11 +77,26 @@ class Book:
         """Count an amount, taken from somewhere, as burned."""
         self.set_chain(burned=self.chain.burned + amount)
 
+    def has_other_validator(self, account: bytes) -> bool:
+        """Whether somebody else than `account` can validate the next block."""
+        return any(
+            validator.is_able and self.account(other).bonded >= self.params.min_stake
+            for other, validator in self.draft.items(Table.VALIDATORS)
+            if other != account
+        )
+
     def task(self, task: bytes) -> Task:
         """Return a task; raise `Refused`."""
         found: Task | None = self.draft.get(Table.TASKS, task)
         if found is None:
             raise Refused(Reason.UNKNOWN_TASK)
+        return found
+
+    def open_task(self, task: bytes) -> Task:
+        """Return a task that is not closed; raise `Refused`."""
+        found = self.task(task)
+        if not found.is_open:
+            raise Refused(Reason.TASK_CLOSED)
         return found
 
     def set_task(self, task: Task, **changes: Any) -> Task:
@@ -124,6 +139,11 @@ class Book:
         if was_listed and not changed.is_active:
             self.draft.delete(Table.ACTIVE, audit.id)
         return changed
+
+    def active_audits(self, task: bytes | None = None) -> list[Audit]:
+        """Return the audits, of one task or of all, in which somebody owes something, by id."""
+        found = (self.draft.get(Table.AUDITS, identity) for identity, _ in self.draft.items(Table.ACTIVE))
+        return [audit for audit in found if task in (None, audit.task)]
 
     def holding(self, record: Any) -> int:
         """Return the base units that a record holds."""

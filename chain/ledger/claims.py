@@ -58,7 +58,7 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
 
 def _check(book: Book, task: Task, worker: Worker | None, claim: Claim) -> None:
     if task.state is not TaskStatus.RUNNING:
-        raise Refused(Reason.TASK_CLOSED)
+        raise Refused(Reason.NOT_RUNNING if task.is_open else Reason.TASK_CLOSED)
     if worker is None or not worker.is_seated or worker.stage != claim.stage:
         raise Refused(Reason.NO_SEAT)
     if claim.generation != task.generation:
@@ -79,14 +79,19 @@ def _cover(bitmap: bytes, cells: tuple[int, ...]) -> bytes:
 
 
 def draw_due(book: Book) -> None:
-    """Draw the audits of the claims that were final `draw_delay` blocks ago, with this block's seed."""
+    """Draw the audits of the claims that were final `draw_delay` blocks ago, with this block's seed.
+
+    What is beyond the bound of a block waits for the next one: the draw is never before its time.
+    """
     due = max(0, book.height - book.params.draw_delay).to_bytes(8, "big")
+    left = book.params.max_drawn_cells
     for key, _ in book.draft.items(Table.QUEUE):
-        if key[:8] > due:
+        record: ClaimRecord = book.claim(key[8:])
+        if key[:8] > due or left <= 0:
             break
         book.draft.delete(Table.QUEUE, key)
-        record: ClaimRecord = book.claim(key[8:])
         if not record.is_void:
+            left -= len(record.claim.cells)
             _draw(book, record)
 
 

@@ -1,7 +1,7 @@
 """Execution of one block: envelope checks, payloads with receipts, hooks, seed, root, conservation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -12,7 +12,8 @@ from chain.ledger.hooks import after_transactions, before_transactions
 from chain.ledger.payloads import apply
 from chain.randomness import next_seed, peel
 from chain.reasons import InvalidBlock, Reason, Refused
-from chain.state import Draft, State, Table
+from chain.records import Account
+from chain.state import Changes, Draft, State, Table
 from chain.transactions import DUTIES, MAX_TRANSACTION_BYTES, Transaction
 
 __all__ = ["Event", "Executed", "Receipt", "check_envelope", "execute"]
@@ -33,28 +34,41 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Executed:
-    """A block's effect: the state after it, a receipt a transaction, and events in order."""
+    """A block's effect: the state after it, a receipt a transaction, events in order, and changed records."""
 
     state: State
     receipts: tuple[Receipt, ...]
     events: tuple[Event, ...]
+    changes: Changes = field(default_factory=dict)
 
 
 def check_envelope(state: State, transaction: Transaction, height: int, nonce: int | None = None) -> Reason | None:
-    """Return why the envelope is not valid at `height`, its signature left out; None if it is."""
+    """Return why the envelope is not valid at `height`, its signature left out; None if it is.
+
+    `nonce` is the one to expect, by default the sender's next.
+    """
+    account = state.account(transaction.body.sender)
+    expected = account if nonce is None else replace(account, nonce=nonce)
+    return _refusal(state, expected, transaction, height)
+
+
+def _refusal(state: State, account: Account, transaction: Transaction, height: int) -> Reason | None:
+    """Return why an envelope is not valid for `account` as it is within the block on `state`."""
     body = transaction.body
-    account = state.account(body.sender)
     size = len(encode(transaction))
     if size > MAX_TRANSACTION_BYTES:
         return Reason.TOO_LARGE
     if body.chain_id != state.chain.chain_id:
         return Reason.WRONG_CHAIN
-    if body.nonce != (account.nonce if nonce is None else nonce):
+    if body.nonce != account.nonce:
         return Reason.WRONG_NONCE
     if not body.valid_from <= height <= body.valid_until:
         return Reason.OUTSIDE_WINDOW
-    if not isinstance(body.payload, DUTIES) and body.fee < state.params.min_fee_per_byte * size:
-        return Reason.LOW_FEE
+    if body.fee < state.params.min_fee_per_byte * size:
+        if not isinstance(body.payload, DUTIES):
+            return Reason.LOW_FEE
+        if not state.is_participant(body.sender):
+            return Reason.NOT_OWED
     return Reason.NO_FUNDS if body.fee > account.balance else None
 
 
@@ -64,14 +78,16 @@ def execute(state: State, context: BlockContext, transactions: Sequence[Transact
     Signatures of transactions are the caller's to check, once each.
     """
     _check_context(state, context)
+    if len(transactions) > state.params.max_block_transactions:
+        raise InvalidBlock(Reason.TOO_MANY)
     draft = Draft(state)
     book = Book(draft, context.height, context.seed, state.validators())
     _advance(book, state, context)
     before_transactions(book, context.parent_signers)
-    receipts = tuple(_run(book, transaction) for transaction in transactions)
+    receipts = tuple(_run(book, state, transaction) for transaction in transactions)
     after_transactions(book)
     _check_conservation(book, state)
-    return Executed(draft.freeze(state), receipts, tuple(draft.events))
+    return Executed(draft.freeze(state), receipts, tuple(draft.events), draft.changes)
 
 
 def _check_context(state: State, context: BlockContext) -> None:
@@ -105,14 +121,12 @@ def _advance(book: Book, state: State, context: BlockContext) -> None:
     )
 
 
-def _run(book: Book, transaction: Transaction) -> Receipt:
+def _run(book: Book, state: State, transaction: Transaction) -> Receipt:
     body = transaction.body
     account = book.account(body.sender)
-    is_window = body.valid_from <= book.height <= body.valid_until
-    if body.chain_id != book.chain.chain_id or body.nonce != account.nonce or not is_window:
-        raise InvalidBlock(Reason.WRONG_NONCE, transaction.tx_id.hex())
-    if body.fee > account.balance:
-        raise InvalidBlock(Reason.NO_FUNDS, transaction.tx_id.hex())
+    reason = _refusal(state, account, transaction, book.height)
+    if reason is not None:
+        raise InvalidBlock(reason, transaction.tx_id.hex())
     book.set_account(body.sender, nonce=account.nonce + 1, balance=account.balance - body.fee)
     book.burn(body.fee)
     fork = book.fork()
@@ -127,7 +141,8 @@ def _run(book: Book, transaction: Transaction) -> Receipt:
 def _check_conservation(book: Book, state: State) -> None:
     """Raise `AssertionError` unless every base unit is still somewhere."""
     gained = 0
-    for (table, key), record in book.draft.changes.items():
-        gained += book.holding(record) - book.holding(state.tables[table].get(key))
+    for table, changed in book.draft.changes.items():
+        for key, record in changed.items():
+            gained += book.holding(record) - book.holding(state.tables[table].get(key))
     if gained != 0:
         raise AssertionError(f"block {book.height} would create {gained} base units")

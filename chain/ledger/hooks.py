@@ -2,9 +2,9 @@
 
 from msgspec.structs import replace
 
-from chain.ledger import audits, claims, settlement, tasks
+from chain.ledger import audits, claims, seats, settlement, tasks
 from chain.ledger.book import Book, name
-from chain.records import TaskStatus, Validator
+from chain.records import Validator
 from chain.state import Table
 
 
@@ -18,29 +18,23 @@ def after_transactions(book: Book) -> None:
     """Draw audits, end what is overdue, settle steps, fill seats."""
     claims.draw_due(book)
     audits.expire(book)
-    for identity, task in book.draft.items(Table.TASKS):
-        if task.state is TaskStatus.CLOSED:
-            settlement.release_bonds(book, task)
-            _forget_steps(book, identity)
-            continue
-        settlement.settle_due(book, task)
-        task = book.task(identity)
-        if task.deadline < book.height:
-            tasks.close(book, task)
-            continue
-        tasks.expire_leases(book, task)
-        tasks.fill_seats(book, book.task(identity))
+    for identity, _ in book.draft.items(Table.OPEN):
+        if book.task(identity).is_open:
+            _keep_up(book, identity)
         settlement.release_bonds(book, book.task(identity))
+        if not book.task(identity).is_open and not book.active_audits(identity):
+            book.draft.delete(Table.OPEN, identity)
 
 
-def _forget_steps(book: Book, task: bytes) -> None:
-    """Drop the progress of a closed task once no audit of it is active."""
-    is_active = any(
-        book.draft.get(Table.AUDITS, identity).task == task for identity, _ in book.draft.items(Table.ACTIVE)
-    )
-    if not is_active:
-        for key, _ in book.draft.items(Table.STEPS, task):
-            book.draft.delete(Table.STEPS, key)
+def _keep_up(book: Book, identity: bytes) -> None:
+    """Settle an open task's steps, end its leases and fill its seats, or close it at its deadline."""
+    settlement.settle_due(book, book.task(identity))
+    task = book.task(identity)
+    if task.deadline < book.height:
+        tasks.close(book, task)
+        return
+    seats.expire_leases(book, task)
+    seats.fill(book, task)
 
 
 def _count_liveness(book: Book, signers: frozenset[bytes]) -> None:
@@ -50,7 +44,7 @@ def _count_liveness(book: Book, signers: frozenset[bytes]) -> None:
         missed = tuple(height for height in validator.missed if height > horizon)
         if account not in signers:
             missed = (*missed, book.height)
-        if len(missed) >= book.params.jail_missed and _may_jail(book, account):
+        if len(missed) >= book.params.jail_missed and book.has_other_validator(account):
             book.draft.put(
                 Table.VALIDATORS,
                 account,
@@ -59,9 +53,3 @@ def _count_liveness(book: Book, signers: frozenset[bytes]) -> None:
             book.note("jailed", validator=name(account))
         elif missed != validator.missed:
             book.draft.put(Table.VALIDATORS, account, replace(validator, missed=missed))
-
-
-def _may_jail(book: Book, account: bytes) -> bool:
-    """Whether somebody is left to validate."""
-    others = (other for other in book.validators.powers if other != account)
-    return any(not book.draft.get(Table.VALIDATORS, other).is_jailed for other in others)

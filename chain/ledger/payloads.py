@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from chain.ledger import accounts, audits, claims, tasks
+from chain.ledger import accounts, audits, claims, seats, tasks
 from chain.ledger.book import Book
 from chain.transactions import (
     Bond,
@@ -53,11 +53,11 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
         case CloseTask():
             tasks.close_by_client(book, sender, payload)
         case TakeSeat():
-            tasks.take_seat(book, sender, payload)
+            seats.take_seat(book, sender, payload)
         case RenewLease():
-            tasks.renew_lease(book, sender, payload)
+            seats.renew_lease(book, sender, payload)
         case LeaveSeat():
-            tasks.leave_seat(book, sender, payload)
+            seats.leave_seat(book, sender, payload)
         case SubmitClaims():
             claims.submit(book, sender, payload)
         case Commit():

@@ -1,19 +1,14 @@
-"""What follows from audits: settled steps and pay, convictions, rollbacks, bonds returned."""
+"""What follows from finished work: audits ended, steps settled and paid, bonds returned."""
 
-from chain.hashing import digest
 from chain.ledger.book import Book, name
 from chain.ledger.claims import step_key
 from chain.records import (
     Audit,
     AuditStatus,
     ClaimRecord,
-    Conviction,
     StepProgress,
     Task,
-    TaskStatus,
-    Worker,
     WorkerStatus,
-    status_of,
 )
 from chain.state import Table
 
@@ -106,100 +101,18 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
     book.note("settled", task=task.id.hex(), step=settled.settled, generation=settled.generation)
 
 
-def convict(book: Book, audit: Audit) -> None:
-    """Evict and slash the worker, and roll the task back to its newest settled step."""
-    end_audit(book, audit, AuditStatus.CONVICTED)
-    worker = book.worker(audit.task, audit.worker)
-    assert worker is not None  # audits are of workers' claims only
-    slashed = worker.bond + worker.withheld
-    reward = slashed * book.params.reporter_share // 10_000
-    book.credit(audit.auditor, reward)
-    book.burn(slashed - reward)
-    _remember(book, audit, worker, 0, slashed)
-    was_seated = worker.is_seated
-    evicted = status_of(WorkerStatus, WorkerStatus.EVICTED)
-    book.set_worker(worker, bond=0, withheld=0, status=evicted)
-    book.set_account(audit.worker, barred=True)
-    place = {
-        "task": audit.task.hex(),
-        "worker": name(audit.worker),
-        "step": audit.step,
-        "evidence": audit.id.hex(),
-    }
-    _moot(book, audit)
-    if was_seated:
-        book.note("evicted", **place, stage=audit.stage, reason="convicted")
-    book.note("slashed", **place, amount=str(slashed), reward=str(reward))
-    task = book.task(audit.task)
-    if task.generation == audit.generation:
-        roll_back(book, task)
-
-
-def _moot(book: Book, audit: Audit) -> None:
-    """End the other audits of a convicted worker in the task: there is nothing left to decide."""
-    for identity, _ in book.draft.items(Table.ACTIVE):
-        other: Audit = book.draft.get(Table.AUDITS, identity)
-        if (other.task, other.worker) == (audit.task, audit.worker):
-            end_audit(book, other, AuditStatus.VOID)
-
-
-def evict_without_slash(book: Book, worker: Worker, audit: Audit) -> None:
-    """End the seat of a worker that keeps withholding what it claimed; its bond returns."""
-    _remember(book, audit, worker, 2, 0)
-    book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
-    book.note(
-        "evicted",
-        task=audit.task.hex(),
-        worker=name(worker.account),
-        step=audit.step,
-        stage=worker.stage,
-        evidence=audit.id.hex(),
-        reason="withheld",
-    )
-
-
-def _remember(book: Book, audit: Audit, worker: Worker, kind: int, slashed: int) -> None:
-    identity = digest("conviction", audit.id, bytes([kind]))
-    book.draft.put(
-        Table.CONVICTIONS,
-        identity,
-        Conviction(identity, kind, worker.account, audit.task, book.height, slashed, audit.id),
-    )
-
-
-def roll_back(book: Book, task: Task) -> None:
-    """Void all unsettled claims and their audits not yet disputed; the task's next generation begins."""
-    if not task.is_open:
-        return
-    for key, progress in book.draft.items(Table.STEPS, task.id):
-        for identity in progress.claims:
-            book.set_claim(book.claim(identity), is_void=True)
-        book.draft.delete(Table.STEPS, key)
-    undisputed = (AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED)
-    for identity, _ in book.draft.items(Table.ACTIVE):
-        audit: Audit = book.draft.get(Table.AUDITS, identity)
-        if audit.task == task.id and audit.state in undisputed:
-            end_audit(book, audit, AuditStatus.VOID)
-    book.set_task(book.task(task.id), generation=task.generation + 1)
-
-
 def release_bonds(book: Book, task: Task) -> None:
     """Return the bonds of workers that left, once nothing of theirs can be disputed any more."""
     gone = [w for w in book.workers(task.id) if w.state is WorkerStatus.LEFT and w.bond + w.withheld]
     if not gone:
         return
-    accused = {
-        audit.worker
-        for identity, _ in book.draft.items(Table.ACTIVE)
-        if (audit := book.draft.get(Table.AUDITS, identity)).task == task.id
-    }
+    accused = {audit.worker for audit in book.active_audits(task.id)}
     claimed = {
         book.claim(identity).worker
         for _, progress in book.draft.items(Table.STEPS, task.id)
         for identity in progress.claims
     }
-    is_closed = task.state is TaskStatus.CLOSED
     for worker in gone:
-        if worker.account not in accused and (is_closed or worker.account not in claimed):
+        if worker.account not in accused | claimed:
             book.set_worker(worker, bond=0, withheld=0)
             book.credit(worker.account, worker.bond + worker.withheld)

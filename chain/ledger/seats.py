@@ -1,0 +1,90 @@
+"""Seats: who applies, who gets one, and how it ends without blame."""
+
+from msgspec.structs import replace
+
+from chain.hashing import digest
+from chain.ledger.book import Book, name
+from chain.reasons import Reason, Refused
+from chain.records import Task, TaskStatus, Worker, WorkerStatus, status_of
+from chain.transactions import LeaveSeat, RenewLease, TakeSeat
+
+
+def take_seat(book: Book, sender: bytes, payload: TakeSeat) -> None:
+    """Apply for a seat; the seed decides who gets one, and which."""
+    task = book.open_task(payload.task)
+    if book.account(sender).barred:
+        raise Refused(Reason.BARRED)
+    known = book.worker(task.id, sender)
+    if known is not None and known.is_present:
+        raise Refused(Reason.ALREADY_APPLIED)
+    lease = book.height + book.params.lease_blocks
+    fresh = known or Worker(task.id, sender, payload.kernel, book.height, lease)
+    applied = replace(fresh, kernel=payload.kernel, applied_at=book.height, lease_until=lease, stage=-1)
+    book.set_worker(applied, status=status_of(WorkerStatus, WorkerStatus.SPARE))
+
+
+def renew_lease(book: Book, sender: bytes, payload: RenewLease) -> None:
+    """Keep a seat or an application."""
+    worker = _present(book, payload.task, sender)
+    book.set_worker(worker, lease_until=book.height + book.params.lease_blocks)
+
+
+def leave_seat(book: Book, sender: bytes, payload: LeaveSeat) -> None:
+    """Give up a seat or an application."""
+    leave(book, _present(book, payload.task, sender))
+
+
+def leave(book: Book, worker: Worker) -> None:
+    """End a worker's seat or application without blame; its bond returns when its claims have settled."""
+    book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
+    book.note("left", task=worker.task.hex(), worker=name(worker.account), stage=worker.stage)
+
+
+def _present(book: Book, task: bytes, account: bytes) -> Worker:
+    worker = book.worker(task, account)
+    if worker is None or not worker.is_present:
+        raise Refused(Reason.NO_SEAT)
+    return worker
+
+
+def fill(book: Book, task: Task) -> None:
+    """Give free seats to applicants: the emptiest stage first, the applicant by the block's seed."""
+    if task.state is TaskStatus.POSTED and book.height < task.posted_at + book.params.formation_blocks:
+        return
+    workers = book.workers(task.id)
+    held = [sum(1 for w in workers if w.is_seated and w.stage == stage) for stage in range(task.stages)]
+    spares = [
+        w for w in workers if w.state is WorkerStatus.SPARE and w.applied_at < book.height
+        and not book.account(w.account).barred
+    ]  # fmt: skip
+    spares.sort(key=lambda w: digest("seat", book.seed, task.id, w.account))
+    for worker in spares:
+        stage = min(range(task.stages), key=lambda index: (held[index], index))
+        if held[stage] >= task.replicas:
+            break
+        _seat(book, task, worker, stage)
+        held[stage] += 1
+    if task.state is TaskStatus.POSTED and all(held):
+        book.set_task(task, status=status_of(TaskStatus, TaskStatus.RUNNING))
+
+
+def _seat(book: Book, task: Task, worker: Worker, stage: int) -> None:
+    """Seat a worker; it bonds what it has, the rest of the bond is withheld from its earnings."""
+    missing = max(0, task.worker_bond - worker.bond - worker.withheld)
+    bond = min(missing, book.account(worker.account).balance)
+    book.debit(worker.account, bond)
+    book.set_worker(
+        worker,
+        stage=stage,
+        bond=worker.bond + bond,
+        status=status_of(WorkerStatus, WorkerStatus.SEATED),
+        lease_until=book.height + book.params.lease_blocks,
+    )
+    book.note("seated", task=task.id.hex(), worker=name(worker.account), stage=stage)
+
+
+def expire_leases(book: Book, task: Task) -> None:
+    """End the seats and applications of workers that stopped renewing."""
+    for worker in book.workers(task.id):
+        if worker.is_present and worker.lease_until < book.height:
+            leave(book, worker)
