@@ -297,6 +297,7 @@ class ChainEngine:
         except LookupError as error:
             self._follows_because = str(error)
             return
+        self._follows_because = self._files.refusal
         tip = self._core.build_tip()
         transactions = self._transactions.select(tip.state)
         try:

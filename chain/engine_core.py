@@ -24,7 +24,7 @@ from chain.consensus import (
     Timers,
     Validate,
 )
-from chain.engine_blocks import Draft, Tip
+from chain.engine_blocks import MAX_CLOCK_DRIFT_MS, Draft, Tip
 from chain.engine_gate import Disposition, Gate, Taken
 from chain.engine_pace import Pace
 from chain.keys import PrivateKey
@@ -186,13 +186,18 @@ class Core:
         return min(due, self.pace.view_deadline, self.pace.standstill_deadline)
 
     def draft(self, view: int, now_ms: int) -> Draft:
-        """Return the proposer's part of a fresh block; raise `LookupError` when the onion is used up."""
+        """Return the proposer's part of a fresh block.
+
+        Raises `LookupError` when there can be none: the onion is used up, or the clock is behind.
+        """
         key = self._config.key
         validator = self.tip.state.validator(key.account) if key else None
         if key is None or validator is None:
             raise LookupError("not a validator")
-        reveal = onion_of(key).below(validator.onion_tip)
-        return Draft(key.account, view, max(now_ms, self.tip.timestamp + 1), reveal)
+        timestamp = max(now_ms, self.tip.timestamp + 1)
+        if timestamp > now_ms + MAX_CLOCK_DRIFT_MS:
+            raise LookupError("this machine's clock is behind the chain's time")
+        return Draft(key.account, view, timestamp, onion_of(key).below(validator.onion_tip))
 
     def build_tip(self) -> Tip:
         """Return the tip with all votes for it that have arrived, so that late ones count as present."""

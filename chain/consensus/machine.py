@@ -171,7 +171,7 @@ class Consensus:
         self._forget(view - HORIZON)
         self._out.append(SetTimer(view, self.config.timers.seconds(view)))
         if self.tally.vote_of(view, VoteKind.NULLIFY, self.leader(view)):
-            self._nullify(view)
+            self._nullify_early(view)
         self._propose()
         self._consider()
 
@@ -249,7 +249,7 @@ class Consensus:
             self._valid[block.hash] = None
             self._out.append(Validate(block))
         elif acceptable is False or (acceptable and self._valid[block.hash] is False):
-            self._nullify(view)
+            self._nullify_early(view)
         elif acceptable and self._valid[block.hash]:
             self._ask(self._unsigned(VoteKind.NOTARIZE, view, block.hash), proposal)
 
@@ -272,6 +272,11 @@ class Consensus:
     def _nullify(self, view: int) -> None:
         if self._may_sign(view, VoteKind.NULLIFY):
             self._ask(self._unsigned(VoteKind.NULLIFY, view, ZERO), None)
+
+    def _nullify_early(self, view: int) -> None:
+        """Give up a hopeless view at once, until each has led; later ones take their time, lest views race."""
+        if view <= len(self.config.validators):
+            self._nullify(view)
 
     def _finalize(self, view: int) -> None:
         block_hash = self.tally.notarized(view)
@@ -304,7 +309,7 @@ class Consensus:
         if certificate is not None:
             self._certified(certificate)
         elif (vote.view, vote.kind, vote.validator) == (self.view, VoteKind.NULLIFY, self.leader(self.view)):
-            self._nullify(vote.view)
+            self._nullify_early(vote.view)
 
     def _absorb(self, certificate: Certificate) -> None:
         """Count the votes inside a certificate: contradicting certificates name their culprits."""

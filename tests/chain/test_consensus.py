@@ -297,3 +297,14 @@ def test_a_closed_machine_signs_nothing_and_still_accuses() -> None:
     for salt in (1, 2):
         driver.do(driver.machine.on_vote(vote(NOTARIZE, 1, block(1, salt=salt).hash, led(1))))
     assert sum(isinstance(e, Accuse) for e in driver.effects) == 1
+
+
+def test_hopeless_views_do_not_race() -> None:
+    driver = Driver(others(led(6))[0], valid=False)
+    driver.do(driver.machine.on_certificate(certificate(NULLIFY, 5)))
+    driver.do(driver.machine.on_proposal(proposal(block(6), 6)))
+    driver.do(driver.machine.on_vote(vote(NULLIFY, 6, ZERO, led(6))))
+    assert driver.machine.view == 6
+    assert (6, ZERO) not in driver.signed(NULLIFY)
+    driver.do(driver.machine.on_timer(6))
+    assert (6, ZERO) in driver.signed(NULLIFY)

@@ -16,7 +16,7 @@ from chain.hashing import ZERO
 from chain.keys import PrivateKey
 from chain.randomness import onion_of
 from chain.transactions import Bond, RegisterValidator, Transfer
-from tests.chain.hub import Hub, genesis_of, keys, running, until_height
+from tests.chain.hub import START_MS, Hub, genesis_of, keys, running, until_height
 
 
 async def start_all(
@@ -282,3 +282,18 @@ async def test_a_proposal_that_does_not_execute_costs_its_leader_only_the_view(
                     proposers.append((await blocks.receive()).block.header.proposer)
         assert set(proposers) == {key.account for key in members[:3]}
         assert len(engines[0].state.validators()) == 4
+
+
+async def test_a_genesis_of_the_future_waits_for_its_time(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    members, hub = keys(3), Hub()
+    genesis = structs.replace(genesis_of(members, []), timestamp=START_MS + 60_000)
+    async with AsyncExitStack() as stack:
+        engines = await start_all(stack, hub, tmp_path, genesis, members)
+        await trio.sleep(40)
+        assert engines[0].state.height == 0
+        assert any("clock" in str(engine.status()["follows_because"]) for engine in engines)
+        assert max(engine.status()["view"] for engine in engines) < 20
+        with trio.fail_after(90):
+            await until_height(engines[0], 2)
