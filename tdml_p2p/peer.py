@@ -282,8 +282,8 @@ def _answer(path: Path, live: queries.Reader, query: str, arguments: dict[str, s
         with closing(Store.open_read_only(path)) as store:
             return queries.answer(replace(live, store=store), query, arguments)
     except queries.NotFound as error:
-        raise ApiError(404, str(error), "see `tdml-chain blocks`, `tasks`, `workers`, `validators`") from None
+        raise ApiError(404, error.message, error.hint) from None
     except queries.BadQuery as error:
-        raise ApiError(400, str(error), "see `tdml-chain --help`") from None
+        raise ApiError(400, error.message, error.hint) from None
     except StoreCorrupt as error:
         raise ApiError(500, str(error), "see `tdml-chain db check`") from None
