@@ -66,9 +66,9 @@ class _Swarm(Swarm):
         try:
             muxed = await self.upgrade_inbound_raw_conn(connection, maddr)
             await muxed.event_closed.wait()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Whatever a stranger sends costs this connection only.
-            log.debug("inbound connection failed", reason=type(error).__name__, exc_info=True)
+            log.debug("inbound connection failed", reason=f"{type(error).__name__}: {error}")
             with shielded(CLOSE_SECONDS):
                 await connection.close()
 
@@ -105,9 +105,9 @@ class Host(BasicHost):
         self._streams[peer] += 1
         try:
             await super()._swarm_stream_handler(net_stream)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # A broken stream ends here; every other one goes on.
-            log.debug("stream failed", peer=peer, reason=type(error).__name__, exc_info=True)
+            log.debug("stream failed", peer=peer, reason=f"{type(error).__name__}: {error}")
             await abandon(net_stream)
         finally:
             self._streams[peer] -= 1
