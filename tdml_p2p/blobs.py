@@ -1,5 +1,6 @@
 """`/tdml/blob/1`: content-addressed transfer from several providers, verified chunk by chunk on arrival."""
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,9 +99,9 @@ class Blobs:
 
         async def keep(number: int, chunk: bytes) -> None:
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
+            self.bytes_fetched += len(chunk)
 
         await transfer.run(set(range(len(index.chunks))), keep)
-        self.bytes_fetched += index.size
         return buffer
 
     async def download(self, address: bytes, providers: Sequence[str], limit: int = MAX_BLOB_BYTES) -> Path:
@@ -115,8 +116,8 @@ class Blobs:
 
         async def keep(number: int, chunk: bytes) -> None:
             await trio.to_thread.run_sync(_write_at, part, number * CHUNK_BYTES, chunk)
+            self.bytes_fetched += len(chunk)
 
-        self.bytes_fetched += min(index.size, len(missing) * CHUNK_BYTES)
         await transfer.run(missing, keep)
         return await trio.to_thread.run_sync(self.store.adopt, address, index, part)
 
@@ -231,7 +232,8 @@ class _Transfer:
         try:
             return await self._requests.ask(peer, PROTOCOL, _encoder.encode(want), limit=limit, timeout=_SECONDS)
         except RequestFailed as error:
-            self._faults[peer] += 1
+            # A provider that lacks one chunk may have the others.
+            self._faults[peer] += error.reason != ABSENT
             self._complaints[peer] = error.reason
             return None
 
@@ -265,6 +267,6 @@ def _write_at(part: Path, offset: int, chunk: bytes) -> None:
             file.seek(offset)
             file.write(chunk)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(part.parent) from None
         raise

@@ -158,7 +158,7 @@ class Discovery:
                 log.debug("the DHT lookup failed", key=key, error=str(error))
         for info in found:
             self._host.get_peerstore().add_addrs(info.peer_id, info.addrs[:8], 600)
-        return [str(info.peer_id) for info in found]
+        return list(dict.fromkeys(str(info.peer_id) for info in found))
 
     async def _ask_all(self, key: str, peers: Sequence[str], asked: set[str]) -> None:
         new = [peer for peer in dict.fromkeys(peers) if peer not in asked][:_MAX_ASKED]

@@ -183,8 +183,11 @@ async def _listening(host: Any, addresses: tuple[str, ...]) -> AsyncIterator[Non
 
 async def _close_connections(host: Any) -> None:
     """Close all connections at once; one at a time, libp2p takes a fifth of a second for each."""
-    connections = host.get_network().get_connections()
+    network = host.get_network()
     with shielded(_GOODBYE_SECONDS):
+        # First the doors, or those who lose a connection come back at once.
+        for listener in list(network.listeners.values()):
+            await listener.close()
         async with trio.open_nursery() as nursery:
-            for connection in connections:
+            for connection in network.get_connections():
                 nursery.start_soon(connection.close)

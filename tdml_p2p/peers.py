@@ -37,6 +37,7 @@ _MESSAGE_BYTES = 64 * 1024
 _DIAL_SECONDS = 10.0
 _HELLO_SECONDS = 10.0
 _MAX_MISSED = 3
+_ADDRESS_SECONDS = 3600
 _LEAST_ROUND_SECONDS = 0.1
 _GOODBYE_SECONDS = 3.0
 _BACKOFF_SECONDS = (1.0, 30.0)
@@ -225,6 +226,9 @@ class Upkeep:
         if known is None:
             raise Refused("no-account")
         known.failures = known.missed = 0
+        # The DHT takes a neighbour's addresses from here.
+        listening = [Multiaddr(address) for address in known.addresses]
+        self.host.get_peerstore().add_addrs(ID.from_string(sender), listening, _ADDRESS_SECONDS)
         news = [peer for peer, _ in hello.peers if peer != self.peer and peer not in self._known]
         for peer, addresses in hello.peers:
             if peer != self.peer and peer not in self.greeted:

@@ -1,0 +1,191 @@
+"""Blobs: the store, and transfers from honest, lying and incomplete providers."""
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdml_p2p.blob_store import BlobStore, DiskFull
+from tdml_p2p.blobs import ABSENT, PROTOCOL, BlobUnavailable, WantChunk, WantIndex, _encoder, decode_want
+from tdml_p2p.host import Network
+from tdml_p2p.requests import Refused, RequestFailed
+from tests.tdml_p2p.network_kit import CHAIN, QUICK, key, meshed, until
+from trainer.content import CHUNK_BYTES, address_of, index_of
+
+
+def content(size: int) -> bytes:
+    return blake3(size.to_bytes(8, "big")).digest(length=size)
+
+
+SIZES = [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 17]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("is_on_disk", [False, True])
+async def test_a_store_returns_what_was_put(size: int, is_on_disk: bool, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "blobs" if is_on_disk else None)
+    data = content(size)
+    address = await store.put(data)
+    assert address == address_of(data)
+    again = BlobStore(tmp_path / "blobs") if is_on_disk else store
+    assert await again.index(address) == index_of(data)
+    chunks = [await again.chunk(address, number) for number in range(len(index_of(data).chunks))]
+    assert b"".join(chunk or b"" for chunk in chunks) == data
+    assert await again.index(bytes(32)) is None
+
+
+async def test_sources_are_asked_and_believed_only_when_true() -> None:
+    store = BlobStore(None)
+    data = content(5000)
+    held: dict[bytes, bytes] = {address_of(data): data, bytes(32): b"not the one"}
+    store.add_source(held.get)
+    assert await store.index(address_of(data)) == index_of(data)
+    assert await store.index(bytes(32)) is None
+
+
+async def test_a_full_disk_has_a_name_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BlobStore(tmp_path)
+
+    def no_space(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(DiskFull, match="No space is left"):
+        await store.put(b"data")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_blob_arrives_whole(size: int) -> None:
+    async with meshed(2) as (first, second):
+        address = await first.blobs.put(content(size))
+        assert bytes(await second.blobs.fetch(address, [first.peer])) == content(size)
+
+
+async def test_memory_of_the_provider_is_served_while_it_is_there() -> None:
+    async with meshed(2) as (first, second):
+        data = content(2 * CHUNK_BYTES)
+        held: list[bytes] = [data]
+        first.blobs.provide(address_of(data), lambda: memoryview(held[0]) if held else None)
+        assert bytes(await second.blobs.fetch(address_of(data), [first.peer])) == data
+        held.clear()
+        with pytest.raises(BlobUnavailable, match=ABSENT):
+            await second.blobs.fetch(address_of(data), [first.peer])
+
+
+async def test_a_lying_provider_is_found_out_and_the_honest_one_used() -> None:
+    async with meshed(3) as (liar, honest, reader):
+        data = content(6 * CHUNK_BYTES + 5)
+        address = await honest.blobs.put(data)
+        truth = honest.blobs
+
+        async def lie(sender: str, request: bytes) -> bytes:
+            reply = await truth._serve(sender, request)
+            return reply if isinstance(decode_want(request), WantIndex) else bytes(len(reply))
+
+        liar.on_request(PROTOCOL, lie, 256)
+        assert bytes(await reader.blobs.fetch(address, [liar.peer, honest.peer])) == data
+        assert reader.limits.penalty(liar.peer) > 0
+        assert reader.limits.penalty(honest.peer) == 0
+        with pytest.raises(BlobUnavailable, match="false bytes"):
+            await reader.blobs.fetch(address, [liar.peer])
+
+
+@pytest.mark.parametrize("reply", [b"", b"\xc1", b"junk", bytes(100_000)])
+async def test_a_false_index_is_refused(reply: bytes) -> None:
+    async with meshed(2) as (liar, reader):
+
+        async def lie(_sender: str, _request: bytes) -> bytes:
+            return reply
+
+        liar.on_request(PROTOCOL, lie, 256)
+        with pytest.raises(BlobUnavailable):
+            await reader.blobs.fetch(bytes(32), [liar.peer])
+        assert reader.limits.penalty(liar.peer) > 0
+
+
+async def test_two_providers_with_a_half_each_make_a_whole() -> None:
+    async with meshed(3) as (even, odd, reader):
+        data = content(6 * CHUNK_BYTES)
+        address = await even.blobs.put(data)
+        await odd.blobs.put(data)
+        for rest, holder in enumerate((even, odd)):
+            serve = holder.blobs._serve
+
+            async def half(sender: str, request: bytes, serve=serve, rest: int = rest) -> bytes:
+                want = decode_want(request)
+                if isinstance(want, WantChunk) and want.number % 2 != rest:
+                    raise Refused(ABSENT)
+                return await serve(sender, request)
+
+            holder.on_request(PROTOCOL, half, 256)
+        assert bytes(await reader.blobs.fetch(address, [even.peer, odd.peer])) == data
+
+
+async def test_what_is_larger_than_wanted_is_not_fetched() -> None:
+    async with meshed(2) as (first, second):
+        address = await first.blobs.put(content(CHUNK_BYTES + 1))
+        with pytest.raises(BlobUnavailable, match="over"):
+            await second.blobs.fetch(address, [first.peer], CHUNK_BYTES)
+
+
+async def test_no_provider_is_an_error_that_says_so() -> None:
+    async with meshed(1) as (peer,):
+        with pytest.raises(BlobUnavailable, match="none was named"):
+            await peer.blobs.fetch(bytes(32), [])
+
+
+async def test_a_download_continues_where_it_stopped(tmp_path: Path) -> None:
+    async with meshed(1) as (holder,):
+        config = replace(QUICK, home=tmp_path, bootstrap=(holder.addresses[0],))
+        async with Network.open(config, key(5), CHAIN) as reader:
+            await until(lambda: reader.peers() != ())
+            data = content(5 * CHUNK_BYTES)
+            address = await holder.blobs.put(data)
+            asked: list[int] = []
+            serve = holder.blobs._serve
+
+            async def until_three(sender: str, request: bytes) -> bytes:
+                want = decode_want(request)
+                if isinstance(want, WantChunk):
+                    asked.append(want.number)
+                    if len(asked) > 3:
+                        raise Refused(ABSENT)
+                return await serve(sender, request)
+
+            holder.on_request(PROTOCOL, until_three, 256)
+            with pytest.raises(BlobUnavailable):
+                await reader.blobs.download(address, [holder.peer])
+            got = set(asked[:3])
+            asked[:] = [-1, -1]
+            holder.on_request(PROTOCOL, serve, 256)
+            path = await reader.blobs.download(address, [holder.peer])
+            assert path.read_bytes() == data
+            assert path == tmp_path / "blobs" / address.hex()
+            assert len(got) == 3
+            assert reader.blobs.bytes_fetched == len(data)
+            assert bytes(await reader.blobs.fetch(address, [])) == data
+            assert sorted(file.name for file in path.parent.iterdir()) == [address.hex(), f"{address.hex()}.index"]
+
+
+async def test_requests_beyond_the_blob_are_refused() -> None:
+    async with meshed(2) as (first, second):
+        address = await first.blobs.put(content(10))
+        for want in (WantChunk(address, 1), WantChunk(bytes(32), 0), WantIndex(bytes(32))):
+            with pytest.raises(RequestFailed) as failed:
+                await second.request(first.peer, PROTOCOL, _encoder.encode(want), limit=100, timeout=5)
+            assert failed.value.reason == ABSENT
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_want_or_an_error(data: bytes) -> None:
+    try:
+        want = decode_want(data)
+    except ValueError:
+        return
+    assert len(want.address) == 32
