@@ -129,6 +129,8 @@ class ChainService:
         self._engine = engine
         self._metrics = metrics
         self._clock_ms = clock_ms
+        self._started_ms = clock_ms()
+        """Older blocks are caught up with: how long they took to arrive says nothing about finality."""
         self._advanced = trio.Event()
         self._latest_at: float | None = None
 
@@ -158,7 +160,7 @@ class ChainService:
         header = committed.block.header
         self.tail.appendleft(_tail_line(committed))
         self._latest_at = trio.current_time()
-        if not self._engine.status()["syncing"]:
+        if header.timestamp >= self._started_ms:
             self._metrics.observe_finality((self._clock_ms() - header.timestamp) / 1000)
         self._metrics.height.set(header.height)
         for event in committed.events:

@@ -50,8 +50,6 @@ def build_status(peer: "Peer") -> dict[str, Any]:
         },
         "view": engine["view"],
         "syncing": engine["syncing"],
-        "chain": engine,
-        "network_counters": peer.network.status(),
         "peers": list(connected),
         "validators": [{"peer": peer_id(member), "power": str(power)} for member, power in state.validators().members],
         "is_validator": peer.key.account in state.validators(),
@@ -66,6 +64,8 @@ def build_status(peer: "Peer") -> dict[str, Any]:
             "steps": list(reach.steps),
         },
         "warnings": [{"code": str(w.code), "message": w.message, "hint": w.hint} for w in found],
+        "chain": engine,
+        "network_counters": peer.network.status(),
     }
 
 

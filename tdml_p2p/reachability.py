@@ -37,7 +37,7 @@ def judge(addresses: tuple[str, ...], inbound: int) -> Reachability:
             ("1. start with --listen /ip4/0.0.0.0/tcp/PORT to be found by other machines",),
         )
     if inbound:
-        return Reachability(Verdict.REACHABLE, f"{inbound} connections came in from other peers.")
+        return Reachability(Verdict.REACHABLE, f"Other peers connected to this one; {inbound} of them still are.")
     return Reachability(
         Verdict.UNKNOWN,
         "No other peer has connected to this one yet.",
