@@ -45,6 +45,8 @@ class Params(Record, frozen=True):
     """Share f of colluding auditors, in basis points, that a task's bond must withstand."""
     max_block_transactions: Count = 2048
     max_block_bytes: Count = 900_000
+    history_blocks: Count = 200
+    """Blocks for which ended audits and claims stay in the state; the database keeps them for good."""
     max_drawn_cells: Count = 4096
     """Cells whose audit is decided in one block; claims beyond wait for the next one."""
     free_tasks: bool = False

@@ -7,24 +7,23 @@ from typing import Any
 
 import msgspec
 
-from chain.blocks import Block, Certificate
-from chain.codec import Record, encode
+from chain.audit_story import audit_story
+from chain.blocks import Block, Certificate, Vote
+from chain.codec import decode, encode
+from chain.genesis import to_json
 from chain.keys import account_of, peer_id
-from chain.records import Account, Audit, ClaimRecord, Conviction, Task, Validator, Worker
+from chain.records import Account, Audit, ClaimRecord, Conviction, Task, Worker
 from chain.replay import replay
-from chain.state import State, Table
+from chain.state import State, Table, holdings
 from chain.store import Store
-from chain.transactions import Trace, Transaction
-from chain.verdicts import TENSORS, ballot, deviations, thresholds
+from chain.transactions import Transaction
+from chain.views import block_line, plain, task_line, transaction_line, validator_line, worker_line
 
 Arguments = dict[str, str]
-_AMOUNTS = frozenset(
-    ("balance", "bonded", "amount", "stake", "escrow", "price", "worker_bond", "bond", "withheld", "earned",
-     "slashed", "issued", "burned", "faucet", "fee", "power")
-)  # fmt: skip
-_ACCOUNTS = frozenset(("account", "client", "worker", "auditor", "sender", "proposer", "validator", "to"))
 _PAGE = 20
 _MOST = 1000
+_DIGITS = 18
+_SAFE_VALIDATORS = 4
 
 
 class QueryError(Exception):
@@ -61,44 +60,39 @@ class Reader:
         """The newest final state."""
         return self.newest()
 
+    def claim(self, claim: bytes) -> ClaimRecord | None:
+        """Return a claim, also one that has left the state."""
+        return self._record(Table.CLAIMS, claim)
+
+    def audit(self, audit: bytes) -> Audit | None:
+        """Return an audit, also one that has left the state."""
+        return self._record(Table.AUDITS, audit)
+
+    def _record(self, table: Table, key: bytes) -> Any:
+        return self.state.tables[table].get(key) or self.store.archived(table, key)
+
 
 def open_reader(path: Path) -> Reader:
-    """Return a reader of a database file; raise `StoreCorrupt` or `FileNotFoundError`."""
+    """Return a reader of a database file as it is now; raise `StoreCorrupt` or `FileNotFoundError`."""
     store = Store.open_read_only(path)
+    store.pin()
     state = store.load_state()
     return Reader(store, lambda: state)
 
 
 def answer(reader: Reader, query: str, arguments: Arguments) -> Any:
-    """Return the answer to `query`; raise `NotFound` or `BadQuery`."""
+    """Return the answer to `query`; raise `NotFound`, `BadQuery` or `StoreCorrupt`."""
     handler = _QUERIES.get(query)
     if handler is None:
         raise BadQuery(f"There is no query {query!r}.")
     return handler(reader, arguments)
 
 
-def plain(value: Any, name: str = "") -> Any:
-    """Return a record or value as JSON: accounts as peer ids, bytes as hex, amounts as strings."""
-    match value:
-        case bytes():
-            return peer_id(value) if name in _ACCOUNTS and len(value) == 32 else value.hex()
-        case bool() | None | str() | float():
-            return value
-        case int():
-            return str(value) if name in _AMOUNTS else value
-        case Record():
-            return {key: plain(getattr(value, key), key) for key in value.__struct_fields__}
-        case tuple() | list():
-            return [plain(item, name) for item in value]
-        case _:
-            raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
 def _number(arguments: Arguments, name: str, default: int) -> int:
-    try:
-        return int(arguments.get(name, default))
-    except ValueError:
-        raise BadQuery(f"{name} must be a number, not {arguments[name]!r}.") from None
+    text = arguments.get(name, str(default))
+    if not text.isdecimal() or len(text) > _DIGITS:
+        raise BadQuery(f"{name} must be a number, not {text[:40]!r}.")
+    return int(text)
 
 
 def _bytes(arguments: Arguments, name: str = "id") -> bytes:
@@ -134,22 +128,17 @@ def _status(reader: Reader, _: Arguments) -> Any:
         "open_tasks": len(state.open_tasks()),
         "active_audits": len(state.tables[Table.ACTIVE]),
         "convictions": len(state.tables[Table.CONVICTIONS]),
+        "warnings": _warnings(shares),
     }
 
 
-def block_line(block: Block, certificate: Certificate) -> dict[str, Any]:
-    """Return a block in a line."""
-    header = block.header
-    return {
-        "height": header.height,
-        "hash": header.hash.hex(),
-        "proposer": peer_id(header.proposer),
-        "view": certificate.view,
-        "timestamp": header.timestamp,
-        "transactions": len(block.transactions),
-        "signatures": len(certificate.signatures),
-        "bytes": len(encode(block)),
-    }
+def _warnings(shares: list[int]) -> list[str]:
+    """Return in a line what the spread of stake means for verdicts."""
+    if len(shares) < _SAFE_VALIDATORS:
+        return [f"With {len(shares)} of {_SAFE_VALIDATORS} validators, verdicts rest on their owners."]
+    if 3 * max(shares) > sum(shares):
+        return ["One validator holds more than 1/3 of the stake: verdicts rest on its owner."]
+    return []
 
 
 def _blocks(reader: Reader, arguments: Arguments) -> Any:
@@ -166,7 +155,7 @@ def _find_block(reader: Reader, arguments: Arguments) -> tuple[Block, Certificat
         found = reader.store.tip()
     elif ref == "earliest":
         found = reader.store.block(1)
-    elif ref.isdecimal() and len(ref) < 20:
+    elif ref.isdecimal() and len(ref) <= _DIGITS:
         found = reader.store.block(int(ref))
     else:
         found = reader.store.block_by_hash(_bytes(arguments))
@@ -182,21 +171,10 @@ def _block(reader: Reader, arguments: Arguments) -> Any:
         **block_line(block, certificate),
         "header": plain(block.header),
         "raw": encode(block.header).hex(),
-        "transactions": [{**_transaction_line(tx), "reason": receipts.get(tx.tx_id, "")} for tx in block.transactions],
+        "transactions": [{**transaction_line(tx), "reason": receipts.get(tx.tx_id, "")} for tx in block.transactions],
         "events": [
             {"kind": event.kind, "data": event.data} for _, event in reader.store.events(block.height, block.height)
         ],
-    }
-
-
-def _transaction_line(transaction: Transaction) -> dict[str, Any]:
-    body = transaction.body
-    return {
-        "id": transaction.tx_id.hex(),
-        "kind": type(body.payload).__name__,
-        "sender": peer_id(body.sender),
-        "nonce": body.nonce,
-        "fee": str(body.fee),
     }
 
 
@@ -210,9 +188,13 @@ def _tx(reader: Reader, arguments: Arguments) -> Any:
     assert pair is not None  # a receipt is written with its block
     transaction = pair[0].transactions[place]
     return {
-        **_transaction_line(transaction),
+        **transaction_line(transaction),
         "height": height,
         "place": place,
+        "timestamp": pair[0].header.timestamp,
+        "valid_from": transaction.body.valid_from,
+        "valid_until": transaction.body.valid_until,
+        "memo": transaction.body.memo.hex(),
         "ok": not reason,
         "reason": reason,
         "payload": plain(transaction.body.payload),
@@ -233,125 +215,58 @@ def _account_query(reader: Reader, arguments: Arguments) -> Any:
     return {"account": peer_id(account), **plain(known), "unbonding": unbonding}
 
 
-def _validator_line(reader: Reader, account: bytes, validator: Validator) -> dict[str, Any]:
-    record = reader.state.account(account)
-    return {
-        "validator": peer_id(account),
-        "bonded": str(record.bonded),
-        "is_active": account in reader.state.validators(),
-        "is_jailed": validator.is_jailed,
-        "is_tombstoned": validator.is_tombstoned,
-        "missed": len(validator.missed),
-    }
-
-
 def _validators(reader: Reader, _: Arguments) -> Any:
     table = reader.state.tables[Table.VALIDATORS]
-    return [_validator_line(reader, account, table[account]) for account in sorted(table)]
+    return [validator_line(reader.state, account) for account in sorted(table)]
 
 
 def _validator(reader: Reader, arguments: Arguments) -> Any:
     account = _account(arguments)
-    validator = reader.state.validator(account)
-    if validator is None:
+    if reader.state.validator(account) is None:
         raise NotFound(f"{peer_id(account)} is not a validator.")
-    return _validator_line(reader, account, validator)
-
-
-def _task_line(task: Task) -> dict[str, Any]:
-    return {**plain(task), "status": str(task.state)}
+    return validator_line(reader.state, account)
 
 
 def _tasks(reader: Reader, _: Arguments) -> Any:
     tasks: list[Task] = sorted(reader.state.tables[Table.TASKS].values(), key=lambda task: task.posted_at)
-    return [_task_line(task) for task in tasks]
+    return [task_line(task) for task in tasks]
 
 
 def _task(reader: Reader, arguments: Arguments) -> Any:
     task = reader.state.task(_bytes(arguments))
     if task is None:
         raise NotFound(f"There is no task {arguments.get('id', '')}.")
-    return {**_task_line(task), "workers": [_worker_line(w) for w in reader.state.workers(task.id)]}
-
-
-def _worker_line(worker: Worker) -> dict[str, Any]:
-    line = plain(worker)
-    del line["account"]
-    return {"worker": peer_id(worker.account), **line, "status": str(worker.state)}
+    return {**task_line(task), "workers": [worker_line(w) for w in reader.state.workers(task.id)]}
 
 
 def _workers(reader: Reader, arguments: Arguments) -> Any:
     workers: list[Worker] = list(reader.state.tables[Table.WORKERS].values())
     task = _bytes(arguments, "task") if "task" in arguments else None
     chosen = [worker for worker in workers if task in (None, worker.task)]
-    return [_worker_line(w) for w in sorted(chosen, key=lambda w: (w.task, w.stage, w.account))]
+    return [worker_line(w) for w in sorted(chosen, key=lambda w: (w.task, w.stage, w.account))]
 
 
 def _worker(reader: Reader, arguments: Arguments) -> Any:
     account = _account(arguments)
     workers: list[Worker] = list(reader.state.tables[Table.WORKERS].values())
-    seats = [_worker_line(worker) for worker in workers if worker.account == account]
+    seats = [worker_line(worker) for worker in workers if worker.account == account]
     if not seats:
         raise NotFound(f"{peer_id(account)} never applied for a seat.")
     return {"worker": peer_id(account), "seats": seats, "barred": reader.state.account(account).barred}
 
 
 def _claim(reader: Reader, arguments: Arguments) -> Any:
-    claim: ClaimRecord | None = reader.state.claim(_bytes(arguments))
+    claim = reader.claim(_bytes(arguments))
     if claim is None:
         raise NotFound(f"There is no claim {arguments.get('id', '')}.")
     return plain(claim)
 
 
 def _audit(reader: Reader, arguments: Arguments) -> Any:
-    audit = reader.state.audit(_bytes(arguments))
+    audit = reader.audit(_bytes(arguments))
     if audit is None:
         raise NotFound(f"There is no audit {arguments.get('id', '')}.")
-    return audit_story(reader.state, audit)
-
-
-def audit_story(state: State, audit: Audit) -> dict[str, Any]:
-    """Return who claimed what, what others computed, by how much it differs, and who voted how."""
-    opening, reveal = audit.opening, audit.reveal
-    story: dict[str, Any] = {
-        "id": audit.id.hex(),
-        "task": audit.task.hex(),
-        "generation": audit.generation,
-        "step": audit.step,
-        "stage": audit.stage,
-        "cell": audit.cell,
-        "worker": peer_id(audit.worker),
-        "auditor": peer_id(audit.auditor),
-        "status": str(audit.state),
-        "drawn_at": audit.drawn_at,
-        "claim": audit.claim.hex(),
-        "thresholds": _by_tensor(thresholds(state.params)),
-        "fraud_factor": state.params.fraud_factor,
-        "trace": _trace(opening.trace) if opening else None,
-        "votes": [],
-    }
-    if opening and reveal:
-        story["deviations"] = _by_tensor(deviations(opening.sketch, reveal.shared))
-        story["contradiction"] = reveal.contradiction
-    for role, voters in (("third", (audit.third,) if audit.third else ()), ("voter", audit.voters)):
-        for voter in voters:
-            vote: dict[str, Any] = {"role": role, "peer": peer_id(voter.account), "power": str(voter.power)}
-            if opening and reveal and voter.reveal:
-                said = ballot(voter.reveal, opening.sketch, reveal.shared, state.params)
-                vote["ballot"] = str(said)
-                vote["deviations"] = _by_tensor(deviations(opening.sketch, voter.reveal.shared))
-            story["votes"].append(vote)
-    convictions: list[Conviction] = list(state.tables[Table.CONVICTIONS].values())
-    story["convictions"] = [plain(c) for c in convictions if c.subject == audit.id]
-    return story
-
-
-def _trace(trace: Trace) -> dict[str, str]:
-    return {name: getattr(trace, name).hex() for name in trace.__struct_fields__}
-
-
-def _by_tensor(values: tuple[float, float, float]) -> dict[str, float | str]:
-    return {name: value if value < float("inf") else "inf" for name, value in zip(TENSORS, values, strict=True)}
+    return audit_story(reader, audit)
 
 
 def _evidence(reader: Reader, arguments: Arguments) -> Any:
@@ -363,10 +278,16 @@ def _evidence(reader: Reader, arguments: Arguments) -> Any:
     wanted = _bytes(arguments)
     for conviction in table.values():
         if wanted in (conviction.id, conviction.subject):
-            audit = reader.state.audit(conviction.subject)
-            story = audit_story(reader.state, audit) if audit else None
-            return {**plain(conviction), "kind": kinds[conviction.kind], "audit": story}
+            audit = reader.audit(conviction.subject)
+            story = audit_story(reader, audit) if audit else None
+            votes = [_vote(data) for data in (conviction.first, conviction.second) if data]
+            return {**plain(conviction), "kind": kinds[conviction.kind], "audit": story, "votes": votes}
     raise NotFound(f"There is no evidence {wanted.hex()}.")
+
+
+def _vote(data: bytes) -> dict[str, Any]:
+    vote: Vote = decode(Vote, data)
+    return {**plain(vote), "kind": vote.kind.name.lower()}
 
 
 def _certificate(reader: Reader, arguments: Arguments) -> Any:
@@ -390,33 +311,16 @@ def _params(reader: Reader, _: Arguments) -> Any:
 
 
 def _supply(reader: Reader, _: Arguments) -> Any:
-    state = reader.state
-    accounts: list[Account] = list(state.tables[Table.ACCOUNTS].values())
-    parts = {
-        "balances": sum(account.balance for account in accounts),
-        "bonded": sum(account.bonded for account in accounts),
-        "unbonding": sum(record.amount for record in state.tables[Table.UNBONDINGS].values()),
-        "escrow": sum(task.escrow for task in state.tables[Table.TASKS].values()),
-        "worker_bonds": sum(worker.bond for worker in state.tables[Table.WORKERS].values()),
-        "withheld": sum(worker.withheld for worker in state.tables[Table.WORKERS].values()),
-        "faucet": state.chain.faucet,
-        "burned": state.chain.burned,
-    }
-    is_conserved = sum(parts.values()) == state.chain.issued
-    return {
-        "issued": str(state.chain.issued),
-        **{name: str(value) for name, value in parts.items()},
-        "is_conserved": is_conserved,
-    }
+    parts, issued = holdings(reader.state), reader.state.chain.issued
+    amounts = {name: str(value) for name, value in parts.items()}
+    return {"issued": str(issued), **amounts, "is_conserved": sum(parts.values()) == issued}
 
 
 def _mempool(reader: Reader, _: Arguments) -> Any:
-    return [_transaction_line(transaction) for transaction in reader.waiting()]
+    return [transaction_line(transaction) for transaction in reader.waiting()]
 
 
 def _genesis(reader: Reader, _: Arguments) -> Any:
-    from chain.genesis import to_json
-
     return msgspec.json.decode(to_json(reader.store.genesis).encode())
 
 
@@ -424,25 +328,9 @@ def _events(reader: Reader, arguments: Arguments) -> Any:
     first = _number(arguments, "from", 1)
     last = _number(arguments, "to", reader.state.height)
     count = min(_number(arguments, "count", _MOST), 10 * _MOST)
-    kinds = [kind for kind in arguments.get("topics", "").split(",") if kind]
+    kinds = [kind for kind in arguments.get("kinds", arguments.get("topics", "")).split(",") if kind]
     rows = reader.store.events(first, last, kinds, count)
     return [{"height": height, "kind": event.kind, "data": event.data} for height, event in rows]
-
-
-def block_events(reader: Reader, height: int) -> list[dict[str, Any]]:
-    """Return what `watch` prints of one stored block: the block itself, then its events in order."""
-    pair = reader.store.block(height)
-    if pair is None:
-        return []
-    header = pair[0].header
-    block = {
-        "hash": header.hash.hex(),
-        "proposer": peer_id(header.proposer),
-        "transactions": len(pair[0].transactions),
-    }
-    stored = [(event.kind, event.data) for _, event in reader.store.events(height, height)]
-    lines = [("block", block), *stored]
-    return [{"height": height, "time": header.timestamp, "kind": kind, "data": data} for kind, data in lines]
 
 
 def _db_check(reader: Reader, _: Arguments) -> Any:

@@ -2,59 +2,62 @@
 
 from typing import Any
 
-from chain.blocks import BlockContext, Refused, ValidatorSet, VerifiedSignatures, VoteKind, verify_certificate
-from chain.ledger import InvalidBlock, execute
-from chain.state import State, genesis_state
+from chain.blocks import Block, Certificate, Refused, VerifiedSignatures, VoteKind, verify_certificate
+from chain.engine_blocks import Tip, check
+from chain.ledger import Executed, InvalidBlock
+from chain.state import State, genesis_state, holdings
 from chain.store import Store
+
+
+class _Problem(Exception):
+    """What is wrong with a stored block, in words."""
 
 
 def replay(store: Store) -> dict[str, Any]:
     """Return {"ok", "height", "problem"}: the first thing that is wrong, if any."""
-    state = genesis_state(store.genesis)
-    parent = store.genesis.chain_id
-    signers: ValidatorSet | None = None
-    check = VerifiedSignatures()
-    tip = store.tip()
-    last = tip[0].height if tip else 0
-    for height in range(1, last + 1):
-        try:
-            parent, signers, state = _step(store, state, parent, signers, height, check)
-        except (Refused, InvalidBlock, AssertionError) as error:
-            return {"ok": False, "height": height, "problem": f"block {height}: {error}"}
-    if store.load_state().root != state.root:
-        return {"ok": False, "height": last, "problem": "the stored state is not what the blocks lead to"}
+    signatures = VerifiedSignatures()
+    with store.snapshot():
+        newest = store.tip()
+        last = newest[0].height if newest else 0
+        tip = Tip(store.genesis.chain_id, genesis_state(store.genesis))
+        for height in range(1, last + 1):
+            try:
+                tip = _next(store, tip, signatures)
+            except (Refused, InvalidBlock, _Problem, AssertionError) as error:
+                return {"ok": False, "height": height, "problem": f"block {height}: {error}"}
+        if store.load_state().root != tip.state.root:
+            return {"ok": False, "height": last, "problem": "the stored state is not what the blocks lead to"}
     return {"ok": True, "height": last, "problem": None}
 
 
-def _step(
-    store: Store,
-    state: State,
-    parent: bytes,
-    signers: ValidatorSet | None,
-    height: int,
-    check: VerifiedSignatures,
-) -> tuple[bytes, ValidatorSet, State]:
-    pair = store.block(height)
+def _next(store: Store, tip: Tip, signatures: VerifiedSignatures) -> Tip:
+    pair = store.block(tip.height + 1)
     if pair is None:
-        raise AssertionError("the block is missing")
+        raise _Problem("it is missing")
     block, certificate = pair
-    header = block.header
-    _expect(header.height == height and header.parent == parent, "not linked to its parent")
-    _expect(block.is_consistent, "the body is not the header's")
-    validators = state.validators()
-    said = (certificate.kind, certificate.height, certificate.block_hash)
-    _expect(said == (VoteKind.FINALIZE, height, header.hash), "the certificate is of another block")
-    verify_certificate(certificate, validators, check)
     _expect(all(transaction.is_signed() for transaction in block.transactions), "a transaction is not signed")
-    signed = block.parent_certificate.accounts(signers) if block.parent_certificate and signers else None
-    context = BlockContext(
-        header.chain_id, height, header.timestamp, header.proposer, header.reveal, header.seed, signed
-    )
-    executed = execute(state, context, block.transactions)
-    _expect(executed.state.root == header.state_root, "the state root differs")
-    return header.hash, validators, executed.state
+    executed = check(tip, block, None, signatures)
+    _check_certificate(tip.state, block, certificate, signatures)
+    _check_records(store, block, executed)
+    return Tip(tip.chain_id, executed.state, block.header, certificate, tip.state.validators())
+
+
+def _check_certificate(before: State, block: Block, certificate: Certificate, signatures: VerifiedSignatures) -> None:
+    said = (certificate.kind, certificate.chain_id, certificate.height, certificate.block_hash)
+    expected = (VoteKind.FINALIZE, block.header.chain_id, block.height, block.hash)
+    _expect(said == expected, "the certificate is not its finalization")
+    verify_certificate(certificate, before.validators(), signatures)
+
+
+def _check_records(store: Store, block: Block, executed: Executed) -> None:
+    """Compare what is stored beside the block with what the execution gave."""
+    _expect(store.receipts(block.height) == executed.receipts, "the stored receipts differ")
+    stored = tuple(event for _, event in store.events(block.height, block.height))
+    _expect(stored == executed.events, "the stored events differ")
+    held = sum(holdings(executed.state).values())
+    _expect(held == executed.state.chain.issued, f"{held} base units of {executed.state.chain.issued} are held")
 
 
 def _expect(condition: bool, problem: str) -> None:
     if not condition:
-        raise AssertionError(problem)
+        raise _Problem(problem)

@@ -53,6 +53,8 @@ class Table(IntEnum):
     """Ids of audits in which somebody owes something."""
     OPEN = 13
     """Ids of tasks that are not closed, or that still hold bonds."""
+    ENDED = 14
+    """Audits and claims that leave the state, by height, table and id."""
 
 
 class Marker(Record, frozen=True):
@@ -74,10 +76,11 @@ KINDS: dict[Table, type[Record]] = {
     Table.QUEUE: Marker,
     Table.ACTIVE: Marker,
     Table.OPEN: Marker,
+    Table.ENDED: Marker,
 }
 _ONLY = b""
 PREFIX = 32
-"""Bytes of the task or account that the keys of some tables begin with."""
+"""Bytes of the task, account or height that the keys of some tables begin with."""
 
 
 Changes = dict[Table, dict[bytes, Any]]
@@ -363,3 +366,18 @@ def genesis_state(genesis: Genesis) -> State:
     for validator in genesis.validators:
         draft.put(Table.VALIDATORS, validator.account, Validator(validator.onion_tip, 0))
     return draft.freeze(empty_state())
+
+
+def holdings(state: State) -> dict[str, int]:
+    """Return where all base units are; the sum is what was issued."""
+    tables = state.tables
+    return {
+        "balances": sum(account.balance for account in tables[Table.ACCOUNTS].values()),
+        "bonded": sum(account.bonded for account in tables[Table.ACCOUNTS].values()),
+        "unbonding": sum(record.amount for record in tables[Table.UNBONDINGS].values()),
+        "escrow": sum(task.escrow for task in tables[Table.TASKS].values()),
+        "worker_bonds": sum(worker.bond for worker in tables[Table.WORKERS].values()),
+        "withheld": sum(worker.withheld for worker in tables[Table.WORKERS].values()),
+        "faucet": state.chain.faucet,
+        "burned": state.chain.burned,
+    }

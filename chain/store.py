@@ -3,29 +3,44 @@
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from chain.blocks import Block, Certificate, ValidatorSet
-from chain.codec import DecodeError, decode, encode
+from chain.codec import DecodeError, Record, decode, encode
 from chain.genesis import Genesis, from_json, to_json
 from chain.ledger import Event, Executed, Receipt
-from chain.state import State, Table, decode_record, empty_state, genesis_state, state_key, value_hash
+from chain.state import (
+    Changes,
+    State,
+    Table,
+    decode_record,
+    empty_state,
+    genesis_state,
+    state_key,
+    value_hash,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE blocks (height INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, block BLOB NOT NULL,
                      certificate BLOB NOT NULL) STRICT;
 CREATE TABLE state (tbl INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
                     PRIMARY KEY (tbl, key)) STRICT, WITHOUT ROWID;
+CREATE TABLE archive (tbl INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
+                      PRIMARY KEY (tbl, key)) STRICT, WITHOUT ROWID;
 CREATE TABLE validator_sets (hash BLOB PRIMARY KEY, members BLOB NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE receipts (tx_id BLOB PRIMARY KEY, height INTEGER NOT NULL, place INTEGER NOT NULL,
                        reason TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX receipts_by_place ON receipts (height, place);
 CREATE TABLE events (height INTEGER NOT NULL, place INTEGER NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL,
                      PRIMARY KEY (height, place)) STRICT, WITHOUT ROWID;
 CREATE INDEX events_by_kind ON events (kind, height);
 """
+_ARCHIVED = (Table.AUDITS, Table.CLAIMS)
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
 
 
 class StoreCorrupt(Exception):
@@ -33,7 +48,11 @@ class StoreCorrupt(Exception):
 
 
 class Store:
-    """One open chain database; use it from one thread at a time."""
+    """One open chain database; use it from one thread at a time.
+
+    Every method that reads raises `StoreCorrupt` for damage; a full or failing disk raises
+    `sqlite3.OperationalError`.
+    """
 
     def __init__(self, connection: sqlite3.Connection, path: Path, genesis: Genesis) -> None:
         self._db = connection
@@ -42,54 +61,67 @@ class Store:
 
     @classmethod
     def open(cls, path: Path, genesis: Genesis) -> "Store":
-        """Open or create `path` for writing; raise `StoreCorrupt`."""
-        is_new = not path.exists() or path.stat().st_size == 0
-        try:
+        """Open or create `path` for writing."""
+        with _damage_named(path):
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            if is_new:
-                _create(connection, genesis)
-            return cls(connection, path, _check(connection, path, genesis))
-        except sqlite3.DatabaseError as error:
-            raise _corrupt(path, str(error)) from error
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+                if not connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+                    _create(connection, genesis)
+                return cls(connection, path, _check(connection, path, genesis))
+            except BaseException:
+                connection.close()
+                raise
 
     @classmethod
     def open_read_only(cls, path: Path) -> "Store":
         """Open an existing database for reading, beside a running peer or without one."""
         if not path.exists():
             raise FileNotFoundError(path)
-        try:
-            connection = sqlite3.connect(
-                f"file:{path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-            )
-            return cls(connection, path, _check(connection, path, None))
-        except sqlite3.DatabaseError as error:
-            raise _corrupt(path, str(error)) from error
+        with _damage_named(path):
+            uri = f"{path.resolve().as_uri()}?mode=ro"
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+            try:
+                return cls(connection, path, _check(connection, path, None))
+            except BaseException:
+                connection.close()
+                raise
 
     def close(self) -> None:
         """Close the database."""
         self._db.close()
 
+    def pin(self) -> None:
+        """Let every read from now on see the database as of the next one."""
+        self._db.execute("BEGIN")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Let every read within see the database as of the first one, whatever a peer writes meanwhile."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("ROLLBACK")
+
     def commit(self, block: Block, certificate: Certificate, before: State, executed: Executed) -> None:
         """Write everything of one height durably, or nothing."""
-        height = block.height
+        height, write = block.height, self._db.executemany
+        validators = before.validators()
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.execute(
-                "INSERT INTO blocks VALUES (?, ?, ?, ?)",
-                (height, block.hash, encode(block), encode(certificate)),
-            )
-            self._write_state(before, executed.state)
-            validators = before.validators()
-            self._db.execute(
-                "INSERT OR IGNORE INTO validator_sets VALUES (?, ?)", (validators.hash, encode(validators))
-            )
-            self._db.executemany(
-                "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?)",
+            write("INSERT INTO blocks VALUES (?, ?, ?, ?)", [(height, block.hash, encode(block), encode(certificate))])
+            self._write_state(before, executed.changes)
+            write("INSERT OR IGNORE INTO validator_sets VALUES (?, ?)", [(validators.hash, encode(validators))])
+            write(
+                "INSERT INTO receipts VALUES (?, ?, ?, ?)",
                 [(r.tx_id, height, place, r.reason) for place, r in enumerate(executed.receipts)],
             )
-            self._db.executemany(
+            write(
                 "INSERT INTO events VALUES (?, ?, ?, ?)",
                 [(height, place, e.kind, json.dumps(e.data)) for place, e in enumerate(executed.events)],
             )
@@ -98,106 +130,106 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
 
-    def _write_state(self, before: State, after: State) -> None:
-        for table, key, record in changed_rows(before, after):
-            if record is None:
-                self._db.execute("DELETE FROM state WHERE tbl = ? AND key = ?", (int(table), key))
-            else:
-                self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (int(table), key, encode(record)))
+    def _write_state(self, before: State, changes: Changes) -> None:
+        for table, changed in changes.items():
+            gone = [key for key, record in changed.items() if record is None and key in before.tables[table]]
+            if table in _ARCHIVED:
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO archive VALUES (?, ?, ?)",
+                    [(int(table), key, encode(before.tables[table][key])) for key in gone],
+                )
+            self._db.executemany("DELETE FROM state WHERE tbl = ? AND key = ?", [(int(table), key) for key in gone])
+            self._db.executemany(
+                "INSERT OR REPLACE INTO state VALUES (?, ?, ?)",
+                [(int(table), key, encode(record)) for key, record in changed.items() if record is not None],
+            )
+
+    def _rows(self, statement: str, *values: Any) -> list[Any]:
+        with _damage_named(self._path):
+            return self._db.execute(statement, values).fetchall()
 
     def tip(self) -> tuple[Block, Certificate] | None:
         """Return the newest block and its certificate, None at genesis."""
-        row = self._db.execute("SELECT MAX(height) FROM blocks").fetchone()
-        return None if row[0] is None else self.block(row[0])
+        return self._pair(self._rows("SELECT block, certificate FROM blocks ORDER BY height DESC LIMIT 1"))
 
     def block(self, height: int) -> tuple[Block, Certificate] | None:
         """Return the block of a height and its certificate."""
-        row = self._db.execute("SELECT block, certificate FROM blocks WHERE height = ?", (height,)).fetchone()
-        return self._pair(row)
+        return self._pair(self._rows("SELECT block, certificate FROM blocks WHERE height = ?", height))
 
     def block_by_hash(self, block_hash: bytes) -> tuple[Block, Certificate] | None:
         """Return the block with this hash and its certificate."""
-        row = self._db.execute("SELECT block, certificate FROM blocks WHERE hash = ?", (block_hash,)).fetchone()
-        return self._pair(row)
+        return self._pair(self._rows("SELECT block, certificate FROM blocks WHERE hash = ?", block_hash))
 
-    def _pair(self, row: Any) -> tuple[Block, Certificate] | None:
-        if row is None:
+    def _pair(self, rows: list[Any]) -> tuple[Block, Certificate] | None:
+        if not rows:
             return None
-        try:
-            return decode(Block, row[0]), decode(Certificate, row[1])
-        except DecodeError as error:
-            raise _corrupt(self._path, str(error)) from error
+        with _damage_named(self._path):
+            return decode(Block, rows[0][0]), decode(Certificate, rows[0][1])
 
     def validators(self, validators_hash: bytes) -> ValidatorSet | None:
         """Return the validator set with this hash, of any height."""
-        row = self._db.execute("SELECT members FROM validator_sets WHERE hash = ?", (validators_hash,)).fetchone()
-        return None if row is None else decode(ValidatorSet, row[0])
+        rows = self._rows("SELECT members FROM validator_sets WHERE hash = ?", validators_hash)
+        with _damage_named(self._path):
+            return decode(ValidatorSet, rows[0][0]) if rows else None
 
     def raw_blocks(self, first: int, last: int) -> list[tuple[bytes, bytes]]:
         """Return the encoded blocks and certificates of a range of heights."""
-        rows = self._db.execute(
-            "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height",
-            (first, last),
+        return self._rows(
+            "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height", first, last
         )
-        return [(row[0], row[1]) for row in rows]
 
     def load_state(self) -> State:
-        """Return the state after the newest block; raise `StoreCorrupt` unless it hashes to the header."""
-        tip = self.tip()
-        if tip is None:
-            return genesis_state(self.genesis)
-        state = self._read_state()
+        """Return the state after the newest block, which its header commits to."""
+        with self.snapshot():
+            tip = self.tip()
+            if tip is None:
+                return genesis_state(self.genesis)
+            state = self._read_state()
         if state.root != tip[0].header.state_root:
             raise _corrupt(self._path, "the state does not hash to the newest header")
         return state
 
     def _read_state(self) -> State:
         base = empty_state()
-        changes: dict[bytes, bytes | None] = {}
-        try:
+        hashes: dict[bytes, bytes | None] = {}
+        with _damage_named(self._path):
             for number, key, value in self._db.execute("SELECT tbl, key, value FROM state"):
                 table = Table(number)
                 record = decode_record(table, value)
                 base.tables[table][key] = record
-                changes[state_key(table, key)] = value_hash(record)
-        except (DecodeError, ValueError, sqlite3.DatabaseError) as error:
-            raise _corrupt(self._path, str(error)) from error
-        return State(base.tables, base.tree.update(changes))
+                hashes[state_key(table, key)] = value_hash(record)
+        return State(base.tables, base.tree.update(hashes))
+
+    def archived(self, table: Table, key: bytes) -> Record | None:
+        """Return an audit or claim as it was when it left the state."""
+        rows = self._rows("SELECT value FROM archive WHERE tbl = ? AND key = ?", int(table), key)
+        with _damage_named(self._path):
+            return decode_record(table, rows[0][0]) if rows else None
 
     def receipt(self, tx_id: bytes) -> tuple[int, int, str] | None:
         """Return (height, place, reason) of an included transaction."""
-        row = self._db.execute("SELECT height, place, reason FROM receipts WHERE tx_id = ?", (tx_id,)).fetchone()
-        return None if row is None else (row[0], row[1], row[2])
+        rows = self._rows("SELECT height, place, reason FROM receipts WHERE tx_id = ?", tx_id)
+        return tuple(rows[0]) if rows else None
 
     def receipts(self, height: int) -> tuple[Receipt, ...]:
         """Return the receipts of a block in order."""
-        rows = self._db.execute("SELECT tx_id, reason FROM receipts WHERE height = ? ORDER BY place", (height,))
-        return tuple(Receipt(row[0], row[1]) for row in rows)
+        rows = self._rows("SELECT tx_id, reason FROM receipts WHERE height = ? ORDER BY place", height)
+        return tuple(Receipt(tx_id, reason) for tx_id, reason in rows)
 
     def events(self, first: int, last: int, kinds: Iterable[str] = (), limit: int = 100_000) -> list[tuple[int, Event]]:
         """Return the events of a range of heights, of some kinds or of all."""
         wanted = tuple(kinds)
-        marks = ",".join("?" * len(wanted))
-        clause = f" AND kind IN ({marks})" if wanted else ""
-        rows = self._db.execute(
+        clause = f" AND kind IN ({','.join('?' * len(wanted))})" if wanted else ""
+        rows = self._rows(
             f"SELECT height, kind, data FROM events WHERE height BETWEEN ? AND ?{clause}"
             " ORDER BY height, place LIMIT ?",
-            (first, last, *wanted, limit),
+            first,
+            last,
+            *wanted,
+            limit,
         )
-        return [(row[0], Event(row[1], json.loads(row[2]))) for row in rows]
-
-
-def changed_rows(before: State, after: State) -> Iterator[tuple[Table, bytes, Any]]:
-    """Yield (table, key, record or None) for every record that differs between two states."""
-    for table in Table:
-        old, new = before.tables[table], after.tables[table]
-        if old is new:
-            continue
-        for key, record in new.items():
-            if old.get(key) is not record:
-                yield table, key, record
-        for key in old.keys() - new.keys():
-            yield table, key, None
+        with _damage_named(self._path):
+            return [(height, Event(kind, json.loads(data))) for height, kind, data in rows]
 
 
 def _create(connection: sqlite3.Connection, genesis: Genesis) -> None:
@@ -207,8 +239,10 @@ def _create(connection: sqlite3.Connection, genesis: Genesis) -> None:
             connection.execute(statement)
     connection.execute("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION.to_bytes(4, "big"),))
     connection.execute("INSERT INTO meta VALUES ('genesis', ?)", (to_json(genesis).encode(),))
-    for table, key, record in changed_rows(empty_state(), genesis_state(genesis)):
-        connection.execute("INSERT INTO state VALUES (?, ?, ?)", (int(table), key, encode(record)))
+    for table, rows in genesis_state(genesis).tables.items():
+        connection.executemany(
+            "INSERT INTO state VALUES (?, ?, ?)", [(int(table), key, encode(record)) for key, record in rows.items()]
+        )
     connection.execute("COMMIT")
 
 
@@ -224,6 +258,20 @@ def _check(connection: sqlite3.Connection, path: Path, genesis: Genesis | None) 
     if genesis is not None and kept.chain_id != genesis.chain_id:
         raise StoreCorrupt(f"{path} belongs to another network.")
     return kept
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Raise `StoreCorrupt` for whatever shows that the file is damaged; let the disk's troubles through."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+        if code & 0xFF not in _DAMAGE:
+            raise
+        raise _corrupt(path, str(error)) from error
+    except (DecodeError, ValueError) as error:
+        raise _corrupt(path, str(error)) from error
 
 
 def _corrupt(path: Path, why: str) -> StoreCorrupt:

@@ -6,9 +6,11 @@ estimates the norm of the difference of the tensors (Achlioptas 2003), here with
 
 import math
 import struct
+from collections.abc import Iterable
 from enum import StrEnum
 
 from chain.params import Params
+from chain.records import Voter
 from chain.transactions import Reveal, Sketch
 
 TENSORS = ("y", "gx", "gw")
@@ -68,6 +70,18 @@ def ballot(reveal: Reveal, opened: Sketch, audited: Sketch, params: Params) -> B
     if worker:
         return Ballot.AGAINST_BOTH if auditor else Ballot.AGAINST_WORKER
     return Ballot.AGAINST_AUDITOR if auditor else Ballot.AGAINST_NEITHER
+
+
+def tally(voters: Iterable[Voter], opened: Sketch, audited: Sketch, params: Params) -> dict[Ballot, int]:
+    """Return the stake whose reveals speak against the worker, and that against the auditor."""
+    against = {Ballot.AGAINST_WORKER: 0, Ballot.AGAINST_AUDITOR: 0}
+    for voter in voters:
+        if voter.reveal is None:
+            continue
+        said = ballot(voter.reveal, opened, audited, params)
+        for side in against:
+            against[side] += voter.power if said in (side, Ballot.AGAINST_BOTH) else 0
+    return against
 
 
 def quorum(total: int) -> int:

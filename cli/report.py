@@ -134,7 +134,9 @@ class TextReport:
 
     def _other(self, event: Event) -> None:
         details = "  ".join(
-            f"{key} {self._detail(value)}" for key, value in event.items() if key not in ("event", "names", "time") and value != ""
+            f"{key} {self._detail(value)}"
+            for key, value in event.items()
+            if key not in ("event", "names", "time") and value != ""
         )
         self._print(f"{event['event']:<9}{details}", "yellow")
 

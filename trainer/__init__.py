@@ -1,1 +1,1 @@
-"""The machine learning: stages, steps, comparison, data, checkpoints. Knows nothing of libp2p or of the chain."""
+"""The machine learning: stages, steps, comparison, data, checkpoints; no network, no chain."""

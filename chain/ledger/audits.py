@@ -13,7 +13,7 @@ from chain.reasons import Reason, Refused
 from chain.records import Audit, AuditStatus, ClaimRecord, Voter
 from chain.state import Table, has_commit_phase_ended
 from chain.transactions import Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
-from chain.verdicts import Ballot, ballot, deviations, is_fraud, is_match, quorum
+from chain.verdicts import Ballot, ballot, deviations, is_fraud, is_match, quorum, tally
 
 
 def commit(book: Book, sender: bytes, payload: Commit) -> None:
@@ -204,13 +204,7 @@ def decide(book: Book, audit: Audit) -> None:
     """Count the stake of the ballots and carry out the verdict."""
     assert audit.opening is not None
     assert audit.reveal is not None
-    against = {Ballot.AGAINST_WORKER: 0, Ballot.AGAINST_AUDITOR: 0}
-    for voter in audit.voters:
-        if voter.reveal is None:
-            continue
-        said = ballot(voter.reveal, audit.opening.sketch, audit.reveal.shared, book.params)
-        for side in against:
-            against[side] += voter.power if said in (side, Ballot.AGAINST_BOTH) else 0
+    against = tally(audit.voters, audit.opening.sketch, audit.reveal.shared, book.params)
     least = quorum(sum(voter.power for voter in audit.voters))
     if against[Ballot.AGAINST_WORKER] >= least:
         convict(book, audit)

@@ -10,8 +10,10 @@ from chain.keys import peer_id
 from chain.params import Params
 from chain.reasons import Reason, Refused
 from chain.records import Account, Audit, AuditStatus, Chain, ClaimRecord, Task, Unbonding, Worker, status_of
-from chain.state import Draft, Table
+from chain.state import Draft, Marker, Table
 
+EVIDENCE = (AuditStatus.CONVICTED, AuditStatus.WITHHELD)
+"""Ends of audits that a conviction may rest on: they stay."""
 _ONLY = b""
 
 
@@ -138,7 +140,13 @@ class Book:
         was_listed = self.draft.get(Table.ACTIVE, audit.id) is not None
         if was_listed and not changed.is_active:
             self.draft.delete(Table.ACTIVE, audit.id)
+        if state is not None and not changed.is_active and state not in EVIDENCE:
+            self.retire(Table.AUDITS, audit.id)
         return changed
+
+    def retire(self, table: Table, key: bytes) -> None:
+        """Let an ended record leave the state after the blocks of history."""
+        self.draft.put(Table.ENDED, retirement(self.height + self.params.history_blocks, table, key), Marker())
 
     def active_audits(self, task: bytes | None = None) -> list[Audit]:
         """Return the audits, of one task or of all, in which somebody owes something, by id."""
@@ -160,6 +168,11 @@ class Book:
                 return record.burned + record.faucet
             case _:
                 return 0
+
+
+def retirement(height: int, table: Table, key: bytes) -> bytes:
+    """Return the key under which a record waits to leave the state at `height`."""
+    return height.to_bytes(32, "big") + bytes([table]) + key
 
 
 def name(account: bytes) -> str:

@@ -86,11 +86,11 @@ def draw_due(book: Book) -> None:
     due = max(0, book.height - book.params.draw_delay).to_bytes(8, "big")
     left = book.params.max_drawn_cells
     for key, _ in book.draft.items(Table.QUEUE):
-        record: ClaimRecord = book.claim(key[8:])
+        record: ClaimRecord | None = book.draft.get(Table.CLAIMS, key[8:])
         if key[:8] > due or left <= 0:
             break
         book.draft.delete(Table.QUEUE, key)
-        if not record.is_void:
+        if record is not None and not record.is_void:
             left -= len(record.claim.cells)
             _draw(book, record)
 

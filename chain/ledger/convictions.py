@@ -81,6 +81,7 @@ def void_unsettled(book: Book, task: Task) -> None:
     for key, progress in book.draft.items(Table.STEPS, task.id):
         for identity in progress.claims:
             book.set_claim(book.claim(identity), is_void=True)
+            book.retire(Table.CLAIMS, identity)
         book.draft.delete(Table.STEPS, key)
     for audit in book.active_audits(task.id):
         if audit.state in _UNDISPUTED:

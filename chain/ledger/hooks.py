@@ -15,7 +15,7 @@ def before_transactions(book: Book, parent_signers: tuple[bytes, ...] | None) ->
 
 
 def after_transactions(book: Book) -> None:
-    """Draw audits, end what is overdue, settle steps, fill seats."""
+    """Draw audits, end what is overdue, settle steps, fill seats, forget what ended long ago."""
     claims.draw_due(book)
     audits.expire(book)
     for identity, _ in book.draft.items(Table.OPEN):
@@ -24,6 +24,18 @@ def after_transactions(book: Book) -> None:
         settlement.release_bonds(book, book.task(identity))
         if not book.task(identity).is_open and not book.active_audits(identity):
             book.draft.delete(Table.OPEN, identity)
+    _forget(book)
+
+
+def _forget(book: Book) -> None:
+    """Drop what was to leave the state at this height; a claim stays while a dispute rests on it."""
+    for waiting, _ in book.draft.items(Table.ENDED, book.height.to_bytes(32, "big")):
+        book.draft.delete(Table.ENDED, waiting)
+        table, key = Table(waiting[32]), waiting[33:]
+        if table is Table.CLAIMS and book.claim(key).open_audits:
+            book.retire(table, key)
+        else:
+            book.draft.delete(table, key)
 
 
 def _keep_up(book: Book, identity: bytes) -> None:

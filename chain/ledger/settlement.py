@@ -90,6 +90,7 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
     for identity in progress.claims:
         record: ClaimRecord = book.claim(identity)
         book.set_claim(record, is_settled=True)
+        book.retire(Table.CLAIMS, identity)
         paid = len(set(record.claim.cells) - set(record.unpaid))
         worker = book.worker(task.id, record.worker)
         if worker is None or worker.state is WorkerStatus.EVICTED:

@@ -8,12 +8,14 @@ from typing import Any
 from tdml_p2p.config import TrainConfig
 from tdml_p2p.errors import USAGE, UserError
 from trainer.checkpoint import Checkpoint, resume
-from trainer.data import Batches, Corpus, load_batches, read_corpus
+from trainer.data import MAX_CORPUS_BYTES, Batches, Corpus, load_batches, read_corpus
 from trainer.errors import TrainerError
 from trainer.manifest import AuditSettings, OptimizerSettings, TaskManifest, complete
 from trainer.presets import preset_of
 from trainer.tokens import Tokenizer, byte_tokenizer, open_tokenizer, train_tokenizer
 
+_LEAST_BYTES = 4 << 20
+_TOKEN_BYTES = 16
 DEPTH = 16
 """Steps that may be unsettled at once: an audit settles six to eight blocks after its step."""
 
@@ -32,11 +34,12 @@ def prepare(train: TrainConfig) -> Prepared:
     """Return the run that the settings describe; raise `UserError`."""
     _refuse_unsupported(train)
     try:
-        corpus = read_data(train.data)
         if train.resume:
             checkpoint = resume(train.out)
+            corpus = read_data(train.data, checkpoint.manifest.tokens_per_step * checkpoint.manifest.steps)
             batches = load_batches(corpus, checkpoint.tokenizer, checkpoint.manifest)
             return Prepared(checkpoint.manifest, batches, checkpoint.tokenizer, checkpoint)
+        corpus = read_data(train.data, train.batch * train.microbatches * train.sequence * train.steps)
         family, config, folder = model_of(train.model)
         tokenizer = _tokenizer(folder, corpus, config)
         manifest = complete(_draft(train, family, config, tokenizer))
@@ -45,11 +48,15 @@ def prepare(train: TrainConfig) -> Prepared:
         raise UserError(error.sentence, error.hint) from None
 
 
-def read_data(paths: tuple[Path, ...]) -> Corpus:
-    """Return the text of all `paths` as one corpus; raise `UserError` or `DataError`."""
+def read_data(paths: tuple[Path, ...], tokens: int) -> Corpus:
+    """Return the text of all `paths` as one corpus, at least enough for `tokens`; raise `UserError` or `DataError`.
+
+    Reading more than the run can see would only cost time: a token is rarely more than 16 bytes.
+    """
     if not paths:
         raise UserError("There is no data to train on.", "give a text file or folder with --data", USAGE)
-    parts = [read_corpus(path) for path in paths]
+    limit = min(MAX_CORPUS_BYTES, max(_LEAST_BYTES, _TOKEN_BYTES * tokens))
+    parts = [read_corpus(path, limit) for path in paths]
     return Corpus(tuple(text for part in parts for text in part.texts), sum(part.bytes for part in parts))
 
 

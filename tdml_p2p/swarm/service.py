@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
-import torch
 import trio
 
 from chain.engine import ChainEngine
@@ -31,6 +30,7 @@ from tdml_p2p.swarm.reexecution import Cell, Reexecutor, Unavailable
 from tdml_p2p.swarm.session import Seat, WorkerSession
 from tdml_p2p.swarm.transport import SwarmTransport
 from trainer.manifest import TaskManifest
+from trainer.runtime import prepare_process
 from trainer.stage import StageLike, build_stage
 from trainer.worker_ports import ThreadCompute
 
@@ -71,7 +71,7 @@ class SwarmService:
 
     async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the chain and do what it asks of this peer, until cancelled."""
-        torch.set_num_threads(max(1, self._peer.config.threads))
+        prepare_process(max(1, self._peer.config.threads))
         self._peer.network.on_request(PROTOCOL, self._serve_inputs, MAX_REQUEST_BYTES)
         self._peer.network.blobs.add_source(self._local_blob)
         async with trio.open_nursery() as nursery:

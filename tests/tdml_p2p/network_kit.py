@@ -46,7 +46,7 @@ async def networks(
 async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait until `condition` holds; raise `trio.TooSlowError`."""
     with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.005)
 
 

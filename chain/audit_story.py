@@ -1,0 +1,158 @@
+"""What `audit` tells: who claimed what, what others computed, who voted how, and what came of it."""
+
+from typing import Any, Protocol
+
+from chain.keys import peer_id
+from chain.records import Audit, AuditStatus, ClaimRecord, Conviction, Voter
+from chain.state import State, Table
+from chain.store import Store
+from chain.transactions import Trace
+from chain.verdicts import (
+    TENSORS,
+    Ballot,
+    Deviations,
+    ballot,
+    deviations,
+    is_fraud,
+    is_match,
+    quorum,
+    tally,
+    thresholds,
+)
+from chain.views import plain
+
+_LONGEST = 2000
+"""Blocks after its claim in which the events of an audit are looked for."""
+_KINDS = (
+    "drawn", "committed", "opened", "disputed", "opinion", "ballot", "charged", "absent", "slashed", "evicted",
+    *(str(state) for state in AuditStatus if state not in (AuditStatus.DRAWN, AuditStatus.COMMITTED)),
+)  # fmt: skip
+_OUTCOMES = {
+    AuditStatus.DRAWN: "The auditor has not committed yet.",
+    AuditStatus.COMMITTED: "The auditor has committed; the worker has not opened the cell yet.",
+    AuditStatus.OPENED: "The worker has opened the cell; the auditor has not revealed yet.",
+    AuditStatus.OPINION: "The results differ; a third peer re-executes.",
+    AuditStatus.VOTING: "The results differ; the validators re-execute and vote.",
+    AuditStatus.PASSED: "The re-execution agrees with the claim.",
+    AuditStatus.CONVICTED: "A quorum of stake found the claim false: the worker was evicted and its bond slashed.",
+    AuditStatus.ACQUITTED: "A quorum of stake found the accusation false: the auditor was charged.",
+    AuditStatus.FAULTED: "A small deviation: the cell is not paid, nobody is slashed.",
+    AuditStatus.UNDECIDED: "No quorum either way: the cell is not paid, nobody is slashed.",
+    AuditStatus.WITHHELD: "The worker did not open the cell in time: it is not paid.",
+    AuditStatus.ABSENT: "No auditor answered in time.",
+    AuditStatus.VOID: "The claim was voided before anybody disputed it.",
+}
+
+
+class Chronicle(Protocol):
+    """What a story is told from."""
+
+    store: Store
+
+    @property
+    def state(self) -> State:
+        """The newest final state."""
+
+    def claim(self, claim: bytes) -> ClaimRecord | None:
+        """Return a claim, also one that has left the state."""
+
+
+def audit_story(reader: Chronicle, audit: Audit) -> dict[str, Any]:
+    """Return one audit from the claim to what came of it."""
+    state, claim = reader.state, reader.claim(audit.claim)
+    opening, reveal, params = audit.opening, audit.reveal, state.params
+    convictions: list[Conviction] = list(state.tables[Table.CONVICTIONS].values())
+    story: dict[str, Any] = {
+        "id": audit.id.hex(),
+        "task": audit.task.hex(),
+        "generation": audit.generation,
+        "step": audit.step,
+        "stage": audit.stage,
+        "cell": audit.cell,
+        "worker": peer_id(audit.worker),
+        "auditor": peer_id(audit.auditor),
+        "status": str(audit.state),
+        "outcome": _OUTCOMES[audit.state],
+        "drawn_at": audit.drawn_at,
+        "deadline": audit.deadline,
+        "key": audit.key.hex(),
+        "claim": audit.claim.hex(),
+        "claimed": _claimed(claim),
+        "trace": _trace(opening.trace) if opening else None,
+        "thresholds": _by_tensor(thresholds(params)),
+        "fraud_factor": params.fraud_factor,
+    }
+    if opening and reveal:
+        found = deviations(opening.sketch, reveal.shared)
+        story["deviations"] = _by_tensor(found)
+        story["finding"] = _finding(state, found)
+        story["contradiction"] = reveal.contradiction
+    story["votes"] = [_vote(state, audit, "third", audit.third)] if audit.third else []
+    story["votes"] += [_vote(state, audit, "voter", voter) for voter in audit.voters]
+    story["tally"] = _tally(state, audit)
+    story["convictions"] = [plain(conviction) for conviction in convictions if conviction.subject == audit.id]
+    story["slashed"] = str(sum(conviction.slashed for conviction in convictions if conviction.subject == audit.id))
+    story["timeline"] = _timeline(reader, audit, claim)
+    return story
+
+
+def _claimed(claim: ClaimRecord | None) -> dict[str, Any] | None:
+    if claim is None:
+        return None
+    told = {"height": claim.height, "root": claim.claim.root.hex(), "cells": list(claim.claim.cells)}
+    roots = {"state_before": claim.claim.state_before.hex(), "state_after": claim.claim.state_after.hex()}
+    return {**told, **roots, "is_settled": claim.is_settled, "is_void": claim.is_void}
+
+
+def _trace(trace: Trace) -> dict[str, str]:
+    return {name: getattr(trace, name).hex() for name in trace.__struct_fields__}
+
+
+def _by_tensor(values: Deviations) -> dict[str, float | str]:
+    return {name: value if value < float("inf") else "inf" for name, value in zip(TENSORS, values, strict=True)}
+
+
+def _finding(state: State, found: Deviations) -> str:
+    if is_match(found, state.params):
+        return "match"
+    return "fraud" if is_fraud(found, state.params) else "fault"
+
+
+def _vote(state: State, audit: Audit, role: str, voter: Voter) -> dict[str, Any]:
+    """Return what a third peer or voter did; its ballot and deviations once it has revealed."""
+    told: dict[str, Any] = {
+        "role": role,
+        "peer": peer_id(voter.account),
+        "power": str(voter.power),
+        "committed": voter.commitment is not None,
+        "revealed": voter.reveal is not None,
+        "ballot": None,
+    }
+    if audit.opening and audit.reveal and voter.reveal:
+        found = deviations(audit.opening.sketch, voter.reveal.shared)
+        said = ballot(voter.reveal, audit.opening.sketch, audit.reveal.shared, state.params)
+        told |= {"ballot": str(said), "deviations": _by_tensor(found), "finding": _finding(state, found)}
+        told["contradiction"] = voter.reveal.contradiction
+    return told
+
+
+def _tally(state: State, audit: Audit) -> dict[str, str] | None:
+    """Return the stake that voted and what a verdict needs; None before any vote."""
+    if not audit.voters or not audit.opening or not audit.reveal:
+        return None
+    against = tally(audit.voters, audit.opening.sketch, audit.reveal.shared, state.params)
+    total = sum(voter.power for voter in audit.voters)
+    return {
+        "stake": str(total),
+        "quorum": str(quorum(total)),
+        "against_worker": str(against[Ballot.AGAINST_WORKER]),
+        "against_auditor": str(against[Ballot.AGAINST_AUDITOR]),
+    }
+
+
+def _timeline(reader: Chronicle, audit: Audit, claim: ClaimRecord | None) -> list[dict[str, Any]]:
+    first = claim.height if claim else audit.drawn_at
+    name = audit.id.hex()
+    rows = reader.store.events(first, first + _LONGEST, _KINDS)
+    told = [(height, event) for height, event in rows if name in (event.data.get("audit"), event.data.get("evidence"))]
+    return [{"height": height, "kind": event.kind, "data": event.data} for height, event in told]

@@ -1,0 +1,86 @@
+"""Records of the chain as JSON values: accounts as peer ids, other bytes as hex, amounts as strings."""
+
+from typing import Any
+
+from chain.blocks import Block, Certificate
+from chain.codec import Record, encode
+from chain.keys import peer_id
+from chain.records import Task, Worker
+from chain.state import State
+from chain.transactions import Transaction
+
+_AMOUNTS = frozenset(
+    ("balance", "bonded", "amount", "stake", "escrow", "price", "worker_bond", "bond", "withheld", "earned",
+     "slashed", "issued", "burned", "faucet", "fee", "power")
+)  # fmt: skip
+_ACCOUNTS = frozenset(("account", "client", "worker", "auditor", "sender", "proposer", "validator", "to"))
+
+
+def plain(value: Any, name: str = "") -> Any:
+    """Return a record or value as JSON: accounts as peer ids, bytes as hex, amounts as strings."""
+    match value:
+        case bytes():
+            return peer_id(value) if name in _ACCOUNTS and len(value) == 32 else value.hex()
+        case bool() | None | str() | float():
+            return value
+        case int():
+            return str(value) if name in _AMOUNTS else value
+        case Record():
+            return {key: plain(getattr(value, key), key) for key in value.__struct_fields__}
+        case tuple() | list():
+            return [plain(item, name) for item in value]
+        case _:
+            raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def block_line(block: Block, certificate: Certificate) -> dict[str, Any]:
+    """Return a block in a line."""
+    header = block.header
+    return {
+        "height": header.height,
+        "hash": header.hash.hex(),
+        "proposer": peer_id(header.proposer),
+        "view": certificate.view,
+        "timestamp": header.timestamp,
+        "transactions": len(block.transactions),
+        "signatures": len(certificate.signatures),
+        "bytes": len(encode(block)),
+    }
+
+
+def transaction_line(transaction: Transaction) -> dict[str, Any]:
+    """Return a transaction in a line."""
+    body = transaction.body
+    return {
+        "id": transaction.tx_id.hex(),
+        "kind": type(body.payload).__name__,
+        "sender": peer_id(body.sender),
+        "nonce": body.nonce,
+        "fee": str(body.fee),
+    }
+
+
+def validator_line(state: State, account: bytes) -> dict[str, Any]:
+    """Return a registered validator in a line."""
+    validator = state.validator(account)
+    assert validator is not None  # the caller has looked
+    return {
+        "validator": peer_id(account),
+        "bonded": str(state.account(account).bonded),
+        "is_active": account in state.validators(),
+        "is_jailed": validator.is_jailed,
+        "is_tombstoned": validator.is_tombstoned,
+        "missed": len(validator.missed),
+    }
+
+
+def task_line(task: Task) -> dict[str, Any]:
+    """Return a task in a line."""
+    return {**plain(task), "status": str(task.state)}
+
+
+def worker_line(worker: Worker) -> dict[str, Any]:
+    """Return a worker's seat or application in a line."""
+    line = plain(worker)
+    del line["account"]
+    return {"worker": peer_id(worker.account), **line, "status": str(worker.state)}

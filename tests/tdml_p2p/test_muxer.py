@@ -1,0 +1,173 @@
+"""The multiplexer over a pair of sockets: saturation both ways, torn writes, resets, peers that read nothing."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+
+from tdml_p2p import muxer
+from tdml_p2p.muxer import Muxer
+
+PEER = ID(b"peer")
+
+
+class Plain:
+    """What a muxer needs of a secured connection, without encryption."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+
+    async def read(self, n: int | None = None) -> bytes:
+        try:
+            return bytes(await self.stream.receive_some(n))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self.stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(str(error), transport="tcp") from None
+
+    async def close(self) -> None:
+        await self.stream.aclose()
+
+
+@asynccontextmanager
+async def sockets() -> AsyncIterator[tuple[Plain, Plain]]:
+    left, right = trio.socket.socketpair()
+    yield Plain(trio.SocketStream(left)), Plain(trio.SocketStream(right))
+    left.close()
+    right.close()
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Muxer, Muxer]]:
+    async with sockets() as (left, right), trio.open_nursery() as nursery:
+        ends = Muxer(left, PEER, is_initiator=True), Muxer(right, PEER, is_initiator=False)
+        for end in ends:
+            nursery.start_soon(end.start)
+            await end.event_started.wait()
+        yield ends
+        for end in ends:
+            await end.close()
+
+
+async def joined(first: Muxer, second: Muxer) -> tuple[Any, Any]:
+    """Return both ends of a new stream."""
+    opened = await first.open_stream()
+    return opened, await second.accept_stream()
+
+
+async def read_all(stream: Any, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        data += await stream.read(count - len(data))
+    return bytes(data)
+
+
+async def test_full_rate_both_ways_while_streams_open() -> None:
+    sent = bytes(range(256)) * (6 << 12)
+    async with pair() as (first, second):
+        there = await joined(first, second)
+        back = await joined(second, first)
+        arrived = []
+
+        async def receive(stream: Any) -> None:
+            arrived.append(await read_all(stream, len(sent)) == sent)
+
+        async def open_and_drop(end: Muxer) -> None:
+            for _ in range(40):
+                await (await end.open_stream()).reset()
+
+        async def drain(end: Muxer) -> None:
+            for _ in range(40):
+                await end.accept_stream()
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for write, read in (there, back):
+                    nursery.start_soon(write.write, sent)
+                    nursery.start_soon(receive, read)
+                for end in (first, second):
+                    nursery.start_soon(open_and_drop, end)
+                    nursery.start_soon(drain, end)
+        assert arrived == [True, True]
+
+
+async def test_a_cancelled_write_leaves_the_connection_whole() -> None:
+    async with pair() as (first, second):
+        torn, _unread = await joined(first, second)
+        with trio.move_on_after(0.05) as scope:
+            await torn.write(bytes(8 << 20))
+        assert scope.cancelled_caught
+        writing, reading = await joined(first, second)
+        await writing.write(b"still here")
+        assert await reading.read(64) == b"still here"
+
+
+async def test_a_local_reset_wakes_the_reader() -> None:
+    async with pair() as (first, second):
+        stream, _ = await joined(first, second)
+        woken = []
+
+        async def read() -> None:
+            with pytest.raises(MuxedStreamError):
+                await stream.read(1)
+            woken.append(True)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await trio.testing.wait_all_tasks_blocked()
+                await stream.reset()
+        assert woken == [True]
+
+
+async def test_the_end_of_the_connection_wakes_readers_and_writers() -> None:
+    async with pair() as (first, second):
+        stream, _ = await joined(first, second)
+        ended = []
+
+        async def fails(action: Any, argument: Any) -> None:
+            with pytest.raises((MuxedStreamError, ConnectionClosedError)):
+                await action(argument)
+            ended.append(action.__name__)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fails, stream.read, 1)
+                nursery.start_soon(fails, stream.write, bytes(8 << 20))
+                await trio.testing.wait_all_tasks_blocked()
+                await second.secured_conn.close()
+        assert sorted(ended) == ["read", "write"]
+
+
+async def test_closing_does_not_wait_for_a_peer_that_reads_nothing() -> None:
+    async with sockets() as (left, _deaf), trio.open_nursery() as nursery:
+        end = Muxer(left, PEER, is_initiator=True)
+        nursery.start_soon(end.start)
+        await end.event_started.wait()
+        stream = await end.open_stream()
+        stream.send_window = 1 << 30
+        with trio.move_on_after(0.1):
+            await stream.write(bytes(16 << 20))
+        with trio.fail_after(4):
+            await end.close()
+        assert end.is_closed
+
+
+async def test_a_peer_that_ignores_the_window_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muxer, "MAX_BUFFERED_BYTES", 1 << 20)
+    async with pair() as (first, second):
+        stream, _unread = await joined(first, second)
+        stream.send_window = 1 << 30
+        with pytest.raises((MuxedStreamError, ConnectionClosedError)):
+            await stream.write(bytes(16 << 20))
+        with trio.fail_after(5):
+            await second.event_closed.wait()
