@@ -4,6 +4,8 @@ The one file of `chain` that knows trio. What to do is decided in `engine_core`,
 `engine_outbox` and `engine_blocks`; here it is done, one task for each kind of work.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -119,7 +121,7 @@ class ChainEngine:
         """What `chain.queries` answers from."""
         return Reader(self._files.store, lambda: self.state, lambda: tuple(self._transactions.mempool))
 
-    async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; raise `ChainBroken` when a final block cannot be followed."""
         loops = (
             self._clock_loop,
@@ -367,11 +369,8 @@ class ChainEngine:
         core = self._core
         while core.evidence:
             self._accuse(core.evidence.popleft())
-        for queue, bell in (
-            (core.signing, self._signing),
-            (core.jobs, self._jobs),
-            (core.publish, self._publishing),
-        ):
+        queues = ((core.signing, self._signing), (core.jobs, self._jobs), (core.publish, self._publishing))
+        for queue, bell in queues:
             if queue:
                 bell.ring()
         if core.is_wanting:
