@@ -11,11 +11,15 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
-from chain.transactions import Bond, Transfer
+from chain.codec import decode, encode
+from chain.transactions import Bond, Payload, Transfer
 from tdml_p2p.control import ApiError, ControlServer, build_app
 from tdml_p2p.errors import UserError
 from tdml_p2p.http_transactions import MAX_BODY_BYTES, parse_transaction
+from tdml_p2p.http_watch import parse_watch
 
 PEER = "12D3KooWPTtJAh1Ea98tqnZmE95z4KEpfYx7XQnG1yvrLqtgDgLh"
 
@@ -40,6 +44,8 @@ class FakePeer:
 
     def __init__(self) -> None:
         self.signed: list[Any] = []
+        self.watchers = 0
+        self.watcher_left = trio.Event()
 
     def status(self) -> dict[str, Any]:
         return {"peer": PEER, "height": 3}
@@ -66,7 +72,12 @@ class FakePeer:
 
     @asynccontextmanager
     async def feed(self) -> AsyncIterator[FakeFeed]:
-        yield FakeFeed()
+        self.watchers += 1
+        try:
+            yield FakeFeed()
+        finally:
+            self.watchers -= 1
+            self.watcher_left.set()
 
 
 @pytest.fixture
@@ -159,6 +170,26 @@ def test_malformed_transactions_are_refused(body: bytes) -> None:
         parse_transaction(body)
 
 
+@given(st.binary(max_size=200) | st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+       lambda inner: st.dictionaries(st.sampled_from(["kind", "amount", "to", "x"]), inner) | st.lists(inner),
+       max_leaves=6).map(lambda value: json.dumps(value).encode()))  # fmt: skip
+def test_no_body_breaks_the_parser(body: bytes) -> None:
+    try:
+        payload = parse_transaction(body)
+    except ValueError:
+        return
+    assert decode(Payload, encode(payload)) == payload
+
+
+@given(st.dictionaries(st.sampled_from(["from", "count", "topics", "x"]), st.text(max_size=30)))
+def test_no_query_breaks_the_watch_parser(params: dict[str, str]) -> None:
+    try:
+        wanted = parse_watch(params)
+    except ValueError:
+        return
+    assert wanted.count is None or wanted.count >= 0
+
+
 def test_transfer_names_an_account() -> None:
     payload = parse_transaction(json.dumps({"kind": "transfer", "to": PEER, "amount": "12"}).encode())
     assert isinstance(payload, Transfer)
@@ -197,6 +228,24 @@ async def test_server_serves_both_sockets_and_leaves_nothing(
     assert not path.exists()
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.trio
+async def test_a_watcher_that_leaves_ends_its_subscription(peer: FakePeer, tmp_path: Path) -> None:
+    server = ControlServer(peer, tmp_path / "control.sock", None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        stream = await trio.open_unix_socket(str(tmp_path / "control.sock"))
+        async with stream:
+            await stream.send_all(b"GET /chain/watch HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            received = b""
+            while b'"height":5' not in received:
+                received += await stream.receive_some(4096)
+            assert peer.watchers == 1
+        with trio.fail_after(10):
+            await peer.watcher_left.wait()
+        assert peer.watchers == 0
+        nursery.cancel_scope.cancel()
 
 
 def test_port_in_use_is_one_sentence_with_a_hint(peer: FakePeer, tmp_path: Path) -> None:
