@@ -1,0 +1,23 @@
+"""What every test shares: seeded property tests, one thread of torch, no settings of the person who runs them."""
+
+import os
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile(
+    "seeded", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("seeded")
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide `TDML_…` variables and colour preferences, and seed what draws without a generator of its own."""
+    for name in [name for name in os.environ if name.startswith("TDML_")]:
+        monkeypatch.delenv(name)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    random.seed(0)
