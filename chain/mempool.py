@@ -1,5 +1,6 @@
 """Transactions waiting for a block: bounded, one queue of nonces an account, a lane kept for duties."""
 
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -7,13 +8,15 @@ from chain.codec import encode
 from chain.ledger import check_envelope
 from chain.reasons import Reason
 from chain.state import State
-from chain.transactions import DUTIES, Transaction
+from chain.transactions import DUTIES, Bond, Payload, PostTask, TopUp, Transaction, Transfer
 
 DEFAULT_BYTES = 16 << 20
 DUTY_SHARE = 4
 """One part in four of the bytes is kept for duties."""
 MAX_QUEUE = 256
 """Transactions of one account."""
+ACCOUNT_SHARE = 16
+"""No account fills more than one part in sixteen of a lane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Mempool:
         self._held = {True: 0, False: 0}
         self._queues: dict[bytes, dict[int, Entry]] = {}
         self._by_id: dict[bytes, Entry] = {}
+        self._cheapest: dict[bool, list[tuple[float, bytes]]] = {True: [], False: []}
+        """Heaps of (price, id) by lane; ids that have gone are skipped when they surface."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -65,36 +70,36 @@ class Mempool:
 
     def _place(self, entry: Entry) -> Reason | None:
         body = entry.transaction.body
-        queue = self._queues.setdefault(body.sender, {})
+        queue = self._queues.get(body.sender, {})
         present = queue.get(body.nonce)
         if present is not None and body.fee <= present.transaction.body.fee:
             return Reason.LOW_FEE
-        if not self._make_room(entry):
-            return Reason.TOO_MANY
+        own = sum(other.size for other in queue.values() if other.is_duty == entry.is_duty and other is not present)
+        if (own + entry.size) * ACCOUNT_SHARE > self._max[entry.is_duty] or not self._make_room(entry):
+            return Reason.MEMPOOL_FULL
         if present is not None:
             self._drop(present)
         self._queues.setdefault(body.sender, {})[body.nonce] = entry
         self._by_id[entry.tx_id] = entry
         self._held[entry.is_duty] += entry.size
+        heapq.heappush(self._cheapest[entry.is_duty], (entry.price, entry.tx_id))
         return None
 
     def _make_room(self, entry: Entry) -> bool:
         """Evict the cheapest of the entry's lane, each cheaper than it, until it fits."""
+        heap = self._cheapest[entry.is_duty]
         room = self._max[entry.is_duty] - self._held[entry.is_duty]
-        if room >= entry.size:
-            return True
-        lane = sorted((e for e in self._by_id.values() if e.is_duty == entry.is_duty), key=lambda e: e.price)
-        victims: list[Entry] = []
-        for victim in lane:
-            if room >= entry.size:
-                break
-            if victim.price >= entry.price:
-                return False
-            victims.append(victim)
-            room += victim.size
+        victims: dict[bytes, Entry] = {}
+        while room < entry.size and heap and heap[0][0] < entry.price:
+            victim = self._by_id.get(heapq.heappop(heap)[1])
+            if victim is not None and victim.tx_id not in victims:
+                victims[victim.tx_id] = victim
+                room += victim.size
         if room < entry.size:
+            for victim in victims.values():
+                heapq.heappush(heap, (victim.price, victim.tx_id))
             return False
-        for victim in victims:
+        for victim in victims.values():
             self._drop(victim)
         return True
 
@@ -129,9 +134,9 @@ class Mempool:
         run = []
         while (entry := queue.get(nonce)) is not None:
             body = entry.transaction.body
-            if not body.valid_from <= state.height + 1 <= body.valid_until or body.fee > balance:
+            if body.fee > balance or check_envelope(state, entry.transaction, state.height + 1, nonce) is not None:
                 break
-            balance -= body.fee
+            balance = max(0, balance - body.fee - _spent(body.payload))
             run.append(entry)
             nonce += 1
         return run
@@ -149,3 +154,18 @@ class Mempool:
             body = entry.transaction.body
             if body.nonce < state.account(body.sender).nonce or body.valid_until <= state.height:
                 self._drop(entry)
+        for is_duty, heap in self._cheapest.items():
+            if len(heap) > 2 * len(self._by_id) + 64:
+                self._cheapest[is_duty] = [item for item in heap if item[1] in self._by_id]
+                heapq.heapify(self._cheapest[is_duty])
+
+
+def _spent(payload: Payload) -> int:
+    """Return the most that a payload takes from its sender's balance."""
+    match payload:
+        case Transfer() | Bond() | TopUp():
+            return payload.amount
+        case PostTask():
+            return payload.escrow
+        case _:
+            return 0

@@ -19,6 +19,7 @@ class Reason(StrEnum):
     WRONG_SEED = "wrong-seed"  # Not the seed that follows from the reveal.
     WRONG_TIME = "wrong-time"  # Not later than the parent.
     TOO_MANY = "too-many"  # More transactions or bytes than a block may carry.
+    MEMPOOL_FULL = "mempool-full"  # No room among the waiting transactions at this fee.
     ZERO_AMOUNT = "zero-amount"  # An amount of nothing.
     NO_STAKE = "no-stake"  # Less stake than that is bonded.
     LAST_VALIDATOR = "last-validator"  # The chain would have nobody to go on with.
