@@ -17,13 +17,32 @@ class StreamEnded(Exception):
     """The stream closed, was reset, or its connection died before the expected bytes came."""
 
 
-async def read_into(stream: Any, view: memoryview) -> None:
-    """Fill `view` from `stream`; raise `StreamEnded`."""
-    done = 0
-    while done < len(view):
-        piece = await read_some(stream, min(len(view) - done, READ_BYTES))
-        view[done : done + len(piece)] = piece
-        done += len(piece)
+class Reader:
+    """Exact reads of a long-lived stream, few of which reach the stream itself."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._ahead = memoryview(b"")
+
+    async def exactly(self, count: int) -> bytes:
+        """Return exactly `count` bytes; raise `StreamEnded`. The caller has bounded `count`."""
+        if len(self._ahead) >= count:
+            piece, self._ahead = bytes(self._ahead[:count]), self._ahead[count:]
+            return piece
+        buffer = bytearray(count)
+        await self.into(memoryview(buffer))
+        return bytes(buffer)
+
+    async def into(self, view: memoryview) -> None:
+        """Fill `view`; raise `StreamEnded`."""
+        done = 0
+        while done < len(view):
+            if not self._ahead:
+                self._ahead = memoryview(await read_some(self._stream, READ_BYTES))
+            size = min(len(self._ahead), len(view) - done)
+            view[done : done + size] = self._ahead[:size]
+            self._ahead = self._ahead[size:]
+            done += size
 
 
 async def read_exactly(stream: Any, count: int) -> bytes:
@@ -33,9 +52,9 @@ async def read_exactly(stream: Any, count: int) -> bytes:
     piece = await read_some(stream, count)
     if len(piece) == count:
         return piece
-    buffer = bytearray(count)
-    buffer[: len(piece)] = piece
-    await read_into(stream, memoryview(buffer)[len(piece) :])
+    buffer = bytearray(piece)
+    while len(buffer) < count:
+        buffer += await read_some(stream, count - len(buffer))
     return bytes(buffer)
 
 

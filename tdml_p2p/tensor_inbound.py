@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from tdml_p2p.limits import Offence, PeerLimits
-from tdml_p2p.streams import StreamEnded, abandon, read_exactly, read_into, write
+from tdml_p2p.streams import Reader, StreamEnded, abandon, write
 from tdml_p2p.tensor_frames import (
     RECORD_BYTES,
     Control,
@@ -47,6 +47,9 @@ class InboundLink:
     waiting: set[bytes] = field(default_factory=set)
     outbox: list[Control] = field(default_factory=list)
     wake: trio.Event = field(default_factory=trio.Event)
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.stream)
 
     def say(self, control: Control) -> None:
         """Queue a control record; raise `FrameError` when the peer reads none of them."""
@@ -146,7 +149,7 @@ class Inbound:
                 await write(link.stream, control.encode())
 
     async def _read_record(self, link: InboundLink) -> None:
-        head = await read_exactly(link.stream, RECORD_BYTES)
+        head = await link.reader.exactly(RECORD_BYTES)
         record = decode_record(head, self._max_frame)
         if record.kind is RecordKind.OPEN:
             self._answer_open(link, record.session)
@@ -175,8 +178,8 @@ class Inbound:
         link.say(Control(ControlKind.REFUSE, session, reason=refusal))
 
     async def _read_frame(self, link: InboundLink, record: Record, stalled: trio.CancelScope) -> None:
-        header = await read_exactly(link.stream, record.header)
-        table = await read_exactly(link.stream, record.tensors * _LENGTH_BYTES)
+        header = await link.reader.exactly(record.header)
+        table = await link.reader.exactly(record.tensors * _LENGTH_BYTES)
         lengths = decode_lengths(table, record)
         refusal = self._sessions.refusal(record.session, link.peer)
         # Half a window stays charged to a frame until it is read; the rest returns as it arrives.
@@ -238,7 +241,7 @@ async def _read_tensor(meter: _Meter, length: int) -> memoryview:
     view = memoryview(bytearray(length))
     for start in range(0, length, meter.piece):
         piece = view[start : start + meter.piece]
-        await read_into(meter.link.stream, piece)
+        await meter.link.reader.into(piece)
         meter.count(len(piece))
     return view
 
@@ -246,5 +249,5 @@ async def _read_tensor(meter: _Meter, length: int) -> memoryview:
 async def _skip(meter: _Meter, total: int) -> None:
     for start in range(0, total, meter.piece):
         count = min(meter.piece, total - start)
-        await read_exactly(meter.link.stream, count)
+        await meter.link.reader.exactly(count)
         meter.count(count)

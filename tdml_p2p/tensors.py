@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 PROTOCOL = "/tdml/tensor/1"
 _MAX_CREDIT = 1 << 40
+_JOINED_BYTES = 60 * 1024
 
 
 class PeerLost(Exception):
@@ -190,13 +191,20 @@ class TensorStreams:
         await self._credit(link, len(head), len(head))
         is_whole = False
         try:
-            await self._write(link, head)
+            small = bytearray(head)
             for view in views:
                 start = 0
                 while start < len(view):
                     size = await self._credit(link, 1, min(WRITE_BYTES, len(view) - start))
-                    await self._write(link, view[start : start + size])
+                    piece = view[start : start + size]
                     start += size
+                    if len(small) + size <= _JOINED_BYTES:
+                        small += piece
+                        continue
+                    await self._write(link, bytes(small))
+                    small.clear()
+                    await self._write(link, piece)
+            await self._write(link, bytes(small))
             is_whole = True
             self.bytes_sent += record.total
         finally:
@@ -215,6 +223,8 @@ class TensorStreams:
         return taken
 
     async def _write(self, link: _Link, data: bytes | memoryview) -> None:
+        if not data:
+            return
         try:
             await write(link.stream, data)
         except StreamEnded as error:
