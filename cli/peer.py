@@ -1,77 +1,84 @@
 """`tdml-peer`: start a peer, train on a swarm, handle a wallet, run the demonstration."""
 
 import json
-import sys
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from cyclopts.config import Env
 
-from cli import render
-from cli.common import default_home, run_app
+from cli import render, render_peer, settings
+from cli.common import default_home, exit_with, new_app, run_app
 from cli.report import reporter
 from cli.sources import DaemonSource
 from tdml_p2p.config import PeerConfig, TrainConfig
 from tdml_p2p.errors import UserError
 
-app = App(
-    name="tdml-peer",
-    help="Train models on machines that nobody vouches for.",
-    config=Env("TDML_", command=False),
-)
+app = new_app("tdml-peer", "Train models on machines that nobody vouches for.")
+app.config = (Env("TDML_", command=False), settings.from_home)
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 Home = Annotated[Path | None, Parameter(name="--home", help="Home folder of the peer.")]
 Flat = Parameter(name="*")
 _PEER = PeerConfig()
 _TRAIN = TrainConfig()
+_WATCH_SECONDS = 2.0
 
 
 @app.command
-def start(config: Annotated[PeerConfig, Flat] = _PEER, *, json_: Json = False) -> int:
+def start(*, config: Annotated[PeerConfig, Flat] = _PEER, json_: Json = False) -> int:
     """Run a peer: with no flags a private network of its own, with --join INVITE part of another."""
-    import trio
-
     from tdml_p2p.peer import run_start
 
-    ready = replace(config, home=config.home or default_home())
-    return trio.run(run_start, ready, reporter(json_))
+    return _run(run_start, json_, replace(config, home=config.home or default_home()))
 
 
 @app.command
 def train(
+    *,
     config: Annotated[PeerConfig, Flat] = _PEER,
     training: Annotated[TrainConfig, Flat] = _TRAIN,
-    *,
     json_: Json = False,
 ) -> int:
     """Train a model on a swarm: post the task, feed the data, follow, save."""
-    import trio
-
     from tdml_p2p.train import run_train
 
-    return trio.run(run_train, config, training, reporter(json_))
+    return _run(run_train, json_, config, training)
 
 
 @app.command
 def demo(
-    *, peers: int = 6, steps: int = 40, cheat: str = "sign-flip", out: Path = Path("demo-out"), json_: Json = False
+    *,
+    peers: Annotated[int, Parameter(help="Peer processes.")] = 6,
+    steps: Annotated[int, Parameter(help="Optimiser steps.")] = 40,
+    cheat: Annotated[str, Parameter(help="sign-flip, noise, scale, skip-layer, stale, or none.")] = "sign-flip",
+    out: Annotated[Path, Parameter(help="Folder for the model, the chain and the logs.")] = Path("demo-out"),
+    json_: Json = False,
 ) -> int:
     """Show it all on this machine: real peers train a model while one cheats and is voted out."""
-    import trio
-
     from tdml_p2p.demo import DemoConfig, run_demo
 
-    return trio.run(run_demo, DemoConfig(peers, steps, cheat, out), reporter(json_))
+    return _run(run_demo, json_, DemoConfig(peers, steps, cheat, out))
 
 
 @app.command
-def init(*, home: Home = None, genesis: Path | None = None, json_: Json = False) -> None:
-    """Make a home: key, lock, and the genesis of a network (--genesis FILE, or a private one)."""
+def init(
+    *,
+    home: Home = None,
+    genesis: Annotated[Path | None, Parameter(help="genesis.json of a network; without it a private one.")] = None,
+    json_: Json = False,
+) -> None:
+    """Make a home: key, settings, and the genesis of a network."""
     from tdml_p2p.bootstrap import initialize
 
-    _print(initialize(home or default_home(), genesis), json_)
+    folder = home or default_home()
+    made = initialize(folder, genesis)
+    config = folder / settings.FILE
+    if not config.exists():
+        config.write_text(settings.template())
+    _print({**made, "config": str(config)}, json_)
 
 
 @app.command
@@ -82,17 +89,20 @@ def tasks(*, home: Home = None, json_: Json = False) -> None:
 
 
 @app.command
-def status(*, home: Home = None, watch: bool = False, json_: Json = False) -> None:
+def status(
+    *,
+    home: Home = None,
+    watch: Annotated[bool, Parameter(negative="", help="Print it again every two seconds.")] = False,
+    json_: Json = False,
+) -> None:
     """This peer: reachability, peers, height, seats, earnings, warnings."""
-    import time
-
     source = _daemon(home)
     while True:
-        _print(source.get("/status.json"), json_)
+        found = source.get("/status.json")
+        print(json.dumps(found) if json_ else render_peer.status(found), flush=True)
         if not watch:
             return
-        sys.stdout.flush()
-        time.sleep(2)
+        time.sleep(_WATCH_SECONDS)
 
 
 @app.command
@@ -131,7 +141,14 @@ def key(*, home: Home = None, json_: Json = False) -> None:
 
 
 @app.command
-def generate(*, model: Path, prompt: str, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
+def generate(
+    *,
+    model: Annotated[Path, Parameter(help="Folder of a trained model.")],
+    prompt: Annotated[str, Parameter(help="Text to continue.")],
+    tokens: Annotated[int, Parameter(help="Tokens to add.")] = 64,
+    temperature: Annotated[float, Parameter(help="0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, Parameter(help="Seed of the draw.")] = 0,
+) -> None:
     """Continue a prompt with a trained model, on this machine."""
     from trainer.errors import TrainerError
     from trainer.generate import generate as continue_text
@@ -154,9 +171,20 @@ def _print(value: dict[str, Any], is_json: bool) -> None:
     print(json.dumps(value) if is_json else render.fields(value))
 
 
+def _run(command: Callable[..., Awaitable[int]], is_json: bool, *arguments: Any) -> int:
+    """Run a long command on a trio loop with a report, which leaves the terminal as it was."""
+    import trio
+
+    report = reporter(is_json)
+    try:
+        return trio.run(command, *arguments, report)
+    finally:
+        report.close()
+
+
 def main() -> None:
     """Run `tdml-peer`."""
-    sys.exit(run_app(app))
+    exit_with(lambda: run_app(app))
 
 
 if __name__ == "__main__":

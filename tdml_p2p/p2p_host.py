@@ -33,7 +33,7 @@ from tdml_p2p.streams import abandon, shielded
 
 log = structlog.get_logger(__name__)
 
-NEGOTIATE_SECONDS = 10
+NEGOTIATE_SECONDS = 20
 CLOSE_SECONDS = 5.0
 Handler = Callable[[Any], Awaitable[None]]
 
@@ -130,6 +130,10 @@ def build_host(key: PrivateKey, prefix: str, limits: PeerLimits, max_connections
         low_watermark=0,
         high_watermark=max_connections,
         max_connections_per_peer=max_connections,
+        inbound_upgrade_timeout=NEGOTIATE_SECONDS,
+        outbound_upgrade_timeout=NEGOTIATE_SECONDS,
+        outbound_stream_protocol_negotiation_timeout=NEGOTIATE_SECONDS,
+        inbound_stream_protocol_negotiation_timeout=NEGOTIATE_SECONDS,
     )
     swarm = _Swarm(identity, store, upgrader, [TCP()], RetryConfig(max_retries=0), connections)
     swarm.limits = limits

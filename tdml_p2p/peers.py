@@ -34,11 +34,14 @@ _MAX_KNOWN = 1024
 _MAX_ADDRESSES = 8
 _MAX_TOLD = 64
 _MESSAGE_BYTES = 64 * 1024
-_DIAL_SECONDS = 10.0
-_HELLO_SECONDS = 10.0
+_DIAL_SECONDS = 20.0
+_HELLO_SECONDS = 20.0
+_DIALS_AT_ONCE = 4
+_CHECKS_A_ROUND = 6
 _MAX_MISSED = 3
 _ADDRESS_SECONDS = 3600
 _LEAST_ROUND_SECONDS = 0.1
+_LATER_SECONDS = 0.5
 _GOODBYE_SECONDS = 3.0
 _BACKOFF_SECONDS = (1.0, 30.0)
 
@@ -115,6 +118,7 @@ class Upkeep:
     greeted: set[str] = field(default_factory=set)
     _known: dict[str, _Known] = field(default_factory=dict)
     _nursery: trio.Nursery | None = None
+    _dials: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_DIALS_AT_ONCE))
     _wake: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
@@ -245,7 +249,8 @@ class Upkeep:
         while True:
             if trio.current_time() >= next_check:
                 next_check = trio.current_time() + self.config.round_seconds * self.rng.uniform(0.8, 1.2)
-                for peer in self.neighbours():
+                neighbours = self.neighbours()
+                for peer in self.rng.sample(neighbours, min(_CHECKS_A_ROUND, len(neighbours))):
                     nursery.start_soon(self._check, peer)
                 await trio.to_thread.run_sync(self._remember)
             self._dial_some(nursery)
@@ -292,10 +297,12 @@ class Upkeep:
         known = self._known[peer]
         # Of two peers that learn of each other at once, one dials first.
         if self.peer > peer and not known.failures:
-            await trio.sleep(0.5)
+            await trio.sleep(_LATER_SECONDS)
         if peer not in self.neighbours():
             try:
-                await self._reach(peer)
+                # A storm of dials would time out on a busy machine, and start over.
+                async with self._dials:
+                    await self._reach(peer)
             except ConnectFailed as error:
                 least, most = _BACKOFF_SECONDS
                 wait = min(most, least * 2.0**known.failures) * self.rng.uniform(0.5, 1.5)

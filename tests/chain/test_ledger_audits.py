@@ -1,0 +1,407 @@
+"""Golden scenarios of verification: every end that an audit can have, and what it costs whom."""
+
+import pytest
+from msgspec import structs
+
+from chain.hashing import digest
+from chain.keys import peer_id
+from chain.reasons import Reason
+from chain.records import AuditStatus, WorkerStatus
+from chain.state import Table
+from chain.transactions import (
+    CloseTask,
+    Commit,
+    Commitment,
+    LeaveSeat,
+    Open,
+    Reveal,
+    RevealAll,
+    SubmitClaims,
+    TakeSeat,
+    reveal_commitment,
+)
+from tests.chain.ledger_kit import (
+    BALANCE,
+    KEYS,
+    STAKE,
+    Ledger,
+    Swarm,
+    by_account,
+    genesis_of,
+    sketch,
+    start_swarm,
+)
+
+FRAUD = -2.0
+SMALL = 1e-4
+"""Above every τ, below 100 τ of y."""
+
+
+def test_an_honest_task_from_posting_to_the_last_payment() -> None:
+    swarm = start_swarm()
+    swarm.work(40)
+    task = swarm.state.task(swarm.task)
+    assert task is not None
+    assert (task.settled, task.generation) == (8, 0)
+    assert len(swarm.ledger.happened("passed")) == 8 * 2 * 4
+    paid = 2 * 8 * 2 * 4 * 10
+    assert task.escrow == 0
+    assert swarm.ledger.one(swarm.client, CloseTask(swarm.task)) == ""
+    assert all(w.bond == 0 and w.state is WorkerStatus.LEFT for w in swarm.state.workers(swarm.task))
+    balances = sum(swarm.state.account(key.account).balance for key in KEYS[:6])
+    assert balances == 6 * BALANCE + paid
+    assert swarm.state.account(swarm.client.account).balance == BALANCE - paid
+    assert not swarm.state.is_busy()
+    assert set(swarm.ledger.kinds()) == {
+        "posted", "seated", "claimed", "drawn", "committed", "opened", "passed", "settled", "closed",
+    }  # fmt: skip
+
+
+def test_the_draw_comes_two_blocks_after_the_claim_with_the_seed_of_that_block() -> None:
+    swarm = start_swarm()
+    swarm.ledger.block(*swarm.claims(1))
+    claimed_at = swarm.state.height
+    swarm.ledger.skip(1)
+    assert swarm.audits() == []
+    swarm.ledger.skip(1)
+    audits = swarm.audits()
+    assert len(audits) == 8
+    for audit in audits:
+        assert audit.drawn_at == claimed_at + 2
+        assert audit.key == digest("sketch key", swarm.state.seed, audit.auditor, audit.id)
+        assert audit.auditor not in swarm.seated(1 - audit.stage)
+        assert audit.auditor != audit.worker
+
+
+def convicted_swarm() -> tuple[Swarm, bytes]:
+    swarm = start_swarm()
+    cheat = swarm.seated(0)[0]
+    swarm.deviation[cheat] = FRAUD
+    swarm.work(40)
+    return swarm, cheat
+
+
+def test_a_cheat_is_convicted_slashed_and_the_task_goes_on() -> None:
+    swarm, cheat = convicted_swarm()
+    ledger = swarm.ledger
+    conviction = ledger.happened("slashed")
+    assert [entry["amount"] for entry in conviction] == ["1000"]
+    assert [entry["reward"] for entry in conviction] == ["250"]
+    assert swarm.state.chain.burned == 750
+    worker = swarm.state.worker(swarm.task, cheat)
+    assert worker is not None
+    assert (worker.state, worker.bond) == (WorkerStatus.EVICTED, 0)
+    assert swarm.state.account(cheat).barred
+    assert swarm.state.account(cheat).bonded == STAKE
+    task = swarm.state.task(swarm.task)
+    assert task is not None
+    assert (task.settled, task.generation) == (8, 1)
+    evicted = [event for event in ledger.happened("evicted") if event["reason"] == "convicted"]
+    assert len(evicted) == 1
+    convicted = swarm.state.audit(bytes.fromhex(str(evicted[0]["evidence"])))
+    assert convicted is not None
+    assert convicted.state is AuditStatus.CONVICTED
+    assert cheat not in {voter.account for voter in convicted.voters}
+    assert convicted.auditor not in {voter.account for voter in convicted.voters}
+
+
+def test_a_conviction_voids_what_was_not_settled_and_what_nobody_disputed() -> None:
+    swarm, cheat = convicted_swarm()
+    voided = swarm.ledger.happened("void")
+    assert voided
+    records = [swarm.state.claim(key) for key in swarm.state.tables[Table.CLAIMS]]
+    assert all(r.is_void for r in records if r is not None and r.claim.generation == 0 and not r.is_settled)
+    assert not any(r.worker == cheat for r in records if r is not None and r.claim.generation == 1)
+
+
+def test_the_convicted_cannot_come_back() -> None:
+    swarm, cheat = convicted_swarm()
+    assert swarm.ledger.one(by_account(cheat), TakeSeat(swarm.task, bytes(32))) == Reason.BARRED
+
+
+def test_a_claim_of_the_old_generation_is_refused() -> None:
+    swarm, _ = convicted_swarm()
+    other = start_swarm(swarm.ledger, [key for key in KEYS[:6] if not swarm.state.account(key.account).barred])
+    claim = structs.replace(other.claim(1, 0, (0,)), generation=1)
+    worker = by_account(other.seated(0)[0])
+    assert swarm.ledger.one(worker, SubmitClaims((claim,))) == Reason.WRONG_GENERATION
+
+
+def test_a_false_accuser_is_charged_one_bond_and_nobody_is_evicted() -> None:
+    swarm = start_swarm()
+    liar = KEYS[4].account
+    swarm.lies[liar] = FRAUD
+    swarm.work(60)
+    acquitted = swarm.ledger.happened("acquitted")
+    assert acquitted
+    assert {entry["auditor"] for entry in acquitted} == {peer_id(liar)}
+    assert swarm.state.account(liar).bonded == STAKE - 1000 * len(acquitted)
+    assert "evicted" not in swarm.ledger.kinds()
+    assert swarm.settled == 8
+
+
+def test_a_small_deviation_is_a_fault_unpaid_but_never_slashed() -> None:
+    swarm = start_swarm()
+    worker = swarm.seated(0)[0]
+    swarm.deviation[worker] = SMALL
+    swarm.work(60, last_step=1)
+    faults = swarm.ledger.happened("faulted")
+    assert len(faults) == 2
+    assert "ballot" not in swarm.ledger.kinds()
+    assert "slashed" not in swarm.ledger.kinds()
+    record = swarm.state.worker(swarm.task, worker)
+    assert record is not None
+    assert record.is_seated
+    assert record.settled_cells == 0
+    assert swarm.settled == 1
+    other = swarm.state.worker(swarm.task, swarm.seated(0)[1])
+    assert other is not None
+    assert other.settled_cells == 2
+
+
+def test_a_worker_that_withholds_three_times_loses_its_seat_but_not_its_bond() -> None:
+    swarm = start_swarm()
+    worker = swarm.seated(0)[0]
+    swarm.silent.add((worker, "open"))
+    before = swarm.state.account(worker).balance
+    swarm.work(60)
+    assert len(swarm.ledger.happened("withheld")) >= 3
+    evicted = swarm.ledger.happened("evicted")
+    assert [(entry["reason"], entry["step"]) for entry in evicted] == [("withheld", 2)]
+    record = swarm.state.worker(swarm.task, worker)
+    assert record is not None
+    assert record.state is WorkerStatus.LEFT
+    assert "slashed" not in swarm.ledger.kinds()
+    assert record.bond == 0
+    assert swarm.state.account(worker).balance >= before
+    assert swarm.settled == 8
+
+
+def test_an_absent_auditor_is_replaced_and_left_out_for_a_while() -> None:
+    swarm = start_swarm()
+    silent = KEYS[4].account
+    swarm.silent.add((silent, "commit"))
+    swarm.work(30, last_step=1)
+    absences = swarm.ledger.happened("absent")
+    assert absences
+    assert swarm.state.account(silent).absent_until > swarm.state.height
+    replaced = {entry["audit"] for entry in absences}
+    assert {entry["audit"] for entry in swarm.ledger.happened("passed")} > replaced
+    assert "slashed" not in swarm.ledger.kinds()
+
+
+def test_an_audit_without_any_answer_ends_and_the_cell_is_paid() -> None:
+    swarm = start_swarm()
+    swarm.silent.update((key.account, "commit") for key in KEYS)
+    swarm.work(60, last_step=1)
+    assert swarm.settled == 1
+    ended = [entry for entry in swarm.ledger.happened("absent") if "status" not in entry and "worker" in entry]
+    unaudited = swarm.ledger.happened("unaudited")
+    assert len(ended) == 8
+    assert unaudited
+    worker = swarm.state.worker(swarm.task, swarm.seated(0)[0])
+    assert worker is not None
+    assert worker.settled_cells == 2
+
+
+def test_an_absent_third_peer_leaves_it_to_the_voters() -> None:
+    swarm = ready_to_reveal(AuditStatus.OPINION)
+    disputed = [audit for audit in swarm.audits() if audit.state is AuditStatus.OPINION]
+    thirds = {audit.third.account for audit in disputed if audit.third}
+    for account in thirds:
+        swarm.silent.add((account, "commit"))
+    swarm.work(26, last_step=1)
+    swarm.silent.clear()
+    swarm.work(12, last_step=1)
+    assert "opinion" not in swarm.ledger.kinds()
+    assert len(swarm.ledger.happened("slashed")) == 1
+
+
+def test_without_a_quorum_nobody_is_convicted() -> None:
+    swarm = start_swarm()
+    cheat = swarm.seated(0)[0]
+    swarm.deviation[cheat] = FRAUD
+    quiet = [key.account for key in KEYS[:6] if key.account != cheat][:3]
+    for _ in range(80):
+        voting = [audit for audit in swarm.audits() if audit.state is AuditStatus.VOTING]
+        swarm.silent = {(account, "commit") for account in quiet} if voting else set()
+        swarm.work(1, last_step=1)
+    assert swarm.ledger.happened("undecided")
+    assert "slashed" not in swarm.ledger.kinds()
+    record = swarm.state.worker(swarm.task, cheat)
+    assert record is not None
+    assert record.settled_cells == 0
+
+
+def test_a_contradiction_found_by_all_convicts_although_the_sketch_is_right() -> None:
+    swarm = start_swarm()
+    swarm.contradicts.update(key.account for key in KEYS)
+    swarm.work(40, last_step=1)
+    assert swarm.ledger.happened("slashed")
+
+
+def ready_to_reveal(kind: AuditStatus) -> Swarm:
+    """Return a swarm in which some audit of a cheat is in a state."""
+    swarm = start_swarm()
+    swarm.deviation[swarm.seated(0)[0]] = FRAUD
+    for _ in range(30):
+        if any(audit.state is kind for audit in swarm.audits()):
+            return swarm
+        swarm.work(1, last_step=1)
+    raise AssertionError(f"no audit became {kind}")
+
+
+def test_a_copied_vote_cannot_be_revealed() -> None:
+    swarm = ready_to_reveal(AuditStatus.VOTING)
+    audit = next(audit for audit in swarm.audits() if audit.state is AuditStatus.VOTING)
+    first, copier = (by_account(voter.account) for voter in audit.voters[:2])
+    own = swarm.answer(first, next(d for d in swarm.state.duties(first.account) if d.audit == audit.id))
+    assert isinstance(own, Commit)
+    assert swarm.ledger.block((first, own), (copier, own)) == ("", "")
+    for voter in audit.voters[2:]:
+        key = by_account(voter.account)
+        duty = next(d for d in swarm.state.duties(key.account) if d.audit == audit.id)
+        assert swarm.ledger.one(key, swarm.answer(key, duty)) == ""
+    duty = next(d for d in swarm.state.duties(first.account) if d.audit == audit.id)
+    revealed = swarm.answer(first, duty)
+    assert isinstance(revealed, RevealAll)
+    assert swarm.ledger.block((copier, revealed), (first, revealed)) == (Reason.WRONG_COMMITMENT, "")
+
+
+def test_voters_reveal_only_after_the_commit_phase_and_have_the_whole_window() -> None:
+    swarm = ready_to_reveal(AuditStatus.VOTING)
+    audit = next(audit for audit in swarm.audits() if audit.state is AuditStatus.VOTING)
+    keys = [by_account(voter.account) for voter in audit.voters]
+    duties = {key: next(d for d in swarm.state.duties(key.account) if d.audit == audit.id) for key in keys}
+    commits = [(key, swarm.answer(key, duty)) for key, duty in duties.items()]
+    assert swarm.ledger.block(*commits[:-1]) == ("",) * (len(keys) - 1)
+    assert not any(d.audit == audit.id for d in swarm.state.duties(keys[0].account))
+    while swarm.state.height < audit.deadline - 1:
+        swarm.ledger.skip(1)
+    assert swarm.ledger.block(commits[-1]) == ("",)
+    changed = swarm.state.audit(audit.id)
+    assert changed is not None
+    assert changed.deadline == swarm.state.height + swarm.state.params.reveal_window
+    swarm.ledger.skip(3)
+    reveals = [
+        (key, swarm.answer(key, next(d for d in swarm.state.duties(key.account) if d.audit == audit.id)))
+        for key in keys
+    ]
+    assert set(swarm.ledger.block(*reveals)) == {""}
+    ended = swarm.state.audit(audit.id)
+    assert ended is not None
+    assert ended.state is AuditStatus.CONVICTED
+
+
+def test_a_reveal_that_was_not_committed_to_is_refused() -> None:
+    swarm = ready_to_reveal(AuditStatus.OPENED)
+    audit = next(audit for audit in swarm.audits() if audit.state is AuditStatus.OPENED)
+    other = Reveal(audit.id, 0, bytes(32), sketch(audit.key), sketch(audit.key), False)
+    assert swarm.ledger.one(by_account(audit.auditor), RevealAll((other,))) == Reason.WRONG_COMMITMENT
+
+
+@pytest.mark.parametrize("what", ["salt", "trace", "proof", "state"])
+def test_a_false_opening_is_refused(what: str) -> None:
+    swarm = ready_to_reveal(AuditStatus.COMMITTED)
+    audit = next(audit for audit in swarm.audits() if audit.state is AuditStatus.COMMITTED)
+    opening = swarm.opening(audit)
+    trace = opening.trace
+    false = {
+        "salt": structs.replace(opening, salt=bytes(32)),
+        "trace": structs.replace(opening, trace=structs.replace(trace, y=bytes(32))),
+        "proof": structs.replace(opening, proof=opening.proof[:-1]),
+        "state": structs.replace(opening, trace=structs.replace(trace, state=bytes(32))),
+    }[what]
+    assert swarm.ledger.one(by_account(audit.worker), Open((false,))) == Reason.FALSE_OPENING
+
+
+def test_nobody_answers_for_another() -> None:
+    swarm = ready_to_reveal(AuditStatus.COMMITTED)
+    audit = next(audit for audit in swarm.audits() if audit.state is AuditStatus.COMMITTED)
+    stranger = KEYS[7]
+    ledger = swarm.ledger
+    assert ledger.one(stranger, Open((swarm.opening(audit),))) == Reason.NOT_OWED
+    assert ledger.one(stranger, Commit((Commitment(audit.id, 2, bytes(32)),))) == Reason.NOT_OWED
+    reveal = Reveal(audit.id, 0, bytes(32), sketch(audit.key), sketch(audit.key), False)
+    assert ledger.one(stranger, RevealAll((reveal,))) == Reason.NOT_OWED
+    assert ledger.one(stranger, Commit((Commitment(bytes(32), 0, bytes(32)),))) == Reason.UNKNOWN_AUDIT
+
+
+def test_commitments_are_taken_all_or_none() -> None:
+    swarm = ready_to_reveal(AuditStatus.DRAWN)
+    audit = next(audit for audit in swarm.audits() if audit.state is AuditStatus.DRAWN)
+    entries = (Commitment(audit.id, 0, bytes(32)), Commitment(bytes(32), 0, bytes(32)))
+    assert swarm.ledger.one(by_account(audit.auditor), Commit(entries)) == Reason.UNKNOWN_AUDIT
+    after = swarm.state.audit(audit.id)
+    assert after is not None
+    assert after.state is AuditStatus.DRAWN
+
+
+def test_a_contradiction_may_be_added_after_the_commitment() -> None:
+    account = KEYS[0].account
+    plain = Reveal(bytes(32), 0, bytes(32), bytes(384), bytes(384), False)
+    told = structs.replace(plain, contradiction=True)
+    assert reveal_commitment(account, plain) == reveal_commitment(account, told)
+    assert reveal_commitment(account, plain) != reveal_commitment(KEYS[1].account, plain)
+
+
+def test_ended_audits_and_claims_leave_the_state_after_the_history() -> None:
+    swarm = start_swarm(Ledger(genesis_of(history_blocks=10)))
+    swarm.work(40)
+    assert swarm.settled == 8
+    swarm.ledger.skip(12)
+    assert len(swarm.state.tables[Table.AUDITS]) == 0
+    assert len(swarm.state.tables[Table.CLAIMS]) == 0
+    assert len(swarm.state.tables[Table.ENDED]) == 0
+
+
+def test_convictions_keep_their_audit() -> None:
+    swarm = start_swarm(Ledger(genesis_of(history_blocks=10)))
+    swarm.deviation[swarm.seated(0)[0]] = FRAUD
+    swarm.work(60)
+    swarm.ledger.skip(12)
+    left = list(swarm.state.tables[Table.AUDITS].values())
+    assert [audit.state for audit in left] == [AuditStatus.CONVICTED]
+
+
+def test_the_draws_of_one_block_are_bounded_and_none_is_lost() -> None:
+    swarm = start_swarm(Ledger(genesis_of(max_drawn_cells=3)))
+    swarm.ledger.block(*swarm.claims(1))
+    swarm.ledger.skip(2)
+    assert len(swarm.audits()) == 4
+    swarm.ledger.skip(1)
+    assert len(swarm.audits()) == 8
+
+
+def test_a_newcomer_without_stake_earns_its_bond() -> None:
+    newcomer = KEYS[8]
+    swarm = start_swarm(Ledger(genesis_of(validators=4, others=1)), [newcomer], stages=1, replicas=1)
+    swarm.work(40)
+    worker = swarm.state.worker(swarm.task, newcomer.account)
+    assert worker is not None
+    assert (worker.bond, worker.withheld, worker.earned) == (0, 320, 320)
+    assert swarm.state.account(newcomer.account).balance == 0
+    assert swarm.ledger.one(newcomer, LeaveSeat(swarm.task)) == ""
+    assert swarm.state.account(newcomer.account).balance == 320
+
+
+def test_a_newcomer_that_cheats_loses_what_was_withheld() -> None:
+    newcomer = KEYS[8]
+    swarm = start_swarm(Ledger(genesis_of(validators=4, others=1)), [newcomer], stages=1, replicas=1)
+    swarm.work(40, last_step=4)
+    swarm.deviation[newcomer.account] = FRAUD
+    swarm.work(30)
+    assert [entry["amount"] for entry in swarm.ledger.happened("slashed")] == ["160"]
+    assert swarm.state.account(newcomer.account).balance == 0
+
+
+def test_pay_fills_the_bond_first_and_then_the_balance() -> None:
+    newcomer = KEYS[8]
+    swarm = start_swarm(
+        Ledger(genesis_of(validators=4, others=1)), [newcomer], stages=1, replicas=1, worker_bond=200, depth=1
+    )
+    swarm.work(80)
+    worker = swarm.state.worker(swarm.task, newcomer.account)
+    assert worker is not None
+    assert (worker.withheld, worker.earned) == (200, 320)
+    assert swarm.state.account(newcomer.account).balance == 120
