@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from chain.blocks import (
     Block,
     BlockContext,
@@ -102,42 +104,37 @@ def check(tip: Tip, block: Block, now_ms: int | None, verify: Verifier) -> Execu
     what `execute` raises. The transactions' signatures must have been checked before.
     """
     header, certificate = block.header, block.parent_certificate
-    params = tip.state.params
-    if not block.is_consistent or header.timestamp <= tip.timestamp:
+    _check_limits(tip, block, now_ms)
+    if certificate is not None:
+        _check_parent(tip, certificate, verify)
+    draft = Draft(header.proposer, header.view, header.timestamp, header.reveal)
+    executed = execute(tip.state, _context(tip, draft, certificate), block.transactions)
+    expected = structs.replace(
+        header,
+        chain_id=tip.chain_id,
+        height=tip.height + 1,
+        parent=tip.hash,
+        state_root=executed.state.root,
+        validators_hash=tip.state.validators().hash,
+        next_validators_hash=executed.state.validators().hash,
+        seed=next_seed(tip.state.seed, header.reveal),
+        leader_seed=tip.state.leader_seed,
+    )
+    if header != expected:
+        raise Refused(Reason.WRONG_BLOCK, "the header differs from the execution")
+    return executed
+
+
+def _check_limits(tip: Tip, block: Block, now_ms: int | None) -> None:
+    params, timestamp = tip.state.params, block.header.timestamp
+    if not block.is_consistent or timestamp <= tip.timestamp:
         raise Refused(Reason.WRONG_BLOCK, "inconsistent body or timestamp not after the parent's")
-    if now_ms is not None and header.timestamp > now_ms + MAX_CLOCK_DRIFT_MS:
+    if now_ms is not None and timestamp > now_ms + MAX_CLOCK_DRIFT_MS:
         raise Refused(Reason.WRONG_BLOCK, "timestamp ahead of the clock")
     if len(block.transactions) > params.max_block_transactions:
         raise Refused(Reason.WRONG_BLOCK, "too many transactions")
     if sum(len(encode(transaction)) for transaction in block.transactions) > params.max_block_bytes:
         raise Refused(Reason.WRONG_BLOCK, "too many bytes of transactions")
-    if certificate is not None:
-        _check_parent(tip, certificate, verify)
-    draft = Draft(header.proposer, header.view, header.timestamp, header.reveal)
-    executed = execute(tip.state, _context(tip, draft, certificate), block.transactions)
-    expected = (
-        tip.chain_id,
-        tip.height + 1,
-        tip.hash,
-        executed.state.root,
-        tip.state.validators().hash,
-        executed.state.validators().hash,
-        next_seed(tip.state.seed, header.reveal),
-        tip.state.leader_seed,
-    )
-    said = (
-        header.chain_id,
-        header.height,
-        header.parent,
-        header.state_root,
-        header.validators_hash,
-        header.next_validators_hash,
-        header.seed,
-        header.leader_seed,
-    )
-    if said != expected:
-        raise Refused(Reason.WRONG_BLOCK, "the header differs from the execution")
-    return executed
 
 
 def _check_parent(tip: Tip, certificate: Certificate, verify: Verifier) -> None:

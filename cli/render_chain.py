@@ -114,7 +114,9 @@ def _votes(data: Answer, verbose: bool) -> str:
         found = vote.get("deviations")
         detail = "  ".join(f"{name} {_number(found[name])}" for name in _TENSORS) if found else ""
         said = vote["ballot"] or ("committed" if vote["committed"] else "silent")
-        lines.append(f"  {_mark(vote)} {short(vote['peer'], verbose)}  {vote['role']:<5}  {said:<15}  {detail}".rstrip())
+        lines.append(
+            f"  {_mark(vote)} {short(vote['peer'], verbose)}  {vote['role']:<5}  {said:<15}  {detail}".rstrip()
+        )
     return "\n".join(lines)
 
 

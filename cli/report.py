@@ -1,33 +1,58 @@
-"""What long-running commands print: JSON lines for scripts, dense lines and a progress bar for people."""
+"""What long-running commands print: JSON lines for scripts, dense lines for people."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
+from cli.live import LiveView, Swarm
 from cli.render import short
 
 Event = dict[str, Any]
+_QUIET = frozenset(("drawn", "passed", "settled", "void", "committed", "opened", "claimed", "block"))
+_ALARMS = frozenset(("disputed", "convicted", "evicted", "slashed", "equivocation"))
+_BALLOTS = {"against-worker": "✕", "against-both": "✕", "against-auditor": "✓", "against-neither": "✓"}
+_WIDTH = 160
 
 
-def json_report(event: Event) -> None:
-    """Print an event as one JSON line with its time."""
-    print(json.dumps({"event": event["event"], "time": round(time.time(), 3), **event}), flush=True)
+class Reporter(Protocol):
+    """Takes the events of a run."""
+
+    def __call__(self, event: Event) -> None:
+        """Report one event."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class JsonReport:
+    """Prints events as JSON lines, each with its time."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+
+    def __call__(self, event: Event) -> None:
+        """Print one event."""
+        line = {"event": event["event"], "time": round(self._clock(), 3), **event}
+        print(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False), flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
 
 
 class TextReport:
-    """Prints events for a person; on a terminal with a progress bar below."""
+    """Prints events for a person; on a terminal with the swarm and a progress bar below."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._names: dict[str, str] = {}
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._ballots: dict[str, str] = {}
+        self._live = LiveView(self._console, self._name)
         self._handlers: dict[str, Callable[[Event], None]] = {
             "ready": self._ready,
             "peer": self._peer,
@@ -36,6 +61,7 @@ class TextReport:
             "formed": self._formed,
             "step": self._step,
             "chain": self._chain,
+            "rollback": self._rollback,
             "evicted": self._evicted,
             "saved": self._saved,
             "done": self._done,
@@ -45,15 +71,14 @@ class TextReport:
     def __call__(self, event: Event) -> None:
         """Print one event."""
         self._handlers.get(str(event["event"]), self._other)(event)
+        self._live.note(event)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._live.close()
 
-    def _print(self, text: object, style: str = "") -> None:
-        self._console.print(text, style=style or None, soft_wrap=True)
+    def _print(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style), soft_wrap=True)
 
     def _name(self, peer: object) -> str:
         return self._names.get(str(peer), short(peer))
@@ -73,22 +98,14 @@ class TextReport:
         self._print(f"network of {event['peers']} peers ready after {event['seconds']:.1f} s", "green")
 
     def _posted(self, event: Event) -> None:
-        self._print(f"posted  task {short(event['task'])}")
+        self._print(f"posted  task {short(event['task'])}{' (resumed)' if event.get('resumed') else ''}")
 
     def _formed(self, event: Event) -> None:
-        table = Table("stage", "replicas", title="swarm", title_justify="left")
-        for index, peers in enumerate(event["stages"]):
-            table.add_row(str(index), "  ".join(self._name(peer) for peer in peers))
-        self._print(table)
-        if self._console.is_terminal and event.get("steps"):
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._task = self._progress.add_task("training", total=event["steps"])
-            self._progress.start()
+        swarm = Swarm()
+        swarm.note(event)
+        self._console.print(swarm.table(self._name))
 
     def _step(self, event: Event) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=event["step"])
         self._print(
             f"step {event['step']:>5}  loss {event['loss']:.4f}  {event['tokens_per_second']:>7,.0f} tok/s"
             f"  {event['seconds']:.2f} s  {event['bytes_sent'] / 1e6:.1f} MB"
@@ -98,16 +115,28 @@ class TextReport:
     def _chain(self, event: Event) -> None:
         self._names.update(event.get("names") or {})
         data, kind = event["data"], str(event["kind"])
-        if kind in ("drawn", "passed", "settled", "void"):
+        if kind in _QUIET:
             return
-        details = "  ".join(f"{key} {self._detail(value)}" for key, value in data.items() if key != "task")
-        style = "bold red" if kind in ("disputed", "convicted", "evicted", "slashed") else "cyan"
-        self._print(f"  block {event['height']:>4}  {kind:<10} {details}", style)
+        hidden = {"task", "audit", "evidence"} if "audit" in data or "evidence" in data else {"task"}
+        details = "  ".join(f"{key} {self._detail(value)}" for key, value in data.items() if key not in hidden)
+        style = "bold red" if kind in _ALARMS else "cyan"
+        self._print(f"  block {event['height']:>4}  {kind:<10} {self._audit(kind, data)}{details}", style)
+
+    def _audit(self, kind: str, data: dict[str, Any]) -> str:
+        """Return which audit an event is about and, as ballots come in, the votes so far."""
+        audit = str(data.get("audit") or data.get("evidence") or "")
+        if kind == "ballot":
+            self._ballots[audit] = self._ballots.get(audit, "") + _BALLOTS.get(str(data["ballot"]), "·")
+        votes = f"  votes {self._ballots[audit]}" if kind in ("ballot", "convicted", "acquitted") else ""
+        return f"audit {short(audit)[:8]}{votes}  " if audit else ""
 
     def _detail(self, value: object) -> str:
         if isinstance(value, list):
             return "/".join(self._detail(item) for item in value)
         return self._name(value) if isinstance(value, str) else short(value)
+
+    def _rollback(self, event: Event) -> None:
+        self._print(f"back to step {event['step']}, the newest all of whose audits passed", "yellow")
 
     def _evicted(self, event: Event) -> None:
         text = f"evicted {self._name(event['peer'])} at step {event['step']}: {event['reason']}"
@@ -141,10 +170,23 @@ class TextReport:
         self._print(f"{event['event']:<9}{details}", "yellow")
 
 
-def reporter(is_json: bool) -> Callable[[Event], None]:
+def reporter(is_json: bool) -> Reporter:
     """Return the reporter of a command."""
     if is_json:
-        return json_report
+        return JsonReport()
     if not sys.stdout.isatty():
-        return TextReport(Console(highlight=False, width=160))
+        return TextReport(Console(highlight=False, width=_WIDTH))
     return TextReport()
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value without NaN and infinity, which JSON has no numbers for."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value

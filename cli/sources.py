@@ -57,21 +57,24 @@ class DaemonSource:
         return self._exchange("POST", path, json.dumps(body).encode())
 
     def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
-        """Yield events of blocks as they become final; raise `UserError`."""
+        """Yield events of blocks as they become final, for ever or `count` of them; raise `UserError`."""
         connection = _UnixConnection(self._home / SOCKET, None)
+        count = 0
         try:
-            try:
-                connection.request("GET", f"/chain/watch?{urlencode(arguments)}")
-                response = connection.getresponse()
-            except OSError as error:
-                raise self._unreachable(error) from None
+            connection.request("GET", f"/chain/watch?{urlencode(arguments)}")
+            response = connection.getresponse()
             if response.status != 200:
                 raise _refusal(response.read())
             while line := response.readline():
                 if line.strip():
-                    yield json.loads(line)
+                    yield _json(line)
+                    count += 1
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from None
         finally:
             connection.close()
+        if str(count) != arguments.get("count"):
+            raise UserError(f"The peer at {self._home} has stopped.", "start it again, then watch on", UNREACHABLE)
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
         connection = _UnixConnection(self._home / SOCKET, _SECONDS if body is None else 3 * _SECONDS)
@@ -80,17 +83,17 @@ class DaemonSource:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             data = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         finally:
             connection.close()
         if response.status != 200:
             raise _refusal(data)
-        return json.loads(data)
+        return _json(data)
 
-    def _unreachable(self, error: OSError) -> UserError:
+    def _unreachable(self, error: Exception) -> UserError:
         return UserError(
-            f"No peer answers at {self._home} ({error.strerror or 'no answer in time'}).",
+            f"No peer answers at {self._home} ({_why(error)}).",
             "start one with `tdml-peer start`, or name its folder with --home",
             UNREACHABLE,
         )
@@ -124,9 +127,34 @@ class DatabaseSource:
         yield from self.ask("events", arguments)
 
 
+def _why(error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "nothing listens there"
+        case ConnectionRefusedError():
+            return "it has stopped"
+        case TimeoutError():
+            return "no answer in time"
+        case http.client.HTTPException() | ConnectionError():
+            return "it broke off"
+        case _:
+            return str(error)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise _unreadable() from None
+
+
 def _refusal(data: bytes) -> UserError:
     try:
         answer = json.loads(data)
         return UserError(str(answer["error"]), str(answer.get("hint") or ""), FAILED)
     except (ValueError, KeyError, TypeError):
-        return UserError("The peer gave an answer that cannot be read.", "see its log", FAILED)
+        return _unreadable()
+
+
+def _unreadable() -> UserError:
+    return UserError("The peer gave an answer that cannot be read.", "see its log", FAILED)

@@ -178,9 +178,9 @@ class _Router(GossipSub):
 def _router() -> GossipSub:
     return _Router(
         protocols=[PROTOCOL_ID_V11],
-        degree=4,
-        degree_low=3,
-        degree_high=8,
+        degree=3,
+        degree_low=2,
+        degree_high=4,
         heartbeat_initial_delay=0.1,
         heartbeat_interval=1,
         prune_back_off=5,

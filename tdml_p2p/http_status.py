@@ -25,7 +25,6 @@ CONVICTION_REASONS = ("convicted", "equivocation", "withheld")
 def build_status(peer: "Peer") -> dict[str, Any]:
     """Return the status of `peer`, and bring its gauges up to date."""
     state, engine = peer.engine.state, peer.engine.status()
-    account = state.account(peer.key.account)
     workers = own_workers(state, peer.key.account)
     reach = judge(peer.network.addresses, inbound(peer.network))
     found = warnings(_vitals(peer, engine, reach))
@@ -42,22 +41,10 @@ def build_status(peer: "Peer") -> dict[str, Any]:
         "status_url": peer.status_url,
         "addresses": list(peer.network.addresses),
         "uptime": round(peer.uptime(), 1),
-        "height": state.height,
-        "finality": {
-            "p50": peer.metrics.finality_quantile(0.5),
-            "p99": peer.metrics.finality_quantile(0.99),
-            "block_age": peer.chain.block_age(),
-        },
-        "view": engine["view"],
-        "syncing": engine["syncing"],
+        **_consensus(peer, state, engine),
         "peers": list(connected),
-        "validators": [{"peer": peer_id(member), "power": str(power)} for member, power in state.validators().members],
-        "is_validator": peer.key.account in state.validators(),
         "seats": seats,
-        "balance": str(account.balance),
-        "bonded": str(account.bonded),
-        "bond": str(account.bonded),
-        "earnings": str(sum(worker.earned for worker in workers)),
+        **_funds(peer, state, workers),
         "reachability": {
             "verdict": str(reach.verdict),
             "detail": reach.detail,
@@ -66,6 +53,31 @@ def build_status(peer: "Peer") -> dict[str, Any]:
         "warnings": [{"code": str(w.code), "message": w.message, "hint": w.hint} for w in found],
         "chain": engine,
         "network_counters": peer.network.status(),
+    }
+
+
+def _consensus(peer: "Peer", state: State, engine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "height": state.height,
+        "finality": {
+            "p50": peer.metrics.finality_quantile(0.5),
+            "p99": peer.metrics.finality_quantile(0.99),
+            "block_age": peer.chain.block_age(),
+        },
+        "view": engine["view"],
+        "syncing": engine["syncing"],
+        "validators": [{"peer": peer_id(member), "power": str(power)} for member, power in state.validators().members],
+        "is_validator": peer.key.account in state.validators(),
+    }
+
+
+def _funds(peer: "Peer", state: State, workers: list[Worker]) -> dict[str, Any]:
+    account = state.account(peer.key.account)
+    return {
+        "balance": str(account.balance),
+        "bonded": str(account.bonded),
+        "bond": str(account.bonded),
+        "earnings": str(sum(worker.earned for worker in workers)),
     }
 
 

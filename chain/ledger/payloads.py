@@ -46,6 +46,25 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
             accounts.faucet(book, sender)
         case Evidence():
             accounts.evidence(book, sender, payload)
+        case PostTask() | TopUp() | CloseTask() | TakeSeat() | RenewLease() | LeaveSeat():
+            _apply_to_task(book, sender, payload)
+        case SubmitClaims():
+            claims.submit(book, sender, payload)
+        case Commit():
+            audits.commit(book, sender, payload)
+        case Open():
+            audits.open_cells(book, sender, payload)
+        case RevealAll():
+            audits.reveal(book, sender, payload)
+        case _:
+            assert_never(payload)
+
+
+def _apply_to_task(
+    book: Book, sender: bytes, payload: PostTask | TopUp | CloseTask | TakeSeat | RenewLease | LeaveSeat
+) -> None:
+    """Apply a payload about a task or its seats."""
+    match payload:
         case PostTask():
             tasks.post(book, sender, payload)
         case TopUp():
@@ -58,13 +77,5 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
             seats.renew_lease(book, sender, payload)
         case LeaveSeat():
             seats.leave_seat(book, sender, payload)
-        case SubmitClaims():
-            claims.submit(book, sender, payload)
-        case Commit():
-            audits.commit(book, sender, payload)
-        case Open():
-            audits.open_cells(book, sender, payload)
-        case RevealAll():
-            audits.reveal(book, sender, payload)
         case _:
             assert_never(payload)

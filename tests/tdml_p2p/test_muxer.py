@@ -41,9 +41,8 @@ class Plain:
 @asynccontextmanager
 async def sockets() -> AsyncIterator[tuple[Plain, Plain]]:
     left, right = trio.socket.socketpair()
-    yield Plain(trio.SocketStream(left)), Plain(trio.SocketStream(right))
-    left.close()
-    right.close()
+    with left, right:
+        yield Plain(trio.SocketStream(left)), Plain(trio.SocketStream(right))
 
 
 @asynccontextmanager

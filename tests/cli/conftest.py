@@ -1,0 +1,45 @@
+"""A fake daemon, a home of its own, and commands run in this process."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from control_kit import FakeDaemon, serving
+
+from cli import chain, peer
+from cli.common import run_app
+
+APPS = {"tdml-chain": chain.app, "tdml-peer": peer.app}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process."""
+
+    def of_line(name: str, *arguments: Any) -> Ran:
+        code = run_app(APPS[name], [str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return of_line
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
+    """A running peer's control socket."""
+    with serving(tmp_path) as fake:
+        yield fake
