@@ -3,8 +3,9 @@
 The stock multiplexer of libp2p 0.8.1 is unsafe here: a task cancelled while it writes leaves the Noise
 nonce ahead of what was sent, so the connection dies; its reader writes answers itself, so two peers that
 send at full rate stop each other for good; a reset forgets the event that a reader waits for; a writer
-gives up after five seconds without window; and a peer that ignores the window fills memory. Below, one
-task per connection writes, from a bounded queue.
+gives up after five seconds without window; a peer that ignores the window fills memory; and its reader
+goes on behind a broken frame. Below, one task per connection reads, one writes from a bounded queue, and
+whatever breaks the rules of the Yamux specification ends the connection.
 """
 
 import struct
@@ -12,20 +13,31 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import structlog
 import trio
 from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import (
+    FLAG_ACK,
+    FLAG_FIN,
+    FLAG_RST,
+    FLAG_SYN,
+    HEADER_SIZE,
+    MAX_WINDOW_SIZE,
     PROTOCOL_ID,
     TYPE_DATA,
     TYPE_GO_AWAY,
+    TYPE_PING,
+    TYPE_WINDOW_UPDATE,
     YAMUX_HEADER_FORMAT,
     Yamux,
     YamuxStream,
 )
 
 from tdml_p2p.streams import shielded
+
+log = structlog.get_logger(__name__)
 
 WRITE_STALL_SECONDS = 20.0
 WINDOW_STALL_SECONDS = 60.0
@@ -37,6 +49,11 @@ _MAX_ANSWER_BYTES = 4 << 20
 _BATCH_BYTES = 256 * 1024
 _FAREWELL_SECONDS = 0.5
 _LOOK_AGAIN_SECONDS = 0.25
+_BODY_SECONDS = 60.0
+
+
+class _Violation(IOException):
+    """The peer broke the multiplexer's rules, or ended the connection by them."""
 
 
 class Stream(YamuxStream):
@@ -96,6 +113,8 @@ class Muxer(Yamux):
         self._queued = 0
         self._work = trio.Event()
         self._room = trio.Event()
+        self._inbox = bytearray()
+        self._rtt: float = 0.0
         self._reader: trio.lowlevel.Task | None = None
 
     async def start(self) -> None:
@@ -106,9 +125,91 @@ class Muxer(Yamux):
             nursery.cancel_scope.cancel()
 
     async def handle_incoming(self) -> None:
-        """Read frames; what the reader itself answers is queued, never waited for."""
+        """Read frames to the end of the connection; what the reader answers is queued, never waited for."""
         self._reader = trio.lowlevel.current_task()
-        await super().handle_incoming()
+        try:
+            while not self.event_shutting_down.is_set():
+                await self._take_frame()
+        except (IOException, OSError, trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError) as error:
+            log.debug("connection ended", peer=str(self.peer_id), reason=f"{type(error).__name__}: {error}")
+        except Exception:
+            # A fault of one connection must not end the peer.
+            log.exception("a connection's reader failed", peer=str(self.peer_id))
+        finally:
+            await self._cleanup_on_error()
+
+    async def _take_frame(self) -> None:
+        version, kind, flags, stream_id, length = struct.unpack(YAMUX_HEADER_FORMAT, await self._take(HEADER_SIZE))
+        if version != 0 or kind > TYPE_GO_AWAY:
+            raise _Violation(f"frame of version {version} and type {kind}")
+        if kind == TYPE_GO_AWAY:
+            raise _Violation("the peer said goodbye")
+        if kind == TYPE_PING:
+            await self._on_ping(flags, length)
+            return
+        if flags & FLAG_SYN:
+            await self._on_syn(stream_id)
+        stream = self.streams.get(stream_id)
+        if kind == TYPE_DATA:
+            await self._on_data(stream, length)
+        elif stream is not None:
+            stream.send_window += length
+        if stream is not None and flags & (FLAG_FIN | FLAG_RST):
+            self._on_end(stream, bool(flags & FLAG_RST))
+
+    async def _on_ping(self, flags: int, number: int) -> None:
+        if flags & FLAG_SYN:
+            await self._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_ACK, 0, number))
+        elif flags & FLAG_ACK:
+            measured = trio.current_time() - self._ping_sent_time
+            self._rtt = (self._rtt + measured) / 2 if self._rtt else measured
+            self._ping_event.set()
+
+    async def _on_syn(self, stream_id: int) -> None:
+        if stream_id == 0 or stream_id % 2 == self.next_stream_id % 2 or stream_id in self.streams:
+            raise _Violation(f"stream {stream_id} cannot be opened by the peer")
+        stream = YamuxStream(stream_id, self, False)
+        self.streams[stream_id] = stream
+        self.stream_buffers[stream_id] = bytearray()
+        self.stream_events[stream_id] = trio.Event()
+        await self._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_WINDOW_UPDATE, FLAG_ACK, stream_id, 0))
+        await self.new_stream_send_channel.send(stream)
+
+    async def _on_data(self, stream: YamuxStream | None, length: int) -> None:
+        if length > (MAX_WINDOW_SIZE if stream is None else stream.recv_window):
+            raise _Violation("the peer ignores the receive window")
+        if length + sum(map(len, self.stream_buffers.values())) > MAX_BUFFERED_BYTES:
+            raise _Violation("too much unread data")
+        with trio.fail_after(_BODY_SECONDS):
+            data = await self._take(length)
+        buffer = self.stream_buffers.get(stream.stream_id) if stream else None
+        if stream is None or buffer is None:
+            return  # the rest of a stream that was closed here
+        stream.recv_window -= length
+        buffer += data
+        self.stream_events[stream.stream_id].set()
+
+    def _on_end(self, stream: YamuxStream, is_reset: bool) -> None:
+        stream.recv_closed = True
+        stream.reset_received = stream.reset_received or is_reset
+        stream.closed = is_reset or stream.send_closed
+        waiting = self.stream_events.get(stream.stream_id)
+        if waiting is not None:
+            waiting.set()
+        if stream.closed:
+            self._finalize_stream_locked(stream, fully_closed=True)
+
+    async def _take(self, count: int) -> bytes:
+        """Return the next `count` bytes of the connection."""
+        inbox = self._inbox
+        while len(inbox) < count:
+            data = await self.secured_conn.read(None)
+            if not data:
+                raise ConnectionClosedError("the peer closed the connection", transport="tcp")
+            inbox += data
+        taken = bytes(inbox[:count])
+        del inbox[:count]
+        return taken
 
     async def open_stream(self) -> Any:
         """Return a new stream towards the peer."""
@@ -190,12 +291,6 @@ class Muxer(Yamux):
         super()._finalize_stream_locked(stream, fully_closed=fully_closed)
         if waiting is not None and fully_closed:
             waiting.set()
-
-    async def _read_data_body(self, length: int) -> bytes:
-        if length + sum(map(len, self.stream_buffers.values())) > MAX_BUFFERED_BYTES:
-            raise ConnectionClosedError("the peer ignores the receive window", transport="tcp")
-        body: bytes = await super()._read_data_body(length)
-        return body
 
 
 class Muxers(MuxerMultistream):

@@ -1,14 +1,18 @@
 """The multiplexer over a pair of sockets: saturation both ways, torn writes, resets, peers that read nothing."""
 
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.stream_muxer.yamux.yamux import YAMUX_HEADER_FORMAT
 
 from tdml_p2p import muxer
 from tdml_p2p.muxer import Muxer
@@ -161,8 +165,9 @@ async def test_closing_does_not_wait_for_a_peer_that_reads_nothing() -> None:
         assert end.is_closed
 
 
-async def test_a_peer_that_ignores_the_window_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muxer, "MAX_BUFFERED_BYTES", 1 << 20)
+@pytest.mark.parametrize("most", [1 << 16, 1 << 30])
+async def test_a_peer_that_ignores_the_window_is_cut_off(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(muxer, "MAX_BUFFERED_BYTES", most)
     async with pair() as (first, second):
         stream, _unread = await joined(first, second)
         stream.send_window = 1 << 30
@@ -170,3 +175,52 @@ async def test_a_peer_that_ignores_the_window_is_cut_off(monkeypatch: pytest.Mon
             await stream.write(bytes(16 << 20))
         with trio.fail_after(5):
             await second.event_closed.wait()
+
+
+def frame(kind: int, flags: int, stream: int, length: int, version: int = 0) -> bytes:
+    return struct.pack(YAMUX_HEADER_FORMAT, version, kind, flags, stream, length)
+
+
+BROKEN = {
+    "version": frame(0, 0, 1, 0, version=1),
+    "type": frame(4, 0, 1, 0),
+    "a stream of our own number": frame(1, 1, 2, 0),
+    "stream zero": frame(1, 1, 0, 0),
+    "one stream twice": frame(1, 1, 1, 0) * 2,
+    "data beyond the window": frame(1, 1, 1, 0) + frame(0, 0, 1, 1 << 20),
+    "data of nobody beyond every window": frame(0, 0, 9, (16 << 20) + 1),
+    "goodbye": frame(3, 0, 0, 0),
+    "half a frame": frame(0, 0, 1, 0)[:5],
+}
+
+
+async def ended_by(data: bytes) -> bool:
+    async with sockets() as (left, right), trio.open_nursery() as nursery:
+        end = Muxer(left, PEER, is_initiator=False)
+        nursery.start_soon(end.start)
+        await end.event_started.wait()
+        await right.write(data)
+        await right.stream.send_eof()
+        with trio.fail_after(5):
+            await end.event_closed.wait()
+        return end.is_closed and not end.streams
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
+async def test_a_broken_frame_ends_the_connection(data: bytes) -> None:
+    assert await ended_by(data)
+
+
+@given(data=st.lists(st.binary(max_size=40) | st.builds(frame, *[st.integers(0, 5)] * 4), max_size=8))
+def test_any_bytes_end_the_connection_and_nothing_else(data: list[bytes]) -> None:
+    assert trio.run(ended_by, b"".join(data))
+
+
+async def test_a_ping_is_answered() -> None:
+    async with sockets() as (left, right), trio.open_nursery() as nursery:
+        end = Muxer(left, PEER, is_initiator=False)
+        nursery.start_soon(end.start)
+        await right.write(frame(2, 1, 0, 77))
+        with trio.fail_after(5):
+            assert await right.read(12) == frame(2, 2, 0, 77)
+        await end.close()
