@@ -6,7 +6,7 @@ must arrive is asked for again by whoever misses it.
 
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -14,7 +14,13 @@ from typing import Any
 import structlog
 import trio
 from blake3 import blake3
+from google.protobuf.message import DecodeError
+from libp2p.exceptions import ParseError
+from libp2p.io.exceptions import IOException
+from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.stream.exceptions import StreamEOF, StreamError
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
@@ -25,6 +31,7 @@ log = structlog.get_logger(__name__)
 MAX_MESSAGE_BYTES = 4 << 20
 _MAX_RPC_BYTES = MAX_MESSAGE_BYTES + (64 << 10)
 _QUEUED_RPCS = 512
+_READ_BYTES = 64 << 10
 _SEEN_SECONDS = 6.0
 _MAX_SEEN = 65536
 
@@ -52,7 +59,7 @@ class Gossip:
         self._joined: dict[str, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
         self.router = _router()
-        self._pubsub = _Pubsub(host, self.router)
+        self._pubsub = _Pubsub(host, self.router, limits)
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
@@ -120,11 +127,16 @@ class Gossip:
 
 
 class _Pubsub(Pubsub):
-    """Pubsub whose outbound queues take messages of consensus size."""
+    """Pubsub whose outbound queues take messages of consensus size, and whose inbound faults end one stream.
 
-    def __init__(self, host: Any, router: GossipSub) -> None:
+    The stock reader fetches lengths byte by byte, verifies a signed address record with every message,
+    and handles messages in tasks whose failure ends the service.
+    """
+
+    def __init__(self, host: Any, router: GossipSub, limits: PeerLimits) -> None:
+        self._limits = limits
         super().__init__(
-            host,
+            _Unrecorded(host),
             router,
             strict_signing=False,
             msg_id_constructor=_message_id,
@@ -136,10 +148,96 @@ class _Pubsub(Pubsub):
         stock.stop()
         self.seen_messages: Any = _Seen()
 
+    async def continuously_read_stream(self, stream: Any) -> None:
+        peer = stream.muxed_conn.peer_id
+        frames = _Frames(stream)
+        try:
+            with suppress(StreamError, IOException, RawConnError):
+                while True:
+                    await self._handle(peer, rpc_pb2.RPC.FromString(await frames.next()))
+        except (ParseError, DecodeError):
+            self._limits.charge(str(peer), Offence.INVALID_MESSAGE)
+            raise
+
+    async def _handle(self, peer: Any, rpc: Any) -> None:
+        for message in rpc.publish:
+            if self._is_subscribed_to_msg(message):
+                await self.push_msg(peer, message)
+        for subscription in rpc.subscriptions[: self.max_subscriptions_per_rpc]:
+            self.handle_subscription(peer, subscription)
+        if rpc.HasField("control"):
+            rpc.ClearField("senderRecord")
+            for prune in rpc.control.prune:
+                # Nobody tells this peer whom to dial.
+                prune.ClearField("peers")
+            await self.router.handle_rpc(rpc, peer)
+
     async def handle_sending_messages(self, peer_id: Any, stream: Any, queue: Any) -> None:
         queue.max_message_size = _MAX_RPC_BYTES
         queue._queue.max_size = _QUEUED_RPCS
         await super().handle_sending_messages(peer_id, stream, queue)
+
+
+class _Frames:
+    """Varint-prefixed messages of one stream, read as they come."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def next(self) -> bytes:
+        """Return the next message; raise `ParseError` for a wrong or too large length, `StreamError` at the end."""
+        size = shift = 0
+        while True:
+            byte = (await self._take(1))[0]
+            size |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+            if shift > 28:
+                raise ParseError("a length of more than five bytes")
+        if size > _MAX_RPC_BYTES:
+            raise ParseError(f"a message of {size} bytes")
+        return await self._take(size)
+
+    async def _take(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            data = await self._stream.read(_READ_BYTES)
+            if not data:
+                raise StreamEOF("the peer ended the stream")
+            self._buffer += data
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+
+class _Unrecorded:
+    """A host, as gossip sees it, without a signed address record for every message: discovery has its own."""
+
+    def __init__(self, host: Any) -> None:
+        self._host = host
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def get_addrs(self) -> list[Any]:
+        """Return nothing, which is what the empty record says."""
+        return []
+
+    def get_peerstore(self) -> Any:
+        """Return the place of the empty record."""
+        return _Unrecorded(self._host.get_peerstore())
+
+    def get_local_record(self) -> Any:
+        """Return the record without addresses."""
+        return self
+
+    def _env_addrs_set(self) -> set[Any]:
+        return set()
+
+    def marshal_envelope(self) -> bytes:
+        """Return no bytes, whatever the message."""
+        return b""
 
 
 class _Seen:
@@ -173,6 +271,10 @@ class _Router(GossipSub):
     def _check_equivocation(self, msg: Any) -> bool:
         # Else whoever forges the origin and number of a message first would silence the true one.
         return True
+
+    def send_rpc(self, peer_id: Any, rpc: Any, priority: bool = False) -> None:
+        rpc.ClearField("senderRecord")
+        super().send_rpc(peer_id, rpc, priority)
 
 
 def _router() -> GossipSub:

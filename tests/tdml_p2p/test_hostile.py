@@ -3,10 +3,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
 from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11
+from libp2p.pubsub.pb import rpc_pb2
 from multiaddr import Multiaddr
 
 from tdml_p2p.host import Network
@@ -121,3 +124,43 @@ async def test_a_flood_of_requests_is_refused_by_name() -> None:
             for _ in range(10):
                 await flooder.request(network.peer, ECHO, b"", limit=9, timeout=5)
         assert failed.value.reason == RequestReason.TOO_MANY
+
+
+def prefixed(rpc: bytes) -> bytes:
+    return bytes([len(rpc) & 0x7F | 0x80, len(rpc) >> 7]) + rpc
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\xff" * 12, b"\xff\xff\xff\x7f", prefixed(b"\xff" * 200)],
+    ids=["endless-length", "256-MiB", "no-message"],
+)
+async def test_broken_gossip_costs_its_stream_and_is_charged(sent: bytes) -> None:
+    async with attacked() as (victim, attacker):
+        stream = await attacker.host.new_stream(ID.from_string(victim.peer), [PROTOCOL_ID_V11])
+        await stream.write(sent)
+        await until(lambda: victim.limits.offences[Offence.INVALID_MESSAGE] == 1)
+
+
+async def test_gossip_tells_nobody_whom_to_dial() -> None:
+    async with attacked() as (victim, attacker):
+        dialled: list[str] = []
+        victim.host.connect = dialled.append
+        stranger = rpc_pb2.PeerInfo(peerID=ID.from_string(attacker.peer).to_bytes()[:-1] + b"x")
+        prune = rpc_pb2.ControlPrune(topicID="vote", peers=[stranger])
+        rpc = rpc_pb2.RPC(control=rpc_pb2.ControlMessage(prune=[prune]))
+        seen: list[object] = []
+        victim.gossip.router.handle_prune = seen_by(seen, victim.gossip.router.handle_prune)
+        stream = await attacker.host.new_stream(ID.from_string(victim.peer), [PROTOCOL_ID_V11])
+        await stream.write(prefixed(rpc.SerializeToString()))
+        await until(lambda: len(seen) > 0)
+        assert not dialled
+        assert not any(message.peers for message in seen)
+
+
+def seen_by(seen: list[Any], handler: Any) -> Any:
+    async def handle(prune: Any, sender: Any) -> None:
+        seen.append(prune)
+        await handle(prune, sender)
+
+    return handle
