@@ -3,7 +3,7 @@
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +125,19 @@ async def _peers(config: DemoConfig, network: DemoNetwork, report: Report) -> As
         async with trio.open_nursery() as nursery:
             for one in (first, *others):
                 nursery.start_soon(one.drain)
-            yield invite
-            nursery.cancel_scope.cancel()
+            try:
+                yield invite
+            finally:
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await _stop_all((first, *others))
+
+
+async def _stop_all(children: Sequence[Child]) -> None:
+    """End the processes together: one after the other, the last would wait for all graces before its own."""
+    async with trio.open_nursery() as nursery:
+        for one in children:
+            nursery.start_soon(one.stop)
 
 
 def _peer(network: DemoNetwork, index: int, invite: str, config: DemoConfig) -> Any:
