@@ -13,6 +13,7 @@ import structlog
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
 from libp2p.kad_dht.common import PROTOCOL_ID as KAD
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -25,6 +26,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
 
 from chain.keys import PrivateKey
 from tdml_p2p.limits import Offence, PeerLimits
@@ -45,6 +47,45 @@ class _NoAutoConnector(AutoConnector):
         """Leave the connections as they are."""
 
 
+class _ReadAhead(ReadWriteCloser):
+    """A TCP stream read in as large parts as have come: Noise asks for two bytes, then for the message."""
+
+    def __init__(self, stream: ReadWriteCloser) -> None:
+        self._stream = stream
+        self._ahead = b""
+        self._start = 0
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Return what is there, up to `n` bytes; nothing at the end."""
+        if n == 0:
+            return b""
+        if self._start == len(self._ahead):
+            self._ahead, self._start = await self._stream.read(None), 0
+        end = len(self._ahead) if n is None else min(self._start + n, len(self._ahead))
+        taken = self._ahead[self._start : end]
+        self._start = end
+        return taken
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`."""
+        await self._stream.write(data)
+
+    async def close(self) -> None:
+        """Close the socket."""
+        await self._stream.close()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return the peer's host and port."""
+        return self._stream.get_remote_address()
+
+
+class _Tcp(TCP):
+    async def dial(self, maddr: Multiaddr) -> Any:
+        connection: Any = await super().dial(maddr)
+        connection.stream = _ReadAhead(connection.stream)
+        return connection
+
+
 class _Swarm(Swarm):
     """Connections of one host, bounded per peer; banned peers get none."""
 
@@ -62,7 +103,7 @@ class _Swarm(Swarm):
         return connection
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Any, failure_event: Any) -> None:
-        connection = RawConnection(read_write_closer, False)
+        connection = RawConnection(_ReadAhead(read_write_closer), False)
         try:
             muxed = await self.upgrade_inbound_raw_conn(connection, maddr)
             await muxed.event_closed.wait()
@@ -142,7 +183,7 @@ def build_host(key: PrivateKey, prefix: str, limits: PeerLimits, max_connections
         outbound_stream_protocol_negotiation_timeout=NEGOTIATE_SECONDS,
         inbound_stream_protocol_negotiation_timeout=NEGOTIATE_SECONDS,
     )
-    swarm = _Swarm(identity, store, upgrader, [TCP()], RetryConfig(max_retries=0), connections)
+    swarm = _Swarm(identity, store, upgrader, [_Tcp()], RetryConfig(max_retries=0), connections)
     swarm.limits = limits
     swarm.auto_connector = _NoAutoConnector(swarm)
     return Host(swarm, prefix, limits)
