@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from tdml_p2p.errors import FAILED, UNREACHABLE, UserError
 
 SOCKET = "control.sock"
+_BLOCK_EVENTS = 10_000
 _SECONDS = 30.0
 
 
@@ -123,8 +124,16 @@ class DatabaseSource:
             raise UserError(error.message, error.hint, FAILED) from None
 
     def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
-        """Yield the events that the database holds."""
-        yield from self.ask("events", arguments)
+        """Yield the events that the database holds, block by block, all or `count` of them."""
+        height = int(self.ask("status", {})["height"])
+        wanted = int(arguments.get("count", 0))
+        count = 0
+        for at in range(int(arguments.get("from", 1)), height + 1):
+            for event in self.ask("events", arguments | {"from": str(at), "to": str(at), "count": str(_BLOCK_EVENTS)}):
+                yield event
+                count += 1
+                if count == wanted:
+                    return
 
 
 def _why(error: Exception) -> str:
