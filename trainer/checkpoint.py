@@ -1,7 +1,8 @@
 """Checkpoints: a folder that `transformers` opens as a model, with `state/` in it to resume from.
 
 `state/step-N/` holds task.json (manifest, step, roots, losses) and one safetensors file per stage (weights
-and moments, flat). It is renamed into place as a whole, so the newest one that is there is complete.
+and moments, flat). It is renamed into place as a whole, so the newest one that is there is complete. One
+whose audits were still running has a name that ends in `-unverified`, and a verified one stays beside it.
 """
 
 import json
@@ -27,6 +28,7 @@ from trainer.tokens import Tokenizer, open_tokenizer
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointReason", "resume", "save", "whole_tensors"]
 
+_UNVERIFIED = "-unverified"
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -51,17 +53,30 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A run after some step: manifest, the state of every stage, tokenizer, and (step, loss) so far."""
+    """A run after some step: manifest, the state of every stage, tokenizer, and (step, loss) so far.
+
+    `task` and `generation` say where it can go on with the next step; −1 means only as another task.
+    """
 
     manifest: TaskManifest
     states: tuple[StageState, ...]
     tokenizer: Tokenizer
     losses: tuple[tuple[int, float], ...] = ()
+    task: str = ""
+    generation: int = -1
+    is_verified: bool = True
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return self.states[0].step
+        """Steps of the whole training that are done."""
+        return self.manifest.start + self.states[0].step
+
+    def rest(self) -> tuple[TaskManifest, tuple[StageState, ...]]:
+        """Return the manifest of a run over the steps that are left, and its initial states."""
+        states = tuple(StageState(0, state.weights, state.m, state.v) for state in self.states)
+        left = self.manifest.total_steps - self.step
+        manifest = msgspec.structs.replace(self.manifest, start=self.step, steps=left)
+        return starting_from(manifest, states), states
 
 
 class _Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +84,13 @@ class _Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: int
     roots: tuple[str, ...]
     losses: tuple[tuple[int, float], ...]
+    task: str
+    generation: int
+
+
+def starting_from(manifest: TaskManifest, states: Sequence[StageState]) -> TaskManifest:
+    """Return the manifest of a run whose initial states are `states`."""
+    return msgspec.structs.replace(manifest, initial=tuple(state.root.hex() for state in states))
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
@@ -76,25 +98,31 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     if len({state.step for state in checkpoint.states}) != 1:
         raise ValueError("the stages of a checkpoint must be at one step")
     state_folder = folder / "state"
-    step = f"step-{checkpoint.step:010d}"
-    with transaction(state_folder) as change:
-        for index, state in enumerate(checkpoint.states):
-            parts = {"weights": state.weights, "m": state.m, "v": state.v}
-            change.write_tensors(f"{step}/stage-{index}.safetensors", parts, {"root": state.root.hex()})
-        change.write(f"{step}/task.json", _task_bytes(checkpoint))
+    step = f"step-{checkpoint.step:010d}{'' if checkpoint.is_verified else _UNVERIFIED}"
+    if not _is_saved(state_folder / step, checkpoint):
+        with transaction(state_folder) as change:
+            for index, state in enumerate(checkpoint.states):
+                parts = {"weights": state.weights, "m": state.m, "v": state.v}
+                change.write_tensors(f"{step}/stage-{index}.safetensors", parts, {"root": state.root.hex()})
+            change.write(f"{step}/task.json", _task_bytes(checkpoint))
     with transaction(folder) as change:
         tensors = whole_tensors(checkpoint.manifest, checkpoint.states)
         change.write_tensors("model.safetensors", tensors, {"format": "pt"})
         for name, data in _texts(checkpoint).items():
             change.write(name, data)
     for old in state_folder.glob("step-*"):
-        if old.name != step:
+        if old.name != step and (checkpoint.is_verified or not _is_fallback(old, checkpoint.task)):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def resume(folder: Path) -> Checkpoint:
-    """Return the newest checkpoint in `folder`, checked against its roots; raise `CheckpointError`."""
+def resume(folder: Path, *, is_verified: bool = False) -> Checkpoint:
+    """Return the newest checkpoint in `folder`, checked against its roots; raise `CheckpointError`.
+
+    With `is_verified` the newest of those whose audits had all ended.
+    """
     found = sorted((folder / "state").glob("step-*/task.json"))
+    if is_verified:
+        found = [file for file in found if not file.parent.name.endswith(_UNVERIFIED)]
     if not found:
         raise CheckpointError(
             CheckpointReason.MISSING,
@@ -107,7 +135,9 @@ def resume(folder: Path) -> Checkpoint:
         states = tuple(_stage_state(found[-1].parent, manifest, task, index) for index in range(manifest.stages))
     except (OSError, msgspec.DecodeError, ManifestError, SafetensorError, KeyError, IndexError) as error:
         raise _damaged(folder, str(error)) from None
-    return Checkpoint(manifest, states, open_tokenizer(folder), task.losses)
+    has_verdicts = not found[-1].parent.name.endswith(_UNVERIFIED)
+    tokenizer = open_tokenizer(folder)
+    return Checkpoint(manifest, states, tokenizer, task.losses, task.task, task.generation, has_verdicts)
 
 
 def whole_tensors(manifest: TaskManifest, states: Sequence[StageState]) -> dict[str, Tensor]:
@@ -118,6 +148,22 @@ def whole_tensors(manifest: TaskManifest, states: Sequence[StageState]) -> dict[
         for tensor, (start, stop) in zip(layout.tensors, layout.ranges, strict=True):
             tensors[tensor.name] = state.weights[start:stop].view(tensor.shape)
     return tensors
+
+
+def _is_saved(folder: Path, checkpoint: Checkpoint) -> bool:
+    try:
+        return (folder / "task.json").read_bytes() == _task_bytes(checkpoint)
+    except OSError:
+        return False
+
+
+def _is_fallback(folder: Path, task: str) -> bool:
+    """Whether a checkpoint is a verified one of `task`."""
+    try:
+        saved = msgspec.json.decode((folder / "task.json").read_bytes(), type=_Task)
+    except (OSError, msgspec.DecodeError):
+        return False
+    return saved.task == task and not folder.name.endswith(_UNVERIFIED)
 
 
 def _stage_state(folder: Path, manifest: TaskManifest, task: _Task, index: int) -> StageState:
@@ -142,7 +188,9 @@ def _damaged(folder: Path, why: str) -> CheckpointError:
 def _task_bytes(checkpoint: Checkpoint) -> bytes:
     manifest = msgspec.Raw(encode_manifest(checkpoint.manifest))
     roots = tuple(state.root.hex() for state in checkpoint.states)
-    return msgspec.json.encode(_Task(manifest, checkpoint.step, roots, checkpoint.losses))
+    return msgspec.json.encode(
+        _Task(manifest, checkpoint.states[0].step, roots, checkpoint.losses, checkpoint.task, checkpoint.generation)
+    )
 
 
 def _texts(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -154,7 +202,7 @@ def _texts(checkpoint: Checkpoint) -> dict[str, bytes]:
         family=manifest.family,
         parameters=manifest.parameters,
         steps=checkpoint.step,
-        planned=manifest.steps,
+        planned=manifest.total_steps,
         tokens=manifest.tokens_per_step,
         stages=manifest.stages,
         replicas=manifest.replicas,

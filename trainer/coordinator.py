@@ -72,11 +72,19 @@ class Coordinator:
             raise
         return states
 
-    async def fetch_states(self) -> tuple[StageState, ...]:
-        """Return every stage's state after the last committed step, from the workers that hold it."""
+    @property
+    def step(self) -> int:
+        """The last committed step."""
+        return self._state.step
+
+    async def fetch_states(self, step: int | None = None) -> tuple[StageState, ...]:
+        """Return every stage's state after `step`, the last committed one by default, from those who hold it.
+
+        Raises `KeyError` for a step that is not known any more, `StateUnavailable` when nobody gives a state.
+        """
         state, states = self._state, []
-        for stage in range(state.roster.stages):
-            root = state.roots[state.step, stage]
+        roots = [state.roots[state.step if step is None else step, stage] for stage in range(state.roster.stages)]
+        for stage, root in enumerate(roots):
             states.append(await self._ports.fetch_state(root, state.roster.ready(stage)))
         return tuple(states)
 

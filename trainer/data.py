@@ -166,10 +166,14 @@ class Batches:
         manifest = self._manifest
         if step < 1 or not 0 <= microbatch < manifest.microbatches:
             raise IndexError(f"no micro-batch {microbatch} in step {step}")
-        first = ((step - 1) * manifest.microbatches + microbatch) * manifest.batch
+        first = ((manifest.start + step - 1) * manifest.microbatches + microbatch) * manifest.batch
         starts = [self._start(first + row) for row in range(manifest.batch)]
         rows = np.stack([self._tokens[start : start + manifest.sequence + 1] for start in starts])
         return Batch(_tensor(rows[:, :-1]), _tensor(rows[:, 1:]))
+
+    def continued(self, manifest: TaskManifest) -> "Batches":
+        """Return the batches of another run over the same tokens."""
+        return Batches(self._tokens, manifest)
 
     def _start(self, number: int) -> int:
         epoch, place = divmod(number, self.windows)

@@ -23,6 +23,7 @@ class ManifestReason(StrEnum):
     BAD_OPTIMIZER = "bad-optimizer"
     BAD_PRECISION = "bad-precision"
     BAD_ADDRESS = "bad-address"
+    BAD_START = "bad-start"
 
 
 class DataReason(StrEnum):

@@ -62,8 +62,9 @@ class AuditSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """A training run: model, initial weights, tokenizer, stages, optimiser, batches and precision.
 
-    `cuts` is the number of decoder layers of each stage. `batch` is sequences per micro-batch. `weights` is
-    the hex address of initial safetensors, or empty to start from `seed`. `tokenizer` is the hex address of a
+    `cuts` is the number of decoder layers of each stage. `batch` is sequences per micro-batch. `initial` names
+    each stage's state before step 1 by its hex root; empty means drawn from `seed`. `start` counts the steps
+    done before this run, for the data order and the schedule. `tokenizer` is the hex address of a
     tokenizer.json, or `bytes`. A draft may leave `cuts` empty and settings out of `config`: see `complete`.
     """
 
@@ -71,7 +72,8 @@ class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict
     config: dict[_Text, int | float | bool | str]
     version: _Count = VERSION
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
-    weights: _Text = ""
+    initial: Annotated[tuple[_Text, ...], Meta(max_length=256)] = ()
+    start: _Count = 0
     tokenizer: _Text = BYTES_TOKENIZER
     stages: _Count = 1
     cuts: Annotated[tuple[_Count, ...], Meta(max_length=256)] = ()
@@ -103,6 +105,11 @@ class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step consumes."""
         return self.batch * self.microbatches * self.sequence
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training, those before this run included."""
+        return self.start + self.steps
 
     @property
     def parameters(self) -> int:
@@ -152,6 +159,7 @@ def complete(draft: TaskManifest) -> TaskManifest:
     _check_sizes(draft)
     _check_optimizer(draft.optimizer)
     _check_names(draft)
+    _check_start(draft)
     _check_fit(draft, config)
     costs = family.costs(config, draft.sequence)
     layers = family.layers(config)
@@ -249,12 +257,24 @@ def _check_names(draft: TaskManifest) -> None:
         raise ManifestError(
             ManifestReason.BAD_PRECISION, f"The precision {draft.precision!r} is not known.", "Use fp32."
         )
-    for name, value, word in (
-        ("weights", draft.weights, ""),
-        ("tokenizer", draft.tokenizer, BYTES_TOKENIZER),
-    ):
-        is_address = len(value) == 64 and all(letter in "0123456789abcdef" for letter in value)
-        if value != word and not is_address:
-            raise ManifestError(
-                ManifestReason.BAD_ADDRESS, f"The {name} must be a 64-digit hexadecimal address or {word!r}."
-            )
+    if draft.tokenizer != BYTES_TOKENIZER and not _is_address(draft.tokenizer):
+        raise ManifestError(
+            ManifestReason.BAD_ADDRESS,
+            f"The tokenizer must be a 64-digit hexadecimal address or {BYTES_TOKENIZER!r}.",
+        )
+    if not all(_is_address(root) for root in draft.initial):
+        raise ManifestError(ManifestReason.BAD_ADDRESS, "Initial states must be 64-digit hexadecimal roots.")
+
+
+def _is_address(text: str) -> bool:
+    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+
+
+def _check_start(draft: TaskManifest) -> None:
+    if len(draft.initial) not in (0, draft.stages):
+        raise ManifestError(
+            ManifestReason.BAD_START,
+            f"There are {len(draft.initial)} initial states for {draft.stages} stages.",
+        )
+    if draft.start and not draft.initial:
+        raise ManifestError(ManifestReason.BAD_START, "A run that starts after other steps needs initial states.")

@@ -47,12 +47,16 @@ def _views(state: StageState, part: slice) -> _Views:
 
 
 class AdamW:
-    """The optimiser of one stage: `apply` makes the next state and leaves the given one untouched."""
+    """The optimiser of one stage: `apply` makes the next state and leaves the given one untouched.
 
-    def __init__(self, settings: OptimizerSettings, layout: Layout, steps: int) -> None:
+    `steps` are those of the whole training, of which `start` were done before the state of step 0.
+    """
+
+    def __init__(self, settings: OptimizerSettings, layout: Layout, steps: int, start: int = 0) -> None:
         self._settings = settings
         self._layout = layout
         self._steps = steps
+        self._start = start
 
     def apply(self, state: StageState, gradient: Tensor) -> StageState:
         """Return the state after one more step with `gradient` (flat fp32, already averaged)."""
@@ -60,7 +64,7 @@ class AdamW:
             raise StageError(StageReason.BAD_SHAPE, "The gradient does not have the shape of the weights.")
         step = state.step + 1
         after = StageState(step, *(torch.empty_like(state.weights) for _ in range(3)))
-        scalars = self._scalars(step)
+        scalars = self._scalars(self._start + step)
         scratch = torch.empty(min(_CHUNK, max(gradient.numel(), 1)), dtype=torch.float32)
         with torch.no_grad():
             for segment in self._layout.segments:
@@ -86,7 +90,7 @@ class AdamW:
 
 def build_optimizer(manifest: TaskManifest, index: int) -> AdamW:
     """Return the optimiser of stage `index`."""
-    return AdamW(manifest.optimizer, stage_layout(manifest, index), manifest.steps)
+    return AdamW(manifest.optimizer, stage_layout(manifest, index), manifest.total_steps, manifest.start)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:

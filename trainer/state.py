@@ -102,10 +102,10 @@ def initial_state(manifest: TaskManifest, index: int) -> StageState:
     """Return the state of stage `index` before the first step, drawn from the manifest's seed.
 
     Every tensor has its own generator, so the values do not depend on the number of stages. Raise `StageError`
-    if the task starts from given weights instead (`state_of_weights`).
+    if the task starts from given states instead.
     """
-    if manifest.weights:
-        raise StageError(StageReason.WRONG_STATE, "This task starts from given weights, not from its seed.")
+    if manifest.initial:
+        raise StageError(StageReason.WRONG_STATE, "This task starts from given states, not from its seed.")
     layout = stage_layout(manifest, index)
     weights = torch.empty(layout.total, dtype=torch.float32)
     for tensor, (start, stop) in zip(layout.tensors, layout.ranges, strict=True):

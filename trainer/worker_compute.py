@@ -46,6 +46,8 @@ class StageComputer:
         Raises `MessageError` with NO_STATE or STATE_MISMATCH.
         """
         self.loaded = None
+        if not wanted.step and self._manifest.initial and wanted.root.hex() != self._manifest.initial[wanted.stage]:
+            raise MessageError(Reason.STATE_MISMATCH, "the manifest names another initial state")
         for find in (self._from_ring, self._from_seed, self._from_holders):
             state = await find(wanted)
             if state is not None:
@@ -99,7 +101,7 @@ class StageComputer:
         return self.ring.restore(wanted.step)
 
     async def _from_seed(self, wanted: Prepare) -> StageState | None:
-        if wanted.step or self._manifest.weights:
+        if wanted.step or self._manifest.initial:
             return None
         state = await self._ports.compute(partial(initial_state, self._manifest, wanted.stage))
         if wanted.root not in (b"", state.root):

@@ -86,6 +86,7 @@ class Kit:
     faults: Faults = field(default_factory=Faults)
     cell_seconds: dict[str, float] = field(default_factory=dict)
     patience: Patience = PATIENCE
+    given: tuple[StageState, ...] = ()
 
     def __post_init__(self) -> None:
         self.hub = InMemoryHub(self.faults)
@@ -103,6 +104,7 @@ class Kit:
             batches_of(self.manifest),
             lambda event: self.report(event),
             self.fetch_state,
+            self.source,
         )
         config = CoordinatorConfig(self.manifest, self.patience)
         self.coordinator = Coordinator(config, self.hub.join(CLIENT), ports)
@@ -146,8 +148,16 @@ class Kit:
 
         return inline
 
+    def source(self, step: int, stage: int) -> tuple[bytes, tuple[str, ...]]:
+        """Name the client as holder of the states that the run was given."""
+        if step or not self.given:
+            return b"", ()
+        return self.given[stage].root, (CLIENT,)
+
     async def fetch_state(self, root: bytes, holders: tuple[str, ...]) -> StageState:
         await trio.lowlevel.checkpoint()
+        if CLIENT in holders:
+            return next(state for state in self.given if state.root == root)
         for holder in holders:
             if holder in self.workers and holder not in self.unreachable:
                 for state in self.workers[holder].states:

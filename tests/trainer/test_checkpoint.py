@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from trainer.checkpoint import Checkpoint, resume, save
 from trainer.errors import CheckpointError, CheckpointReason
 from trainer.generate import generate
 from trainer.local import LocalStep, train_locally
+from trainer.manifest import OptimizerSettings, complete
 from trainer.state import StageState, initial_state
 from trainer.tokens import byte_tokenizer
 
@@ -116,3 +118,50 @@ def test_a_resumed_local_run_is_the_undisturbed_run() -> None:
     assert train_locally(manifest, data, 6, state=half).root == straight.root
     assert [step.step for step in steps] == list(range(1, 7))
     assert steps[0].loss == pytest.approx(5.77, abs=0.2)
+
+
+def test_a_run_over_the_rest_is_the_undisturbed_run(tmp_path: Path) -> None:
+    settings = OptimizerSettings(warmup_steps=3, schedule="cosine")
+    manifest = small_manifest(optimizer=settings, steps=7)
+    straight = train_locally(manifest, small_batches(manifest), 7)
+    half = train_locally(manifest, small_batches(manifest), 2)
+    save(Checkpoint(manifest, (half,), byte_tokenizer(), ((1, 5.5), (2, 5.25))), tmp_path)
+    for steps in (3, 2):
+        manifest, (state,) = resume(tmp_path).rest()
+        assert (state.step, manifest.initial) == (0, (state.root.hex(),))
+        assert complete(manifest) == manifest
+        batches = small_batches(small_manifest()).continued(manifest)
+        half = train_locally(manifest, batches, steps, state=state)
+        save(Checkpoint(manifest, (half,), byte_tokenizer()), tmp_path)
+    saved = resume(tmp_path)
+    assert (saved.step, saved.manifest.start, saved.manifest.steps) == (7, 5, 2)
+    assert torch.equal(saved.states[0].weights, straight.weights)
+    assert torch.equal(saved.states[0].v, straight.v)
+    assert "7 of 7" in (tmp_path / "README.md").read_text()
+
+
+def test_a_verified_checkpoint_stays_beside_an_unverified_one_of_its_task(tmp_path: Path) -> None:
+    other, mine = replace(checkpoint(step=9), task="other"), replace(checkpoint(step=2), task="mine")
+    newer = replace(checkpoint(step=3), task="mine", generation=4, is_verified=False)
+    save(other, tmp_path)
+    save(newer, tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-0000000003-unverified"]
+    with pytest.raises(CheckpointError):
+        resume(tmp_path, is_verified=True)
+    save(mine, tmp_path)
+    save(newer, tmp_path)
+    back, fallback = resume(tmp_path), resume(tmp_path, is_verified=True)
+    assert (back.step, back.task, back.generation, back.is_verified) == (3, "mine", 4, False)
+    assert (fallback.step, fallback.generation, fallback.is_verified) == (2, -1, True)
+    save(replace(checkpoint(step=4), task="mine"), tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-0000000004"]
+
+
+def test_saving_the_same_again_writes_no_state(tmp_path: Path) -> None:
+    save(checkpoint(), tmp_path)
+    file = tmp_path / "state" / "step-0000000003" / "stage-0.safetensors"
+    before = file.stat().st_ino
+    save(checkpoint(), tmp_path)
+    assert file.stat().st_ino == before
+    save(replace(checkpoint(), losses=()), tmp_path)
+    assert file.stat().st_ino != before

@@ -61,7 +61,7 @@ def test_weights_given_by_name_make_the_same_state() -> None:
     with pytest.raises(StageError):
         state_of_weights(manifest, 1, {})
     with pytest.raises(StageError):
-        initial_state(small_manifest(weights="ab" * 32), 0)
+        initial_state(small_manifest(initial=("ab" * 32,)), 0)
 
 
 def test_the_ring_keeps_the_newest_states_and_can_go_back() -> None:
