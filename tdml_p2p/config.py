@@ -48,4 +48,5 @@ class TrainConfig:
     lora: bool = _option(False, "Train adapters only.")
     private: bool = _option(False, "Keep tokens and labels on this machine.")
     price: int = _option(1, "Base units paid per cell.")
+    save_every: int = _option(50, "Steps between checkpoints of verified states; 0 saves at the end only.")
     resume: bool = _option(False, "Continue the run saved in the out folder.")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import torch
@@ -84,7 +85,7 @@ class _Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: int
     roots: tuple[str, ...]
     losses: tuple[tuple[int, float], ...]
-    task: str
+    task: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
     generation: int
 
 

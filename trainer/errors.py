@@ -56,6 +56,15 @@ class CheckpointReason(StrEnum):
     DISK = "disk-full"
 
 
+class ModelReason(StrEnum):
+    """Why a model folder cannot be trained on from."""
+
+    UNREADABLE = "model-unreadable"
+    NOT_SAFETENSORS = "weights-not-safetensors"
+    NO_TOKENIZER = "tokenizer-missing"
+    WRONG_TENSORS = "weights-do-not-fit"
+
+
 class TrainerError(ValueError):
     """Base of the trainer's refusals: `reason` (a word), `sentence` (for people) and `hint` (what to do)."""
 
@@ -76,6 +85,10 @@ class DataError(TrainerError):
 
 class StageError(TrainerError):
     """A call that a stage refuses."""
+
+
+class ModelError(TrainerError):
+    """A model config or folder that cannot be read, or weights that do not fit."""
 
 
 class CheckpointError(TrainerError):

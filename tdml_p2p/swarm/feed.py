@@ -13,7 +13,7 @@ _KEPT = 1024
 
 
 class ClientFeed:
-    """Tokens and labels by cell, made again from the data when an auditor asks; the checkpoint's states."""
+    """Tokens and labels by cell, made again from the data when an auditor asks; the states of the client."""
 
     def __init__(self, key: PrivateKey, task: bytes, prepared: Prepared) -> None:
         self._key = key
@@ -21,23 +21,22 @@ class ClientFeed:
         self._prepared = prepared
         self._served: OrderedDict[bytes, memoryview] = OrderedDict()
         self._states: dict[bytes, memoryview] = {}
-        if prepared.checkpoint is not None:
-            for state in prepared.checkpoint.states:
-                manifest = state.manifest
-                addresses = (manifest.root(), manifest.weights, manifest.m, manifest.v)
-                buffers = (memoryview(manifest.encode()), *state.buffers())
-                self._states |= zip(addresses, buffers, strict=True)
+        for state in prepared.states:
+            manifest = state.manifest
+            addresses = (manifest.root(), manifest.weights, manifest.m, manifest.v)
+            buffers = (memoryview(manifest.encode()), *state.buffers())
+            self._states |= zip(addresses, buffers, strict=True)
 
     def blob(self, address: bytes) -> memoryview | None:
-        """Return served tokens or labels, or a part of the checkpoint, by content address."""
+        """Return served tokens or labels, or a part of a state, by content address."""
         return self._served.get(address) or self._states.get(address)
 
     def source(self, step: int, stage: int, me: str) -> tuple[bytes, tuple[str, ...]]:
         """Return the root of a stage's state after `step` and this peer as its holder, if it has it."""
-        checkpoint = self._prepared.checkpoint
-        if checkpoint is None or checkpoint.step != step:
+        states = self._prepared.states
+        if not states or states[stage].step != step:
             return b"", ()
-        return checkpoint.states[stage].root, (me,)
+        return states[stage].root, (me,)
 
     def describe(self, wanted: Wanted) -> Descriptor | None:
         """Return the inputs that the client sends of a cell: tokens to the first stage, labels to the last."""

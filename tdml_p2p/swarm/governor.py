@@ -15,13 +15,13 @@ class TaskEnded(RuntimeError):
 class ChainGovernor:
     """`trainer.coordinator.Governor` for one task, fed by final blocks. Must be run.
 
-    `resume_step` is where a resumed run goes on while the task's generation stays the same.
+    `resume` is (generation, step): a resumed run goes on after that step while the generation is that one.
     """
 
-    def __init__(self, engine: ChainEngine, task: bytes, resume_step: int | None = None) -> None:
+    def __init__(self, engine: ChainEngine, task: bytes, resume: tuple[int, int] | None = None) -> None:
         self._engine = engine
         self._task = task
-        self._resume = None if resume_step is None else (self.task.generation, resume_step)
+        self._resume = resume
         self._changed = trio.Event()
 
     async def run(self) -> None:

@@ -1,17 +1,17 @@
 """Everything of a training run that needs no network: model, tokenizer, data and manifest, or an error."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tdml_p2p.config import TrainConfig
 from tdml_p2p.errors import USAGE, UserError
-from trainer.checkpoint import Checkpoint, resume
+from trainer.checkpoint import Checkpoint, resume, starting_from
 from trainer.data import MAX_CORPUS_BYTES, Batches, Corpus, load_batches, read_corpus
 from trainer.errors import TrainerError
 from trainer.manifest import AuditSettings, OptimizerSettings, TaskManifest, complete
 from trainer.presets import preset_of
+from trainer.pretrained import Pretrained, read_pretrained, starting_states
+from trainer.state import StageState
 from trainer.tokens import Tokenizer, byte_tokenizer, open_tokenizer, train_tokenizer
 
 _LEAST_BYTES = 4 << 20
@@ -22,12 +22,21 @@ DEPTH = 16
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to be posted; `checkpoint` is what it resumes from."""
+    """A run that is ready to be posted; `checkpoint` is what it resumes from.
+
+    `states` are those that the client holds, one a stage, all of one step; none for a run from the seed.
+    """
 
     manifest: TaskManifest
     batches: Batches
     tokenizer: Tokenizer
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | None = None
+    states: tuple[StageState, ...] = ()
+
+    def over_rest_of(self, checkpoint: Checkpoint) -> "Prepared":
+        """Return the run over the steps that are left after `checkpoint`."""
+        manifest, states = checkpoint.rest()
+        return Prepared(manifest, self.batches.continued(manifest), self.tokenizer, checkpoint, states)
 
 
 def prepare(train: TrainConfig) -> Prepared:
@@ -36,14 +45,17 @@ def prepare(train: TrainConfig) -> Prepared:
     try:
         if train.resume:
             checkpoint = resume(train.out)
-            corpus = read_data(train.data, checkpoint.manifest.tokens_per_step * checkpoint.manifest.steps)
-            batches = load_batches(corpus, checkpoint.tokenizer, checkpoint.manifest)
-            return Prepared(checkpoint.manifest, batches, checkpoint.tokenizer, checkpoint)
+            manifest = checkpoint.manifest
+            corpus = read_data(train.data, manifest.tokens_per_step * manifest.total_steps)
+            batches = load_batches(corpus, checkpoint.tokenizer, manifest)
+            return Prepared(manifest, batches, checkpoint.tokenizer, checkpoint, checkpoint.states)
         corpus = read_data(train.data, train.batch * train.microbatches * train.sequence * train.steps)
-        family, config, folder = model_of(train.model)
-        tokenizer = _tokenizer(folder, corpus, config)
-        manifest = complete(_draft(train, family, config, tokenizer))
-        return Prepared(manifest, load_batches(corpus, tokenizer, manifest), tokenizer, None)
+        model = model_of(train.model)
+        tokenizer = _tokenizer(model, corpus)
+        manifest = complete(_draft(train, model, tokenizer))
+        states = starting_states(model, manifest) if model.weights else ()
+        manifest = starting_from(manifest, states)
+        return Prepared(manifest, load_batches(corpus, tokenizer, manifest), tokenizer, states=states)
     except TrainerError as error:
         raise UserError(error.sentence, error.hint) from None
 
@@ -60,42 +72,28 @@ def read_data(paths: tuple[Path, ...], tokens: int) -> Corpus:
     return Corpus(tuple(text for part in parts for text in part.texts), sum(part.bytes for part in parts))
 
 
-def model_of(name: str) -> tuple[str, dict[str, Any], Path | None]:
-    """Return family, config and, for a model folder, the folder; raise `UserError` or `ManifestError`."""
+def model_of(name: str) -> Pretrained:
+    """Return the model that --model names: a folder, a config file or a built-in name; raise `TrainerError`."""
     path = Path(name)
-    if not path.exists():
-        preset = preset_of(name)
-        return preset.family, dict(preset.config), None
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text())
-        family = config["model_type"]
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.", "give a model folder or a config file") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a model config.", "it must be JSON with a model_type") from None
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        raise UserError(
-            f"{path} holds weights, and training on from weights is not supported yet.",
-            "give its config.json to train the same architecture from scratch",
-        )
-    plain = {key: value for key, value in config.items() if isinstance(value, (int, float, bool, str))}
-    return str(family), plain, path if path.is_dir() else None
+    if path.exists():
+        return read_pretrained(path)
+    preset = preset_of(name)
+    return Pretrained(preset.family, dict(preset.config))
 
 
-def _tokenizer(folder: Path | None, corpus: Corpus, config: dict[str, Any]) -> Tokenizer:
-    if folder is not None and (folder / "tokenizer.json").exists():
-        return open_tokenizer(folder)
-    vocabulary = int(config.get("vocab_size", 0))
+def _tokenizer(model: Pretrained, corpus: Corpus) -> Tokenizer:
+    if model.tokenizer is not None:
+        return open_tokenizer(model.tokenizer)
+    vocabulary = int(model.config.get("vocab_size", 0))
     if vocabulary <= 512:
         return byte_tokenizer()
     return train_tokenizer(corpus.texts, vocabulary)
 
 
-def _draft(train: TrainConfig, family: str, config: dict[str, Any], tokenizer: Tokenizer) -> TaskManifest:
+def _draft(train: TrainConfig, model: Pretrained, tokenizer: Tokenizer) -> TaskManifest:
     return TaskManifest(
-        family=family,
-        config=config,
+        family=model.family,
+        config=model.config,
         seed=train.seed,
         tokenizer=tokenizer.name,
         stages=train.stages,
@@ -120,5 +118,7 @@ def _refuse_unsupported(train: TrainConfig) -> None:
     for flag, is_set in wanted.items():
         if is_set:
             raise UserError(f"{flag} is not supported yet.", "leave the flag out", USAGE)
+    if train.save_every < 0:
+        raise UserError("--save-every cannot be negative.", "0 saves at the end only", USAGE)
     if train.out.exists() and not train.out.is_dir():
         raise UserError(f"{train.out} is not a folder.", "choose another folder with --out", USAGE)

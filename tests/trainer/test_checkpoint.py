@@ -141,8 +141,9 @@ def test_a_run_over_the_rest_is_the_undisturbed_run(tmp_path: Path) -> None:
 
 
 def test_a_verified_checkpoint_stays_beside_an_unverified_one_of_its_task(tmp_path: Path) -> None:
-    other, mine = replace(checkpoint(step=9), task="other"), replace(checkpoint(step=2), task="mine")
-    newer = replace(checkpoint(step=3), task="mine", generation=4, is_verified=False)
+    task = "0a" * 32
+    other, mine = replace(checkpoint(step=9), task="ff" * 32), replace(checkpoint(step=2), task=task)
+    newer = replace(checkpoint(step=3), task=task, generation=4, is_verified=False)
     save(other, tmp_path)
     save(newer, tmp_path)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-0000000003-unverified"]
@@ -151,9 +152,9 @@ def test_a_verified_checkpoint_stays_beside_an_unverified_one_of_its_task(tmp_pa
     save(mine, tmp_path)
     save(newer, tmp_path)
     back, fallback = resume(tmp_path), resume(tmp_path, is_verified=True)
-    assert (back.step, back.task, back.generation, back.is_verified) == (3, "mine", 4, False)
+    assert (back.step, back.task, back.generation, back.is_verified) == (3, task, 4, False)
     assert (fallback.step, fallback.generation, fallback.is_verified) == (2, -1, True)
-    save(replace(checkpoint(step=4), task="mine"), tmp_path)
+    save(replace(checkpoint(step=4), task=task), tmp_path)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-0000000004"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,6 +43,10 @@ class Family(Protocol):
     """One architecture, cut at decoder-layer boundaries."""
 
     name: str
+
+    def read(self, found: Mapping[str, object]) -> Config:
+        """Return the settings in a Hugging Face `config.json`; raise `ManifestError` for what is not supported."""
+        ...
 
     def complete(self, config: Config) -> Config:
         """Return `config` checked and with every default filled in; raise `ManifestError`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trainer.errors import ManifestError, ManifestReason
@@ -32,6 +33,14 @@ _DEFAULTS: Config = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+# what a config.json may say besides: of no effect on training, or only at this value
+_IDLE = frozenset(
+    (
+        "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+        "bos_token_id", "eos_token_id", "pad_token_id",
+    )
+)  # fmt: skip
+_NEUTRAL: dict[str, object] = {"attention_dropout": 0.0, "pretraining_tp": 1, "rope_scaling": None}
 _FIXED: Config = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 # what elementwise work costs, in multiply-adds of a matrix product: fitted to measured stages of four shapes
 _SOFTMAX_COST = 48  # per vocabulary entry: softmax, loss and their gradients
@@ -54,6 +63,15 @@ def _checked_rate(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
         raise _refuse(f"The model's {key} must be a number above {low:g} and at most {high:g}.")
     return float(value)
+
+
+def _rope_theta(parameters: object) -> float:
+    """Return the base of the rotary positions; raise `ManifestError` unless they are the plain ones."""
+    if not isinstance(parameters, Mapping) or not set(parameters) <= {"rope_type", "rope_theta"}:
+        raise _refuse("The model's rope_parameters are not known.", ManifestReason.UNKNOWN_SETTING)
+    if parameters.get("rope_type", "default") != "default":
+        raise _refuse("The model's rope_type must be 'default'.", ManifestReason.UNKNOWN_SETTING)
+    return _checked_rate("rope_theta", parameters.get("rope_theta", _DEFAULTS["rope_theta"]))
 
 
 class Llama:
@@ -79,6 +97,23 @@ class Llama:
             full[key] = _checked_rate(key, full[key])
         self._check_shape(full)
         return full
+
+    def read(self, found: Mapping[str, object]) -> Config:
+        """Return the settings in a `config.json`; raise `ManifestError` for one that would change the model."""
+        config: Config = {}
+        for key, value in found.items():
+            if key in _SIZES or key in _DEFAULTS:
+                if isinstance(value, (int, float, str)):
+                    config[key] = value
+                elif value is not None:
+                    raise _refuse(f"The model's {key} cannot be {str(value)[:64]!r}.")
+            elif key == "rope_parameters":
+                config["rope_theta"] = _rope_theta(value)
+            elif key in _NEUTRAL and value != _NEUTRAL[key]:
+                raise _refuse(f"The model's {key} must be {_NEUTRAL[key]!r}.", ManifestReason.UNKNOWN_SETTING)
+            elif key not in _NEUTRAL and key not in _IDLE and not key.startswith("_"):
+                raise _refuse(f"The model setting {key[:64]!r} is not known.", ManifestReason.UNKNOWN_SETTING)
+        return config
 
     def _check_shape(self, config: Config) -> None:
         if config["tie_word_embeddings"] is not False:

@@ -1,0 +1,101 @@
+"""A small network of real peers in this process, and clients that train on it."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import trio
+
+from tdml_p2p.bootstrap import private_genesis
+from tdml_p2p.config import PeerConfig, TrainConfig
+from tdml_p2p.home import Home
+from tdml_p2p.peer import Peer, open_peer
+from tdml_p2p.swarm.client import SwarmClient
+from tdml_p2p.swarm.preparation import prepare
+
+LOCAL = ("/ip4/127.0.0.1/tcp/0",)
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def write_inputs(folder: Path) -> tuple[Path, Path]:
+    """Write a model config and a corpus below `folder`; return both files."""
+    model, data = folder / "config.json", folder / "corpus.txt"
+    model.write_text(json.dumps(MODEL))
+    data.write_text("".join(f"line {number}: {number * number % 97} apples\n" for number in range(400)))
+    return model, data
+
+
+def settings(folder: Path, **changes: Any) -> TrainConfig:
+    """Return a run of a few steps of a tiny model, its inputs and output below `folder`."""
+    model, data = write_inputs(folder)
+    values = {"steps": 6, "batch": 2, "microbatches": 2, "sequence": 8, "stages": 2, "replicas": 1, **changes}
+    return TrainConfig(model=str(changes.pop("model", model)), data=(data,), out=folder / "out", **values)
+
+
+@asynccontextmanager
+async def swarm(folder: Path, workers: int = 2) -> AsyncIterator[tuple[Peer, ...]]:
+    """Run a founder that validates and audits, and peers that take seats; blocks come many times a second."""
+    torch.set_num_threads(1)
+    home = Home(folder / "founder")
+    home.create()
+    genesis = private_genesis(home.load_key(), 1_700_000_000_000)
+    params = msgspec.structs.replace(genesis.params, block_interval_ms=50, heartbeat_ms=150, formation_blocks=6)
+    home.save_genesis(msgspec.structs.replace(genesis, params=params))
+    async with AsyncExitStack() as stack:
+        founder = await stack.enter_async_context(open_peer(_config(home.path, work=False)))
+        peers = [founder]
+        for index in range(workers):
+            config = _config(folder / f"worker-{index}", founder.invite)
+            peers.append(await stack.enter_async_context(open_peer(config)))
+        yield tuple(peers)
+
+
+def _config(home: Path, *join: str, work: bool = True, validate: bool = True) -> PeerConfig:
+    return PeerConfig(home=home, join=join, listen=LOCAL, work=work, validate=validate, status_port=-1)
+
+
+@dataclass
+class Client:
+    """One start of `tdml-peer train`; `crash` ends it as kill -9 would, `client.interrupt` as Ctrl-C."""
+
+    train: TrainConfig
+    invite: str
+    on_event: Callable[["Client", dict[str, Any]], None] = lambda client, event: None
+    home: Path | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    client: SwarmClient | None = None
+
+    def report(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self.on_event(self, event)
+
+    def crash(self) -> None:
+        self.scope.cancel()
+
+    def of(self, kind: str, key: str = "step") -> list[Any]:
+        """Return one field of every event of a kind."""
+        return [event[key] for event in self.events if event["event"] == kind]
+
+    async def run(self, seconds: float = 120.0) -> int | None:
+        """Return the exit code, None after a crash."""
+        prepared = await trio.to_thread.run_sync(prepare, self.train)
+        config = _config(self.home or self.train.out / ".peer", self.invite, work=False, validate=False)
+        with self.scope, trio.fail_after(seconds):
+            async with open_peer(config) as peer:
+                self.client = SwarmClient(peer, prepared, self.train, self.report)
+                return await self.client.run()
+        return None
