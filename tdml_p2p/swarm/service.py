@@ -65,6 +65,7 @@ class SwarmService:
         )
         self._sessions: dict[bytes, WorkerSession] = {}
         self._applied: set[bytes] = set()
+        self._taken: set[bytes] = set()
         self._wanted: set[bytes] = set()
         self._sources: list[Callable[[bytes], memoryview | None]] = []
         self.describe_more: Callable[[Wanted], Descriptor | None] = lambda _: None
@@ -109,7 +110,8 @@ class SwarmService:
         seat = next((w for w in state.workers(task.id) if w.account == self._account), None)
         if session is not None:
             session.on_task(task)
-        if seat is not None and seat.is_seated and seat.stage >= 0 and session is None:
+        if seat is not None and seat.is_seated and seat.stage >= 0 and task.id not in self._taken:
+            self._taken.add(task.id)  # at once: building the stage may take longer than a block
             nursery.start_soon(self._work, task, seat.stage, manifest)
         is_free = seat is None and task.id not in self._applied and not state.account(self._account).barred
         if is_free and self._peer.config.work and peer_id(task.client) != self._peer.name:
