@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from train_kit import Client, settings, swarm
+from safetensors.torch import load_file
+from train_kit import MODEL, Client, settings, swarm, worker
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tdml_p2p.config import TrainConfig
+from tdml_p2p.peer import open_peer
 from tdml_p2p.swarm.preparation import prepare
-from trainer.checkpoint import Checkpoint, resume, whole_tensors
+from trainer.checkpoint import resume, whole_tensors
 from trainer.local import train_locally, whole
+from trainer.state import state_of_weights
+from trainer.tokens import byte_tokenizer
 
 pytestmark = [pytest.mark.trio, pytest.mark.slow]
 
@@ -29,7 +34,7 @@ def assert_as_undisturbed(train: TrainConfig) -> None:
 
 
 async def test_a_killed_run_goes_on_from_its_newest_verified_checkpoint(tmp_path: Path) -> None:
-    train = settings(tmp_path, steps=30, save_every=3)
+    train = settings(tmp_path, steps=24, save_every=3)
 
     def kill(client: Client, event: dict[str, Any]) -> None:
         if event["event"] == "saved":
@@ -50,3 +55,49 @@ async def test_a_killed_run_goes_on_from_its_newest_verified_checkpoint(tmp_path
         old = peers[0].engine.state.task(bytes.fromhex(first.of("posted", "task")[0]))
         assert old is None or not old.is_open
     assert_as_undisturbed(train)
+
+
+async def test_an_interrupted_run_goes_on_at_the_next_step_with_workers_that_start_anew(tmp_path: Path) -> None:
+    train = settings(tmp_path, steps=8, stages=1, save_every=0)
+
+    def interrupt(client: Client, event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 4:
+            assert client.client is not None
+            client.client.interrupt()
+
+    async with swarm(tmp_path, workers=0) as (founder,):
+        first, second = Client(train, founder.invite, interrupt), Client(replace(train, resume=True), founder.invite)
+        async with open_peer(worker(tmp_path, 0, founder.invite)):
+            assert await first.run() == 130
+        checkpoint = resume(train.out)
+        assert first.of("saved") == [4]
+        assert (checkpoint.step, checkpoint.task, checkpoint.generation) == (4, *first.of("posted", "task"), 0)
+        async with open_peer(worker(tmp_path, 0, founder.invite)):
+            assert await second.run() == 0
+    assert second.of("posted", "task") == first.of("posted", "task")
+    assert second.of("step") == [5, 6, 7, 8]
+    assert_as_undisturbed(train)
+    assert (train.out / "chain.db").stat().st_size > 0
+    assert len((train.out / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+async def test_training_on_from_a_model_folder(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    torch.manual_seed(4)
+    LlamaForCausalLM(LlamaConfig(**MODEL)).to(torch.bfloat16).save_pretrained(base)
+    for name, data in byte_tokenizer().files(32).items():
+        (base / name).write_bytes(data)
+    train = settings(tmp_path, steps=3, model=str(base))
+    prepared = prepare(train)
+    given = whole_tensors(prepared.manifest, prepared.states)
+    for name, tensor in load_file(base / "model.safetensors").items():
+        assert torch.equal(given[name], tensor.float())
+    async with swarm(tmp_path) as (founder, *_):
+        client = Client(train, founder.invite)
+        assert await client.run() == 0
+    uncut = whole(prepared.manifest)
+    start = state_of_weights(uncut, 0, given)
+    expected = whole_tensors(uncut, (train_locally(uncut, prepared.batches, 3, state=start),))
+    for name, tensor in load_file(train.out / "model.safetensors").items():
+        assert float((tensor - expected[name]).norm() / expected[name].norm()) < 1e-5
+        assert not torch.equal(tensor, given[name])

@@ -41,8 +41,8 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
 def settings(folder: Path, **changes: Any) -> TrainConfig:
     """Return a run of a few steps of a tiny model, its inputs and output below `folder`."""
     model, data = write_inputs(folder)
-    values = {"steps": 6, "batch": 2, "microbatches": 2, "sequence": 8, "stages": 2, "replicas": 1, **changes}
-    return TrainConfig(model=str(changes.pop("model", model)), data=(data,), out=folder / "out", **values)
+    values = {"steps": 6, "batch": 2, "microbatches": 2, "sequence": 8, "stages": 2, "replicas": 1}
+    return TrainConfig(**{"model": str(model), "data": (data,), "out": folder / "out", **values, **changes})
 
 
 @asynccontextmanager
@@ -58,9 +58,13 @@ async def swarm(folder: Path, workers: int = 2) -> AsyncIterator[tuple[Peer, ...
         founder = await stack.enter_async_context(open_peer(_config(home.path, work=False)))
         peers = [founder]
         for index in range(workers):
-            config = _config(folder / f"worker-{index}", founder.invite)
-            peers.append(await stack.enter_async_context(open_peer(config)))
+            peers.append(await stack.enter_async_context(open_peer(worker(folder, index, founder.invite))))
         yield tuple(peers)
+
+
+def worker(folder: Path, index: int, invite: str) -> PeerConfig:
+    """Return the settings of a peer that takes seats."""
+    return _config(folder / f"worker-{index}", invite)
 
 
 def _config(home: Path, *join: str, work: bool = True, validate: bool = True) -> PeerConfig:
