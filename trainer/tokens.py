@@ -23,19 +23,20 @@ Tokens = npt.NDArray[np.int32]
 
 
 class Tokenizer:
-    """Text to token ids and back, over a `tokenizers` backend."""
+    """Text to token ids and back, over a `tokenizers` backend; `end_token` ends a document."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, end_token: str = END) -> None:
         self._backend = backend
-        end = backend.token_to_id(END)
+        end = backend.token_to_id(end_token)
         if end is None:
             raise DataError(
                 DataReason.VOCABULARY,
-                f"The tokenizer has no {END} token.",
-                "Use bytes, or a tokenizer that was trained by `train`.",
+                f"The tokenizer has no {end_token[:64]} token.",
+                "Name the token that ends a document as eos_token in tokenizer_config.json.",
             )
         self.end: int = end
-        self.is_bytes = backend.get_vocab_size() == MIN_VOCABULARY and end == 256
+        self._end_token = end_token
+        self.is_bytes = backend.get_vocab_size() == MIN_VOCABULARY and (end, end_token) == (256, END)
 
     @property
     def vocabulary(self) -> int:
@@ -74,7 +75,7 @@ class Tokenizer:
         """Return the files, by name, that `AutoTokenizer.from_pretrained` needs beside a model."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END,
+            "eos_token": self._end_token,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context,
         }
@@ -107,21 +108,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return _with_end(backend)
 
 
-def load_tokenizer(data: bytes) -> Tokenizer:
+def load_tokenizer(data: bytes, end_token: str = END) -> Tokenizer:
     """Return the tokenizer of a `tokenizer.json`; raise `DataError`."""
     try:
         backend = Backend.from_str(data.decode())
     except Exception as error:  # noqa: BLE001  the library raises bare Exception for every malformed file
         raise DataError(DataReason.UNREADABLE, f"The tokenizer cannot be read: {str(error)[:200]}.") from None
-    return Tokenizer(backend)
+    return Tokenizer(backend, end_token)
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a model folder; raise `DataError`."""
     try:
-        return load_tokenizer((folder / FILES[0]).read_bytes())
+        return load_tokenizer((folder / FILES[0]).read_bytes(), _end_token(folder / FILES[1]))
     except OSError as error:
         raise DataError(DataReason.UNREADABLE, f"The tokenizer of {folder} cannot be read: {error.strerror}.") from None
+
+
+def _end_token(settings: Path) -> str:
+    """Return the `eos_token` of a tokenizer_config.json, text or an object with its content; by default ours."""
+    try:
+        token = json.loads(settings.read_text()).get("eos_token")
+    except FileNotFoundError:
+        return END
+    except (ValueError, AttributeError, RecursionError):
+        raise DataError(DataReason.UNREADABLE, f"{settings} is not a tokenizer's settings.") from None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else END
 
 
 def _with_end(backend: Backend) -> Tokenizer:

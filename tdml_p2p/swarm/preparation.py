@@ -114,10 +114,11 @@ def _refuse_unsupported(train: TrainConfig) -> None:
         "--private": train.private,
         "--redundancy": train.redundancy != 1,
         "--compress": train.compress != "none",
+        "--precision": train.precision != "fp32",
     }
     for flag, is_set in wanted.items():
         if is_set:
-            raise UserError(f"{flag} is not supported yet.", "leave the flag out", USAGE)
+            raise UserError(f"{flag} is not supported yet.", "leave the flag out, its default is supported", USAGE)
     if train.save_every < 0:
         raise UserError("--save-every cannot be negative.", "0 saves at the end only", USAGE)
     if train.out.exists() and not train.out.is_dir():

@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from trainer.errors import DataError, DataReason
@@ -52,4 +54,24 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
         load_tokenizer(b"{}")
     assert caught.value.reason == DataReason.UNREADABLE
     with pytest.raises(DataError):
+        open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("eos_token", ["</s>", {"content": "</s>", "special": True}])
+def test_a_folder_names_the_token_that_ends_a_document(eos_token: object, tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "word": 2}, unk_token="<unk>"))
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    with pytest.raises(DataError, match="endoftext"):
+        open_tokenizer(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"eos_token": eos_token}))
+    tokenizer = open_tokenizer(tmp_path)
+    assert (tokenizer.end, tokenizer.is_bytes) == (1, False)
+    assert tokenizer.encode(["word", "word"]).tolist() == [2, 1, 2, 1]
+    for name, data in tokenizer.files(16).items():
+        (tmp_path / name).write_bytes(data)
+    assert open_tokenizer(tmp_path).name == tokenizer.name
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"
+    settings.write_text("[")
+    with pytest.raises(DataError, match="settings"):
         open_tokenizer(tmp_path)
