@@ -49,15 +49,15 @@ class DemoNetwork:
         return "worker" if self.is_worker(index) else "auditor"
 
 
-def create_network(folder: Path, peers: int, workers: int) -> DemoNetwork:
-    """Return a fresh network of `peers` homes and a client's below `folder`."""
+def create_network(folder: Path, peers: int, workers: int, params: Params | None = None) -> DemoNetwork:
+    """Return a fresh network of `peers` homes and a client's below `folder`, by default with the usual parameters."""
     homes = [Home(folder / f"peer-{index}") for index in range(peers)]
     client = Home(folder / "client")
     keys = [_key(home) for home in (*homes, client)]
     genesis = Genesis(
         name=b"demo",
         timestamp=int(time.time() * 1000),
-        params=Params(),
+        params=params or Params(),
         accounts=tuple(Allocation(key.account, FUNDS) for key in keys),
         validators=tuple(GenesisValidator(key.account, STAKE, onion_of(key).tip) for key in keys[:-1]),
     )

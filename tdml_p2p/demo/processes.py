@@ -74,6 +74,13 @@ class Child:
             await self.process.wait()
 
 
+async def stop_all(children: Sequence[Child]) -> None:
+    """End the processes together: one after the other, the last would wait for all graces before its own."""
+    async with trio.open_nursery() as nursery:
+        for one in children:
+            nursery.start_soon(one.stop)
+
+
 @asynccontextmanager
 async def child(name: str, module: str, arguments: Sequence[str], log: Path) -> AsyncIterator[Child]:
     """Run `python -m module arguments` and stop it on leaving the block."""

@@ -3,7 +3,7 @@
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from tdml_p2p.demo.network import DemoNetwork, create_network
-from tdml_p2p.demo.processes import Child, ChildFailed, child
+from tdml_p2p.demo.processes import Child, ChildFailed, child, stop_all
 from tdml_p2p.errors import USAGE, UserError
 from tdml_p2p.plain_errors import plain_errors
 from trainer.data import standard_library
@@ -130,14 +130,7 @@ async def _peers(config: DemoConfig, network: DemoNetwork, report: Report) -> As
             finally:
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
-                    await _stop_all((first, *others))
-
-
-async def _stop_all(children: Sequence[Child]) -> None:
-    """End the processes together: one after the other, the last would wait for all graces before its own."""
-    async with trio.open_nursery() as nursery:
-        for one in children:
-            nursery.start_soon(one.stop)
+                    await stop_all((first, *others))
 
 
 def _peer(network: DemoNetwork, index: int, invite: str, config: DemoConfig) -> Any:
