@@ -59,10 +59,14 @@ class BlobStore:
 
     async def index(self, address: bytes) -> BlobIndex | None:
         """Return the index of a held blob."""
+        held = self._in_memory(address)
+        if held is None and self.path(address) is None:
+            # What a source held a moment ago may be gone.
+            self._indexes.pop(address, None)
+            return None
         if address in self._indexes:
             self._indexes.move_to_end(address)
             return self._indexes[address]
-        held = self._in_memory(address)
         if held is not None:
             index = await _index(memoryview(held).cast("B"))
             # A source that returns other bytes than it was asked for holds nothing.

@@ -90,9 +90,9 @@ class Blobs:
 
     async def fetch(self, address: bytes, providers: Sequence[str], limit: int = MAX_BLOB_BYTES) -> memoryview:
         """Return a blob of up to `limit` bytes, local or from `providers`; raise `BlobUnavailable`."""
-        index = await self.store.index(address)
-        if index is not None:
-            return await self._read_local(address, index, limit)
+        held = await self._read_local(address, limit)
+        if held is not None:
+            return held
         transfer = _Transfer(self._requests, self._limits, address, providers, limit)
         index = await transfer.find()
         buffer = memoryview(bytearray(index.size))
@@ -121,14 +121,21 @@ class Blobs:
         await transfer.run(missing, keep)
         return await trio.to_thread.run_sync(self.store.adopt, address, index, part)
 
-    async def _read_local(self, address: bytes, index: BlobIndex, limit: int) -> memoryview:
+    async def _read_local(self, address: bytes, limit: int) -> memoryview | None:
+        """Return a held blob; None when it is not here, or no longer, or damaged: others may have it."""
+        index = await self.store.index(address)
+        if index is None:
+            return None
         if index.size > limit:
             raise BlobUnavailable(f"{address.hex()} has {index.size} bytes, the limit is {limit}")
         buffer = memoryview(bytearray(index.size))
-        for number in range(len(index.chunks)):
+        for number, expected in enumerate(index.chunks):
             chunk = await self.store.chunk(address, number)
-            if chunk is None or blake3(chunk).digest() != index.chunks[number]:
-                raise BlobUnavailable(f"{address.hex()} is damaged in the local store")
+            if chunk is None:
+                return None
+            if blake3(chunk).digest() != expected:
+                log.warning("a blob is damaged in the local store", address=address.hex())
+                return None
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
         return buffer
 

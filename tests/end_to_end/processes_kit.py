@@ -85,8 +85,8 @@ async def network(folder: Path, peers: int, workers: int) -> AsyncIterator[Swarm
             await swarm.peers[index].expect("ready", PATIENCE)
             nursery.start_soon(swarm.peers[index].drain)
         yield swarm
-        nursery.cancel_scope.cancel()
         await stop_all(list(swarm.peers.values()))
+        nursery.cancel_scope.cancel()
     killed = [index for index, running in swarm.peers.items() if running.process.returncode == -signal.SIGKILL]
     assert_nothing_left(swarm.network.homes, [swarm.home(index) for index in killed])
 
@@ -128,7 +128,8 @@ async def client(swarm: Swarm, train: TrainConfig) -> AsyncIterator[Child]:
     arguments = [
         "train", "--home", str(swarm.network.client_home), *LOCAL, "--join", swarm.invite,
         "--model", train.model, "--data", str(train.data[0]), "--out", str(train.out), "--steps", str(train.steps),
-        "--stages", str(train.stages), "--replicas", str(train.replicas), *shape, *resuming,
+        "--stages", str(train.stages), "--replicas", str(train.replicas),
+        "--save-every", str(train.save_every), *shape, *resuming,
     ]  # fmt: skip
     async with child("client", "cli.peer", arguments, swarm.folder / "client.txt") as running:
         yield running

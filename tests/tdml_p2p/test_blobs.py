@@ -48,6 +48,21 @@ async def test_sources_are_asked_and_believed_only_when_true() -> None:
     assert await store.index(bytes(32)) is None
 
 
+async def test_what_is_held_no_longer_or_damaged_comes_from_others(tmp_path: Path) -> None:
+    data = content(CHUNK_BYTES + 5)
+    async with meshed(2) as (holder, asker):
+        address = await holder.blobs.put(data)
+        mine: dict[bytes, bytes] = {address: data}
+        asker.blobs.add_source(mine.get)
+        assert await asker.blobs.fetch(address, []) == data
+        mine.clear()
+        assert await asker.blobs.fetch(address, [holder.peer]) == data
+        asker.blobs.store = BlobStore(tmp_path)
+        await asker.blobs.put(data)
+        (tmp_path / address.hex()).write_bytes(data[:-1] + b"?")
+        assert await asker.blobs.fetch(address, [holder.peer]) == data
+
+
 async def test_a_full_disk_has_a_name_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = BlobStore(tmp_path)
 
