@@ -1,0 +1,42 @@
+"""The demonstration from end to end: the loss falls, the cheat is evicted and slashed, and the evidence is there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes_kit import commands
+
+PYTHON = (sys.executable, "-m")
+
+
+def run(*arguments: str, seconds: float = 60) -> str:
+    ended = subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, timeout=seconds, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:] + ended.stdout[-2000:]
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_the_demonstration_ends_as_it_says(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    lines = run("cli.peer", "demo", "--out", str(out), "--json", seconds=600).splitlines()
+    events: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    kinds = {event["kind"] for event in events if event["event"] == "chain"}
+    assert {"seated", "drawn", "passed", "disputed", "opinion", "ballot", "convicted", "evicted", "slashed"} <= kinds
+    result = events[-1]
+    assert result["event"] == "result"
+    assert result["ok"] is True
+    assert result["loss_last"] < result["loss_first"] - 0.5
+    assert len(result["evicted"]) == 1
+    assert result["evicted"] == result["expected"]
+    assert max(event["step"] for event in events if event["event"] == "step") == 40
+    assert not [line for line in commands() if str(out) in line or "tdml-demo" in line]
+    database = ("--db", str(out / "chain.db"), "-o", "json")
+    assert json.loads(run("cli.chain", "db", "check", *database))["data"]["ok"] is True
+    [conviction] = json.loads(run("cli.chain", "evidence", *database))["data"]
+    audit = json.loads(run("cli.chain", "audit", conviction["subject"], *database))["data"]
+    assert audit["worker"] == result["evicted"][0]
+    text = run("cli.peer", "generate", "--model", str(out), "--prompt", "def ", "--tokens", "8")
+    assert text.startswith("def ")
