@@ -22,6 +22,7 @@ from trainer.worker_ports import StateUnavailable
 log = structlog.get_logger(__name__)
 
 _FETCH_SECONDS = 120.0
+_PAUSES = (0.1, 0.3, 1.0)
 
 
 class Saver:
@@ -61,7 +62,8 @@ class Saver:
                 if states is not None:
                     await self._write(states)
             except (StateUnavailable, KeyError, TaskEnded) as error:
-                log.warning("checkpoint left out", step=event.step, reason=str(error))
+                step = self._posted.prepared.manifest.start + event.step
+                log.warning("checkpoint left out", step=step, reason=str(error))
             except CheckpointError as error:
                 self._report({"event": "not-saved", "reason": error.sentence, "hint": error.hint})
 
@@ -84,7 +86,7 @@ class Saver:
             generation, step = governor.current().generation, coordinator.step
             for candidate, at in ((step, generation), (step - 1, -1)):
                 try:
-                    states = await coordinator.fetch_states(candidate)
+                    states = await _fetch(coordinator, candidate)
                 except (StateUnavailable, KeyError) as error:
                     log.warning("state not fetched", step=candidate, reason=str(error))
                     continue
@@ -105,7 +107,7 @@ class Saver:
         """Return the states after a step once it has settled, None after a rollback."""
         if governor.current().generation != event.generation:
             return None
-        states = await coordinator.fetch_states(event.step)
+        states = await _fetch(coordinator, event.step)
         if governor.current().generation != event.generation:
             return None
         members = await governor.settled(event.step)
@@ -135,6 +137,17 @@ class Saver:
             await trio.to_thread.run_sync(save, checkpoint, self._out)
         self.saved = step
         self._report({"event": "saved", "out": str(self._out), "step": step})
+
+
+async def _fetch(coordinator: Coordinator, step: int) -> tuple[StageState, ...]:
+    """Return the states after a step, asked for again while its commit may still be on the way to the workers."""
+    for pause in _PAUSES:
+        try:
+            return await coordinator.fetch_states(step)
+        except StateUnavailable as error:
+            log.debug("state not there yet", step=step, reason=str(error))
+        await trio.sleep(pause)
+    return await coordinator.fetch_states(step)
 
 
 async def copy_chain(source: Path, out: Path) -> None:

@@ -18,6 +18,7 @@ from chain.transactions import CloseTask, Payload, PostTask
 from tdml_p2p.config import TrainConfig
 from tdml_p2p.errors import USAGE, UserError
 from tdml_p2p.peer import Peer
+from tdml_p2p.swarm import saving
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
 from tdml_p2p.swarm.posting import Posted, Poster
 from tdml_p2p.swarm.preparation import Prepared, prepare
@@ -34,6 +35,11 @@ KEY = PrivateKey(bytes(range(32)))
 TASK = "0c" * 32
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "_PAUSES", (0.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +208,7 @@ class FakeSwarm:
     def __init__(self, train: TrainConfig, step: int = 4) -> None:
         self.step = step
         self.lacking: set[int] = set()
+        self.late: list[int] = []
         self.members = Members(0, 0, ())
         self.settles: Callable[[], None] = lambda: None
         self.task = SimpleNamespace(generation=0, settled=0)
@@ -209,6 +216,9 @@ class FakeSwarm:
 
     async def fetch_states(self, step: int) -> tuple[StageState, ...]:
         await trio.lowlevel.checkpoint()
+        if step in self.late:
+            self.late.remove(step)
+            raise StateUnavailable("not committed yet")
         if step in self.lacking:
             raise StateUnavailable("gone")
         return states_of(self._manifest, step)
@@ -251,6 +261,15 @@ async def test_every_so_many_steps_a_verified_state_is_saved_but_not_the_last(tm
     checkpoint = resume(train.out)
     assert (checkpoint.step, checkpoint.task, checkpoint.generation, checkpoint.is_verified) == (2, TASK, -1, True)
     assert [step for step, _ in checkpoint.losses] == [1, 2]
+
+
+@pytest.mark.trio
+async def test_a_state_whose_commit_is_on_its_way_is_asked_for_again(tmp_path: Path) -> None:
+    train, events = settings(tmp_path), []
+    fake = FakeSwarm(train)
+    fake.late = [2, 2]
+    await save_periodically(saver_of(train, events), fake, 2)
+    assert [event["step"] for event in events] == [2]
 
 
 @pytest.mark.trio
