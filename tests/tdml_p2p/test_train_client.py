@@ -95,9 +95,26 @@ async def test_training_on_from_a_model_folder(tmp_path: Path) -> None:
     async with swarm(tmp_path) as (founder, *_):
         client = Client(train, founder.invite)
         assert await client.run() == 0
+    assert client.of("evicted") == []
     uncut = whole(prepared.manifest)
     start = state_of_weights(uncut, 0, given)
     expected = whole_tensors(uncut, (train_locally(uncut, prepared.batches, 3, state=start),))
     for name, tensor in load_file(train.out / "model.safetensors").items():
         assert float((tensor - expected[name]).norm() / expected[name].norm()) < 1e-5
         assert not torch.equal(tensor, given[name])
+
+
+async def test_an_interruption_before_the_first_step_closes_the_task(tmp_path: Path) -> None:
+    train = settings(tmp_path)
+
+    def interrupt(client: Client, event: dict[str, Any]) -> None:
+        assert event["event"] == "posted"
+        assert client.client is not None
+        client.client.interrupt()
+
+    async with swarm(tmp_path, workers=0) as (founder,):
+        client = Client(train, founder.invite, interrupt)
+        assert await client.run() == 130
+        task = founder.engine.state.task(bytes.fromhex(client.of("posted", "task")[0]))
+        assert task is None or not task.is_open
+    assert not (train.out / "state").exists()

@@ -94,7 +94,7 @@ class Client:
         """Return one field of every event of a kind."""
         return [event[key] for event in self.events if event["event"] == kind]
 
-    async def run(self, seconds: float = 120.0) -> int | None:
+    async def run(self, seconds: float = 60.0) -> int | None:
         """Return the exit code, None after a crash."""
         prepared = await trio.to_thread.run_sync(prepare, self.train)
         config = _config(self.home or self.train.out / ".peer", self.invite, work=False, validate=False)
