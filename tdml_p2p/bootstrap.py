@@ -13,7 +13,7 @@ from chain.genesis import Allocation, Genesis, GenesisValidator
 from chain.keys import PrivateKey, peer_id
 from chain.params import Params
 from chain.randomness import onion_of
-from tdml_p2p.errors import UNREACHABLE, USAGE, UserError
+from tdml_p2p.errors import FAILED, USAGE, UserError
 from tdml_p2p.home import Home, other_network, read_genesis
 from tdml_p2p.host import Network
 from tdml_p2p.invite import Invite
@@ -129,7 +129,7 @@ async def join_network(network: Network, origin: Origin) -> Genesis:
         raise UserError(
             f"No peer of the network could be reached ({'; '.join(failures)[:300]}).",
             "check the invite line, that the inviting peer runs, and that its port is open",
-            UNREACHABLE,
+            FAILED,
         )
     return genesis
 
