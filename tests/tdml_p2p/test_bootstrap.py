@@ -20,7 +20,7 @@ from tdml_p2p.bootstrap import (
     private_genesis,
     serve_genesis,
 )
-from tdml_p2p.errors import UNREACHABLE, UserError
+from tdml_p2p.errors import FAILED, UserError
 from tdml_p2p.home import Home
 from tdml_p2p.host import Network, NetworkConfig
 from tdml_p2p.invite import Invite, invite_line
@@ -138,7 +138,7 @@ async def test_nobody_to_join_is_one_sentence_and_a_known_network_starts_alone()
         origin = Origin(GENESIS.chain_id, None, (Invite.parse(invite_to(GENESIS)),))
         with pytest.raises(UserError, match="No peer of the network could be reached") as caught:
             await join_network(joiner, origin)
-        assert caught.value.exit_code == UNREACHABLE
+        assert caught.value.exit_code == FAILED
         assert await join_network(joiner, replace(origin, genesis=GENESIS)) == GENESIS
 
 
