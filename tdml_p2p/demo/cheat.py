@@ -1,6 +1,7 @@
 """Entry point of the demonstration's dishonest peer: an ordinary peer with a faulty stage installed."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -24,14 +25,14 @@ def main() -> int:
     config = PeerConfig(home=options.home, join=(options.join,), listen=(options.listen,), threads=1)
     factory = faulty_factory(options.attack, options.from_step)
     try:
-        return trio.run(lambda: run_start(config, _silent, stage_factory=factory))
+        return trio.run(lambda: run_start(config, _print, stage_factory=factory))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _silent(_event: dict[str, object]) -> None:
-    """Report nothing: the demonstration watches the chain instead."""
+def _print(event: dict[str, object]) -> None:
+    print(json.dumps(event), flush=True)
 
 
 if __name__ == "__main__":

@@ -97,31 +97,12 @@ async def _peers(config: DemoConfig, network: DemoNetwork, report: Report) -> As
     """Run all peer processes; give the invite of the first."""
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(_peer(network, 0, "", config))
-        event = await first.expect("ready", _START_SECONDS)
-        invite = str(event["invite"])
-        report(
-            {
-                "event": "peer",
-                "name": network.names[0],
-                "role": network.role(0, config.cheat),
-                **_short(event),
-            }
-        )
+        invite = await _ready(first, network, 0, config, report)
         others = [
             await stack.enter_async_context(_peer(network, index, invite, config)) for index in range(1, config.peers)
         ]
         for index, other in enumerate(others, 1):
-            if network.is_cheat(index, config.cheat):
-                continue
-            event = await other.expect("ready", _START_SECONDS)
-            report(
-                {
-                    "event": "peer",
-                    "name": network.names[index],
-                    "role": network.role(index, config.cheat),
-                    **_short(event),
-                }
-            )
+            await _ready(other, network, index, config, report)
         async with trio.open_nursery() as nursery:
             for one in (first, *others):
                 nursery.start_soon(one.drain)
@@ -131,6 +112,14 @@ async def _peers(config: DemoConfig, network: DemoNetwork, report: Report) -> As
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
                     await stop_all((first, *others))
+
+
+async def _ready(running: Child, network: DemoNetwork, index: int, config: DemoConfig, report: Report) -> str:
+    """Wait until a peer serves, report it, and return its invite."""
+    event = await running.expect("ready", _START_SECONDS)
+    about = {"name": network.names[index], "role": network.role(index, config.cheat)}
+    report({"event": "peer", **about, "peer": event["peer"], "height": event["height"]})
+    return str(event["invite"])
 
 
 def _peer(network: DemoNetwork, index: int, invite: str, config: DemoConfig) -> Any:
@@ -211,10 +200,6 @@ def _judge(
         }
     )
     return 0 if has_learned and is_just else 1
-
-
-def _short(event: dict[str, Any]) -> dict[str, Any]:
-    return {"peer": event.get("peer"), "height": event.get("height")}
 
 
 def _keep_logs(folder: Path, out: Path) -> None:
