@@ -21,7 +21,7 @@ from tdml_p2p.swarm.preparation import Prepared, prepare
 from trainer.local import train_locally
 
 PATIENCE = 90.0
-QUICK = Params(block_interval_ms=400, heartbeat_ms=1000)
+QUICK = Params(block_interval_ms=600, heartbeat_ms=1200)
 LOCAL = ("--listen", "/ip4/127.0.0.1/tcp/0", "--json")
 CONFIG = {
     "model_type": "llama",
@@ -148,6 +148,15 @@ async def step_of(running: Child, events: list[dict[str, Any]], step: int) -> No
         if event["event"] == "step" and event["step"] >= step:
             return
     raise AssertionError(f"the run ended before step {step}: {running.log.read_text()[-2000:]}")
+
+
+async def printed(*arguments: str) -> Any:
+    """Return what a command prints as JSON."""
+    async with child("command", arguments[0], arguments[1:], Path("/dev/null")) as running:
+        assert running.process.stdout is not None
+        text = b"".join([part async for part in running.process.stdout])
+        assert await running.process.wait() == 0, text
+    return json.loads(text)
 
 
 def losses(events: list[dict[str, Any]]) -> list[float]:
