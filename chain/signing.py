@@ -103,7 +103,8 @@ class SigningRecord:
         try:
             signed = [self._record(vote, proposal) for vote, proposal in requests]
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
         return signed

@@ -106,7 +106,8 @@ class Store:
         try:
             yield
         finally:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
     def commit(self, block: Block, certificate: Certificate, before: State, executed: Executed) -> None:
         """Write everything of one height durably, or nothing."""
@@ -127,7 +128,8 @@ class Store:
             )
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
             raise
 
     def _write_state(self, before: State, changes: Changes) -> None:

@@ -72,7 +72,9 @@ def init(
 ) -> None:
     """Make a home: key, settings, and the genesis of a network."""
     from tdml_p2p.bootstrap import initialize
+    from tdml_p2p.logs import configure_logs
 
+    configure_logs("info")
     folder = home or default_home()
     made = initialize(folder, genesis)
     config = folder / settings.FILE

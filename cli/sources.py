@@ -112,14 +112,17 @@ class DatabaseSource:
         except FileNotFoundError:
             raise UserError(f"There is no database {path}.", "give the path of a chain.db") from None
         except StoreCorrupt as error:
-            raise UserError(str(error), "restore it from a copy, or remove it and sync again") from None
+            raise _damaged(error) from None
 
     def ask(self, query: str, arguments: dict[str, str]) -> Any:
         """Return the answer as a JSON value; raise `UserError`."""
         from chain.queries import QueryError, answer
+        from chain.store import StoreCorrupt
 
         try:
             return answer(self._reader, query, arguments)
+        except StoreCorrupt as error:
+            raise _damaged(error) from None
         except QueryError as error:
             raise UserError(error.message, error.hint, FAILED) from None
 
@@ -148,6 +151,10 @@ def _why(error: Exception) -> str:
             return "it broke off"
         case _:
             return str(error)
+
+
+def _damaged(error: Exception) -> UserError:
+    return UserError(str(error), "restore it from a copy, or remove it and sync again")
 
 
 def _json(data: bytes) -> Any:

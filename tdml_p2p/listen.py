@@ -1,5 +1,6 @@
 """Where a peer listens: what its owner says, else the same port at every start on each own address."""
 
+import errno
 import ipaddress
 import socket
 
@@ -22,7 +23,7 @@ _ELSEWHERE = ("192.0.2.1", 9)
 def listen_addresses(wanted: tuple[str, ...], account: bytes) -> tuple[str, ...]:
     """Return the addresses to listen on; a wildcard becomes the own addresses, which others can dial.
 
-    Raises `UserError` for an address that is no `/ip4|ip6/ADDRESS/tcp/PORT`.
+    Raises `UserError` for an address that is no `/ip4|ip6/ADDRESS/tcp/PORT`, or that is taken.
     """
     if not wanted:
         port = _usual_port(account)
@@ -34,6 +35,8 @@ def listen_addresses(wanted: tuple[str, ...], account: bytes) -> tuple[str, ...]
             found.extend(f"/ip4/{address}/tcp/{port}" for address in own_addresses())
         else:
             found.append(f"/{family}/{host}/tcp/{port}")
+    for address in found:
+        _refuse_taken(address)
     return tuple(dict.fromkeys(found))
 
 
@@ -58,14 +61,32 @@ def _usual_port(account: bytes) -> int:
     """Return this peer's own port, so that its invite outlives a restart; 0 when it is taken."""
     port = FIRST_PORT + int.from_bytes(digest("usual port", account)[:8], "big") % PORTS
     for address in own_addresses():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address, port))
-            except OSError:
-                log.warning("the usual port is taken; using any free one", port=port)
-                return 0
+        try:
+            _bind(address, port)
+        except OSError:
+            log.warning("the usual port is taken; using any free one", port=port)
+            return 0
     return port
+
+
+def _refuse_taken(text: str) -> None:
+    """Raise `UserError` unless the address is free: libp2p would share a port with another peer of this machine."""
+    _, host, port = _parse(text)
+    try:
+        _bind(host, port)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return  # libp2p says what is wrong with it
+        raise UserError(
+            f"Cannot listen on {text}: {error.strerror}.",
+            "choose another address with --listen; port 0 takes any free one",
+        ) from None
+
+
+def _bind(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
 
 
 def _parse(text: str) -> tuple[str, str, int]:

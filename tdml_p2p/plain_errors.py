@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from chain.store import StoreCorrupt
 from tdml_p2p.errors import UserError
 
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @contextmanager
@@ -34,6 +34,11 @@ def explain(error: BaseException) -> UserError | None:
             return error
         case sqlite3.Error() if "full" in str(error):
             return _full()
+        case sqlite3.OperationalError():
+            return UserError(
+                f"A database of the home cannot be used: {str(error).rstrip('.')}.",
+                "check the disk and who owns the home, then start again; everything up to the last block is kept",
+            )
         case StoreCorrupt() | sqlite3.DatabaseError():
             return UserError(
                 f"The chain database cannot be used: {str(error).rstrip('.')}.",

@@ -13,7 +13,7 @@ from tdml_p2p.errors import UserError
 from tdml_p2p.logs import configure_logs
 from tdml_p2p.peer import open_peer
 from tdml_p2p.swarm.client import SwarmClient
-from tdml_p2p.swarm.preparation import prepare
+from tdml_p2p.swarm.preparation import make_out, prepare
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -27,6 +27,7 @@ async def run_train(config: PeerConfig, train: TrainConfig, report: Report) -> i
     home = config.home or train.out / ".peer"
     client_config = replace(config, home=home, work=False, validate=False)
     prepared = await trio.to_thread.run_sync(prepare, train)
+    make_out(train.out)
     async with open_peer(client_config) as peer, _interrupts() as interrupted:
         client = SwarmClient(peer, prepared, train, report)
         async with trio.open_nursery() as nursery:

@@ -89,7 +89,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise DataError(DataReason.UNREADABLE, f"{error.filename} cannot be read: {error.strerror}.") from None
+    raise DataError(DataReason.UNREADABLE, f"{error.filename} cannot be read: {error.strerror}.", _HINT) from None
 
 
 def _documents(file: Path, is_alone: bool, limit: int) -> Iterator[str]:

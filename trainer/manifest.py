@@ -199,8 +199,10 @@ def _check_sizes(draft: TaskManifest) -> None:
         value = getattr(draft, name)
         if not 1 <= value <= bound:
             raise ManifestError(
-                ManifestReason.BAD_SIZE, f"The number of {name} is {value}; it must be from 1 to {bound}."
+                ManifestReason.BAD_SIZE, f"The setting {name} is {value}; it must be from 1 to {bound}."
             )
+    if not 0 <= draft.seed < 2**63:
+        raise ManifestError(ManifestReason.BAD_SIZE, f"The seed is {draft.seed}; it must be from 0 to {2**63 - 1}.")
     if draft.audit.redundancy > draft.replicas:
         raise ManifestError(
             ManifestReason.BAD_SIZE,

@@ -1,5 +1,6 @@
 """Everything of a training run that needs no network: model, tokenizer, data and manifest, or an error."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,17 @@ def prepare(train: TrainConfig) -> Prepared:
         manifest = starting_from(manifest, states)
         return Prepared(manifest, load_batches(corpus, tokenizer, manifest), tokenizer, states=states)
     except TrainerError as error:
-        raise UserError(error.sentence, error.hint) from None
+        raise UserError(error.sentence, error.hint or "see tdml-peer train --help") from None
+
+
+def make_out(out: Path) -> None:
+    """Make the folder for the model; raise `UserError` while nothing has been trained in vain."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {out} cannot be made: {error.strerror}.", "choose another with --out") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {out} is not writable.", "make it yours with chown, or choose another with --out")
 
 
 def read_data(paths: tuple[Path, ...], tokens: int) -> Corpus:
@@ -119,6 +130,10 @@ def _refuse_unsupported(train: TrainConfig) -> None:
     for flag, is_set in wanted.items():
         if is_set:
             raise UserError(f"{flag} is not supported yet.", "leave the flag out, its default is supported", USAGE)
+    if not 0 <= train.audit_rate <= 1:
+        raise UserError(f"--audit-rate cannot be {train.audit_rate}.", "it is a share, from 0 to 1", USAGE)
+    if train.price < 0:
+        raise UserError("--price cannot be negative.", "it is in base units for a cell", USAGE)
     if train.save_every < 0:
         raise UserError("--save-every cannot be negative.", "0 saves at the end only", USAGE)
     if train.out.exists() and not train.out.is_dir():
