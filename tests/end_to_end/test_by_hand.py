@@ -1,6 +1,5 @@
 """What the README tells people to type: three peers, a client, the chain as it grows, a peer that comes later."""
 
-import json
 import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from processes_kit import LOCAL, PATIENCE, assert_nothing_left, finished, losses, training, undisturbed
+from processes_kit import LOCAL, PATIENCE, assert_nothing_left, finished, losses, printed, training, undisturbed
 
 from tdml_p2p.demo.processes import Child, child
 
@@ -28,15 +27,6 @@ async def interrupted(running: Child) -> int:
     running.process.send_signal(signal.SIGINT)
     with trio.fail_after(PATIENCE):
         return int(await running.process.wait())
-
-
-async def printed(*arguments: str) -> Any:
-    """Return what a command prints as JSON."""
-    async with child("command", arguments[0], arguments[1:], Path("/dev/null")) as running:
-        assert running.process.stdout is not None
-        text = b"".join([part async for part in running.process.stdout])
-        assert await running.process.wait() == 0, text
-    return json.loads(text)
 
 
 async def test_three_terminals_a_client_and_a_watcher(tmp_path: Path) -> None:
