@@ -52,6 +52,8 @@ async def test_a_killed_run_goes_on_from_its_newest_verified_checkpoint(tmp_path
         assert second.of("posted") == [saved]
         assert second.of("posted", "task") != first.of("posted", "task")
         assert second.of("step")[0] == saved + 1
+        assert second.of("step", "audits")[-1] > 0
+        assert second.of("step", "faults")[-1] == 0
         old = peers[0].engine.state.task(bytes.fromhex(first.of("posted", "task")[0]))
         assert old is None or not old.is_open
     assert_as_undisturbed(train)
