@@ -172,6 +172,14 @@ def undisturbed(train: TrainConfig) -> list[float]:
     return found
 
 
+def model_opens(folder: Path) -> None:
+    """Check that a folder holds a model for everybody's tools."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+
+
 def events_on_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return kind and data of every event in a chain's database."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import trio
-from processes_kit import LOCAL, PATIENCE, assert_nothing_left, finished, losses, printed, training, undisturbed
+from processes_kit import (
+    LOCAL,
+    PATIENCE,
+    assert_nothing_left,
+    finished,
+    losses,
+    model_opens,
+    printed,
+    training,
+    undisturbed,
+)
 
 from tdml_p2p.demo.processes import Child, child
 
@@ -23,8 +33,8 @@ async def ready(running: Child) -> str:
     return str((await running.expect("ready", PATIENCE))["invite"])
 
 
-async def interrupted(running: Child) -> int:
-    running.process.send_signal(signal.SIGINT)
+async def ended(running: Child, number: signal.Signals) -> int:
+    running.process.send_signal(number)
     with trio.fail_after(PATIENCE):
         return int(await running.process.wait())
 
@@ -57,11 +67,14 @@ async def test_three_terminals_a_client_and_a_watcher(tmp_path: Path) -> None:
                 if event["kind"] == "closed":
                     break
         assert len((await printed("cli.peer", "status", "--home", str(homes[3]), "--json"))["peers"]) >= 3
-        assert await interrupted(watch) in (0, 130)
-        assert [await interrupted(running) for running in peers] == [0] * 4
+        assert await ended(watch, signal.SIGINT) in (0, 130)
+        signals = (signal.SIGINT, signal.SIGTERM) * 2
+        assert [await ended(running, number) for running, number in zip(peers, signals, strict=True)] == [0] * 4
     assert {"posted", "seated", "claimed", "settled"} <= {event["kind"] for event in seen}
     assert losses(events) == pytest.approx(undisturbed(train), rel=1e-4)
     database = ("--db", str(train.out / "chain.db"), "-o", "json")
     assert (await printed("cli.chain", "db", "check", *database))["data"]["ok"] is True
     assert (await printed("cli.chain", "evidence", *database))["data"] == []
+    assert (await printed("cli.chain", "status", *database))["data"]["convictions"] == 0
+    model_opens(train.out)
     assert_nothing_left([*homes, train.out / ".peer"])

@@ -1,6 +1,8 @@
 """kill -9 of a worker in the middle of a step, and of a validator that comes back."""
 
 import signal
+from contextlib import closing
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,12 @@ from processes_kit import (
     training,
     undisturbed,
 )
+
+from chain.blocks import VoteKind, is_conflict
+from chain.signing import SigningRecord
+from chain.store import Store
+from cli.sources import DaemonSource
+from tdml_p2p.home import Home
 
 pytestmark = [pytest.mark.slow, pytest.mark.trio]
 PUNISHMENTS = {"convicted", "slashed", "equivocation", "jailed"}
@@ -40,23 +48,65 @@ async def test_a_killed_worker_costs_nothing_but_itself(tmp_path: Path) -> None:
 
 
 async def test_a_killed_validator_catches_up_and_never_signs_twice(tmp_path: Path) -> None:
-    async with network(tmp_path / "network", peers=4, workers=0) as swarm:
+    async with network(tmp_path / "network", peers=4, workers=0) as swarm, trio.open_nursery() as nursery:
+        nursery.start_soon(pay, swarm)
         swarm.peers[3].process.send_signal(signal.SIGKILL)
         for _ in range(3):
-            before = int(swarm.ask(0, "status")["height"])
             await swarm.peers[3].process.wait()
-            await height_of(swarm, 0, before + 2)
+            missed = height(swarm, 0) + 2
+            await height_of(swarm, 0, missed)
             async with peer(swarm, 3):
-                await height_of(swarm, 3, before + 3)
-                height = str(before + 1)
-                assert swarm.ask(3, "block", id=height)["hash"] == swarm.ask(0, "block", id=height)["hash"]
+                await height_of(swarm, 3, missed + 2)
+                assert swarm.ask(3, "block", id=str(missed))["raw"] == swarm.ask(0, "block", id=str(missed))["raw"]
                 swarm.peers[3].process.send_signal(signal.SIGKILL)
+        nursery.cancel_scope.cancel()
     kinds = [kind for kind, _ in events_on_chain(swarm.home(0) / "chain.db")]
-    assert "equivocation" not in kinds
+    assert not PUNISHMENTS & set(kinds)
+    agreed = [chain_of(swarm.home(index) / "chain.db") for index in range(4)]
+    shared = min(map(len, agreed))
+    assert shared > 6
+    assert all(blocks[:shared] == agreed[0][:shared] for blocks in agreed)
+    assert sum(transactions for _, _, transactions in agreed[0]) > 0
+    assert_signed_once(swarm, 3, [block_hash for block_hash, _, _ in max(agreed, key=len)])
 
 
-async def height_of(swarm: Swarm, index: int, height: int) -> None:
-    """Wait until a peer has that block; heartbeat blocks come without transactions."""
+async def pay(swarm: Swarm) -> None:
+    """Send one transfer after the other from the first peer to the second."""
+    body = {"kind": "transfer", "to": swarm.network.peers[1], "amount": "1"}
+    source = DaemonSource(swarm.home(0))
+    while True:
+        await trio.to_thread.run_sync(source.post, "/transactions", body, abandon_on_cancel=True)
+
+
+def chain_of(path: Path) -> list[tuple[bytes, bytes, int]]:
+    """Return hash, state root and number of transactions of every block in a chain's database, in order."""
+    with closing(Store.open_read_only(path)) as store:
+        pairs = [store.block(at) for at in range(1, store.tip()[0].height + 1)]
+    return [(block.hash, block.header.state_root, len(block.transactions)) for block, _ in pairs]
+
+
+def assert_signed_once(swarm: Swarm, index: int, chain: list[bytes]) -> None:
+    """Check that no two votes of a peer's signing record conflict, and that none finalizes another chain."""
+    home = Home(swarm.home(index))
+    key, genesis = home.load_key(), home.load_genesis()
+    assert genesis is not None
+    record = SigningRecord.open(
+        home.signing_path, chain_id=genesis.chain_id, account=key.account, sign=key.sign, tip=len(chain)
+    )
+    with closing(record):
+        votes = [record.votes(at) for at in range(1, len(chain) + 1)]
+    assert sum(map(len, votes)) > 6
+    for block_hash, at_height in zip(chain, votes, strict=True):
+        assert not [pair for pair in combinations(at_height, 2) if is_conflict(*pair)]
+        assert {vote.block_hash for vote in at_height if vote.kind == VoteKind.FINALIZE} <= {block_hash}
+
+
+def height(swarm: Swarm, index: int) -> int:
+    return int(swarm.ask(index, "status")["height"])
+
+
+async def height_of(swarm: Swarm, index: int, wanted: int) -> None:
+    """Wait until a peer has that block."""
     with trio.fail_after(PATIENCE):
-        while int(swarm.ask(index, "status")["height"]) < height:
+        while height(swarm, index) < wanted:
             await trio.sleep(0.1)

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import trio
-from processes_kit import PATIENCE, Swarm, client, finished, losses, network, step_of, training, undisturbed
+from processes_kit import (
+    PATIENCE,
+    Swarm,
+    client,
+    finished,
+    losses,
+    model_opens,
+    network,
+    step_of,
+    training,
+    undisturbed,
+)
 
 from tdml_p2p.config import TrainConfig
 
@@ -64,10 +75,3 @@ async def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -
     assert steps(second) == list(range(saved + 1, 41))
     assert losses(first + second) == pytest.approx(undisturbed(train), rel=1e-4)
     model_opens(train.out)
-
-
-def model_opens(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
