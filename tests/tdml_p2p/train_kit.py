@@ -19,6 +19,10 @@ from tdml_p2p.swarm.client import SwarmClient
 from tdml_p2p.swarm.preparation import prepare
 
 LOCAL = ("/ip4/127.0.0.1/tcp/0",)
+PARAMS = {"block_interval_ms": 50, "heartbeat_ms": 150, "formation_blocks": 6, "absence_blocks": 1} | dict.fromkeys(
+    ("claim_window", "commit_window", "open_window", "reveal_window"), 100
+)
+"""Short blocks, and windows that are many of them, so that nobody is late on a busy machine."""
 MODEL = {
     "model_type": "llama",
     "vocab_size": 257,
@@ -55,7 +59,7 @@ async def swarm(folder: Path, workers: int = 2) -> AsyncIterator[tuple[Peer, ...
     home = Home(folder / "founder")
     home.create()
     genesis = private_genesis(home.load_key(), 1_700_000_000_000)
-    params = msgspec.structs.replace(genesis.params, block_interval_ms=50, heartbeat_ms=150, formation_blocks=6)
+    params = msgspec.structs.replace(genesis.params, **PARAMS)
     home.save_genesis(msgspec.structs.replace(genesis, params=params))
     async with AsyncExitStack() as stack:
         founder = await stack.enter_async_context(open_peer(_config(home.path, work=False)))
