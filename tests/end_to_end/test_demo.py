@@ -1,13 +1,18 @@
 """The demonstration from end to end: the loss falls, the cheat is evicted and slashed, and the evidence is there."""
 
 import json
+import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes_kit import commands
+from rich.console import Console
+
+from cli.report import TextReport
 
 PYTHON = (sys.executable, "-m")
 
@@ -18,10 +23,20 @@ def run(*arguments: str, seconds: float = 60) -> str:
     return ended.stdout
 
 
+def last_command(events: list[dict[str, Any]]) -> str:
+    """Return the last command that the report tells people to type."""
+    printed = StringIO()
+    report = TextReport(Console(file=printed, width=160))
+    for event in events:
+        report(event)
+    report.close()
+    return re.findall(r"tdml-chain .*", printed.getvalue())[-1]
+
+
 @pytest.mark.slow
 def test_the_demonstration_ends_as_it_says(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    lines = run("cli.peer", "demo", "--out", str(out), "--json", seconds=600).splitlines()
+    lines = run("cli.peer", "demo", "--steps", "16", "--out", str(out), "--json", seconds=600).splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines]
     kinds = {event["kind"] for event in events if event["event"] == "chain"}
     assert {"seated", "drawn", "passed", "disputed", "opinion", "ballot", "convicted", "evicted", "slashed"} <= kinds
@@ -31,10 +46,12 @@ def test_the_demonstration_ends_as_it_says(tmp_path: Path) -> None:
     assert result["loss_last"] < result["loss_first"] - 0.5
     assert len(result["evicted"]) == 1
     assert result["evicted"] == result["expected"]
-    assert max(event["step"] for event in events if event["event"] == "step") == 40
+    assert max(event["step"] for event in events if event["event"] == "step") == 16
     assert not [line for line in commands() if str(out) in line or "tdml-demo" in line]
     database = ("--db", str(out / "chain.db"), "-o", "json")
     assert json.loads(run("cli.chain", "db", "check", *database))["data"]["ok"] is True
+    assert last_command(events) == f"tdml-chain evidence --db {out}/chain.db"
+    assert result["evicted"][0] in run("cli.chain", *last_command(events).split()[1:], "--verbose")
     [conviction] = json.loads(run("cli.chain", "evidence", *database))["data"]
     audit = json.loads(run("cli.chain", "audit", conviction["subject"], *database))["data"]
     assert audit["worker"] == result["evicted"][0]
