@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/codespell
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: setup
 	for bench in bench/*.py; do $(BIN)/python $$bench --json || exit 1; done

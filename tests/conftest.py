@@ -21,3 +21,13 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     random.seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file on one process of a parallel run, and all networks of processes on the same one.
+
+    A network of peers takes both cores of a small machine; two at once would test the machine.
+    """
+    for item in items:
+        group = "end_to_end" if "end_to_end" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

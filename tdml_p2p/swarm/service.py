@@ -103,7 +103,16 @@ class SwarmService:
             manifest = self.library.manifest(task.manifest)
             if manifest is not None:
                 self._follow(state, task, manifest, nursery)
+        self._forget_ended(state)
         self._auditor.on_state(state)
+
+    def _forget_ended(self, state: State) -> None:
+        """Let go of the material of closed tasks, once no audit can ask for it."""
+        audited = {audit.task for audit in state.active_audits()}
+        for identity in [task for task in self._sessions if task not in audited]:
+            task = state.task(identity)
+            if task is None or not task.is_open:
+                del self._sessions[identity]
 
     def _follow(self, state: State, task: Task, manifest: TaskManifest, nursery: trio.Nursery) -> None:
         session = self._sessions.get(task.id)
