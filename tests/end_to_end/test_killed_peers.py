@@ -22,6 +22,7 @@ from processes_kit import (
 )
 
 from chain.blocks import VoteKind, is_conflict
+from chain.keys import account_of
 from chain.signing import SigningRecord
 from chain.store import Store
 from cli.sources import DaemonSource
@@ -56,7 +57,8 @@ async def test_a_killed_validator_catches_up_and_never_signs_twice(tmp_path: Pat
             missed = height(swarm, 0) + 2
             await height_of(swarm, 0, missed)
             async with peer(swarm, 3):
-                await height_of(swarm, 3, missed + 2)
+                await height_of(swarm, 3, missed)
+                await signs_again(swarm, 3)
                 assert swarm.ask(3, "block", id=str(missed))["raw"] == swarm.ask(0, "block", id=str(missed))["raw"]
                 swarm.peers[3].process.send_signal(signal.SIGKILL)
         nursery.cancel_scope.cancel()
@@ -95,10 +97,21 @@ def assert_signed_once(swarm: Swarm, index: int, chain: list[bytes]) -> None:
     )
     with closing(record):
         votes = [record.votes(at) for at in range(1, len(chain) + 1)]
-    assert sum(map(len, votes)) > 6
+    assert any(votes)
     for block_hash, at_height in zip(chain, votes, strict=True):
         assert not [pair for pair in combinations(at_height, 2) if is_conflict(*pair)]
         assert {vote.block_hash for vote in at_height if vote.kind == VoteKind.FINALIZE} <= {block_hash}
+
+
+async def signs_again(swarm: Swarm, index: int) -> None:
+    """Wait until a certificate of a new block carries a validator's signature."""
+    place = sorted(map(account_of, swarm.network.peers)).index(account_of(swarm.network.peers[index]))
+    at = height(swarm, 0) + 1
+    with trio.fail_after(PATIENCE):
+        await height_of(swarm, 0, at)
+        while not swarm.ask(0, "certificate", id=str(at))["bitmap"][place]:
+            at += 1
+            await height_of(swarm, 0, at)
 
 
 def height(swarm: Swarm, index: int) -> int:
