@@ -179,6 +179,20 @@ def test_an_out_folder_that_cannot_be_made(tmp_path: Path, text: Path, train: Tr
     assert "out cannot be made" in train.refuses("--model", "llama-tiny", "--data", text).sentence
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [("--cheat", "bribe", "no attack 'bribe'"), ("--peers", "5", "5 peers are too few"), ("--steps", "9", "too few")],
+)
+def test_a_demonstration_without_sense(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str, value: str, said: str
+) -> None:
+    code = run_app(peer.app, ["demo", "--out", str(tmp_path / "out"), flag, value])
+    found = refusal_of(code, capsys.readouterr().err)
+    assert found.code == USAGE
+    assert said in found.sentence
+    assert not (tmp_path / "out").exists()
+
+
 async def test_nobody_answers_the_invite(tmp_path: Path, text: Path) -> None:
     async with daemon(tmp_path / "a") as ready:
         pass

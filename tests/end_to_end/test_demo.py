@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes_kit import commands
+import trio
+from processes_kit import PATIENCE, commands
 from rich.console import Console
 
 from cli.report import TextReport
+from tdml_p2p.demo.processes import child
 
 PYTHON = (sys.executable, "-m")
 
@@ -34,7 +37,10 @@ def last_command(events: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.slow
-def test_the_demonstration_ends_as_it_says(tmp_path: Path) -> None:
+def test_the_demonstration_ends_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     out = tmp_path / "demo"
     lines = run("cli.peer", "demo", "--steps", "16", "--out", str(out), "--json", seconds=600).splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines]
@@ -47,7 +53,8 @@ def test_the_demonstration_ends_as_it_says(tmp_path: Path) -> None:
     assert len(result["evicted"]) == 1
     assert result["evicted"] == result["expected"]
     assert max(event["step"] for event in events if event["event"] == "step") == 16
-    assert not [line for line in commands() if str(out) in line or "tdml-demo" in line]
+    assert not [line for line in commands() if str(tmp_path) in line]
+    assert not list(scratch.iterdir())
     database = ("--db", str(out / "chain.db"), "-o", "json")
     assert json.loads(run("cli.chain", "db", "check", *database))["data"]["ok"] is True
     assert last_command(events) == f"tdml-chain evidence --db {out}/chain.db"
@@ -57,3 +64,21 @@ def test_the_demonstration_ends_as_it_says(tmp_path: Path) -> None:
     assert audit["worker"] == result["evicted"][0]
     text = run("cli.peer", "generate", "--model", str(out), "--prompt", "def ", "--tokens", "8")
     assert text.startswith("def ")
+
+
+@pytest.mark.slow
+@pytest.mark.trio
+async def test_an_interrupted_demonstration_takes_everything_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    before = set(commands())
+    arguments = ["demo", "--out", str(out), "--json"]
+    async with child("demo", "cli.peer", arguments, tmp_path / "log.txt") as running:
+        await running.expect("network", PATIENCE)
+        assert len([line for line in commands() if "tdml-demo" in line and line not in before]) >= 6
+        running.process.send_signal(signal.SIGINT)
+        with trio.fail_after(PATIENCE):
+            await running.drain()
+            assert await running.process.wait() != 0
+    assert "Traceback" not in running.log.read_text()
+    assert not [line for line in commands() if "tdml-demo" in line and line not in before]
+    assert (out / "logs").exists()
