@@ -105,16 +105,18 @@ class TraceBook:
 
     def forget(self, settled: int, generation: int) -> None:
         """Drop steps that have settled or belong to an ended generation; states are kept from `settled` on."""
-        for key in [key for key in self._steps if key[1] <= settled or key[0] < generation - 1]:
-            for kept in self._steps.pop(key).cells.values():
-                for address in _tensors(kept):
-                    self._tensors.pop(address, None)
-        dead = [root for root, (step, _) in self._states.items() if step < settled]
-        gone = [address for root in dead for address in self._states.pop(root)[1]]
-        alive = {address for _, addresses in self._states.values() for address in addresses}
+        gone: set[bytes] = set()
+        for key in list(self._steps):  # a copy: another thread may be adding a step
+            if key[1] <= settled or key[0] < generation - 1:
+                gone |= _named(self._steps.pop(key))
+        for root in [root for root, (step, _) in self._states.items() if step < settled]:
+            gone.update(self._states.pop(root)[1])
+        if not gone:
+            return
+        gone.difference_update(*(addresses for _, addresses in self._states.values()))
+        gone.difference_update(*(_named(kept) for kept in list(self._steps.values())))  # equal tensors
         for address in gone:
-            if address not in alive:
-                self._tensors.pop(address, None)
+            self._tensors.pop(address, None)
 
     def _kept(self, record: StepRecord, cell: CellRecord, before: bytes) -> KeptCell:
         name = b"".join(n.to_bytes(8, "big") for n in (record.generation, record.step, cell.cell))
@@ -147,3 +149,8 @@ def _tensors(kept: KeptCell) -> dict[bytes, memoryview]:
         (trace.gw, record.gw),
     )
     return {address: buffer_of(tensor) for address, tensor in pairs if tensor is not None}
+
+
+def _named(step: KeptStep) -> set[bytes]:
+    """Return the addresses of a step's tensors."""
+    return {address for kept in step.cells.values() for address in _tensors(kept)}
