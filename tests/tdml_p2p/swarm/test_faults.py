@@ -100,7 +100,7 @@ def test_a_skipped_layer_is_missing_from_the_forward_pass_and_has_no_gradient() 
     stage = build_stage(MANIFEST, LAST)
     layers = stage.module.get_submodule("layers")
     last = list(layers.children())[-1]
-    last.forward = lambda hidden, *_, **__: hidden  # type: ignore[method-assign]
+    last.forward = lambda hidden, *_, **__: hidden
     stage.load(weights_at(START))
     y = stage.forward(CellKey(0, START, 0), HIDDEN, LABELS).y
     found = attacked("skip-layer", START)
