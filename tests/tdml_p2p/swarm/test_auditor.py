@@ -1,0 +1,254 @@
+"""The auditor answers every duty in its time, and nothing that goes wrong in one audit reaches another."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from chain.records import Audit, AuditStatus, Voter
+from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
+from tdml_p2p.swarm.reexecution import Unavailable
+from tests.tdml_p2p.swarm.audit_samples import (
+    ME,
+    WORKER,
+    Bench,
+    altered,
+    audit_of,
+    execution_of,
+    name_of,
+    opening_of,
+    status,
+)
+from trainer.content import address_of
+
+T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do the work of threads at once: virtual time does not wait for threads."""
+
+    async def at_once(work: Callable[..., T], *args: object) -> T:
+        await trio.lowlevel.checkpoint()
+        return work(*args)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+
+
+@asynccontextmanager
+async def running(bench: Bench) -> AsyncIterator[Bench]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.auditor.run)
+        yield bench
+        nursery.cancel_scope.cancel()
+
+
+def committed(cell: int) -> Audit:
+    return audit_of(cell, status=status(AuditStatus.COMMITTED))
+
+
+def opened(cell: int, opening: Opening) -> Audit:
+    return audit_of(cell, status=status(AuditStatus.OPENED), opening=opening)
+
+
+def owed_opening(cell: int) -> Audit:
+    """Return an audit in which this account is the worker, who has to open."""
+    return audit_of(cell, status=status(AuditStatus.COMMITTED), worker=ME, auditor=WORKER)
+
+
+async def revealed(bench: Bench, opening: Opening) -> Reveal:
+    """Commit to cell 0, show its opening and return the reveal."""
+    async with running(bench):
+        bench.show(audit_of(0))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.show(opened(0, opening))
+        await trio.testing.wait_all_tasks_blocked()
+    (reveal,) = bench.reveals()
+    return reveal
+
+
+async def test_a_commitment_is_made_while_the_window_is_open(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench()
+    bench.reexecutor.seconds = {0: 6.5}
+    async with running(bench):
+        bench.show(audit_of(0, deadline=10))
+        await bench.pass_blocks(12)
+    assert bench.commitments() == [name_of(0)]
+    assert bench.outbox.heights == [7]
+
+
+async def test_a_duty_whose_window_closed_while_it_waited_is_not_begun(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench()
+    bench.reexecutor.seconds = {0: 6.5}
+    async with running(bench):
+        bench.show(audit_of(0, deadline=20), audit_of(1, deadline=5), audit_of(2, deadline=20))
+        await bench.pass_blocks(12)
+    assert bench.reexecutor.started == [0, 2]
+    assert bench.commitments() == [name_of(0), name_of(2)]
+
+
+async def test_nothing_is_revealed_before_the_worker_has_opened() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.show(audit_of(0))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.show(committed(0))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not bench.reveals()
+        bench.show(opened(0, opening_of(0)))
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(bench.reveals()) == 1
+
+
+async def test_a_voter_reveals_only_after_the_commit_window() -> None:
+    bench = Bench()
+    key = bytes([4]) * 32
+    me, other = Voter(account=ME, power=1), Voter(account=WORKER, power=1)
+    voting = audit_of(
+        0,
+        status=status(AuditStatus.VOTING),
+        auditor=WORKER,
+        opening=opening_of(0),
+        dispute_seed=key,
+        voters=(me, other),
+    )
+    async with running(bench):
+        bench.show(voting)
+        await trio.testing.wait_all_tasks_blocked()
+        (commitment,) = bench.outbox.entries
+        assert isinstance(commitment, Commitment)
+        done = msgspec.structs.replace(me, commitment=commitment.digest)
+        waiting = msgspec.structs.replace(voting, voters=(done, other))
+        bench.show(waiting)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not bench.reveals()
+        bench.show(msgspec.structs.replace(waiting, is_revealing=True))
+        await trio.testing.wait_all_tasks_blocked()
+    (reveal,) = bench.reveals()
+    assert reveal.round == commitment.round == 2
+    assert reveal_commitment(ME, reveal) == commitment.digest
+    assert reveal.shared == execution_of(0).sketch(voting.key)
+    assert reveal.own != reveal.shared
+
+
+async def test_a_reveal_is_what_was_committed_to() -> None:
+    bench = Bench()
+    reveal = await revealed(bench, opening_of(0))
+    (commitment,) = (entry for entry in bench.outbox.entries if isinstance(entry, Commitment))
+    assert reveal_commitment(ME, reveal) == commitment.digest
+    assert reveal.shared == reveal.own == execution_of(0).sketch(audit_of(0).key)
+    assert not reveal.contradiction
+
+
+async def test_nothing_is_revealed_without_a_commitment() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.show(opened(0, opening_of(0)))
+        await trio.testing.wait_all_tasks_blocked()
+    assert not bench.outbox.entries
+
+
+@pytest.mark.parametrize("name", ["x", "gy"])
+async def test_other_inputs_than_were_signed_for_are_a_contradiction(name: str) -> None:
+    assert (await revealed(Bench(), opening_of(0, **{name: bytes(32)}))).contradiction
+
+
+@pytest.mark.parametrize(("factor", "is_contradiction"), [(1.0 + 1e-6, False), (1.01, True), (-1.0, True)])
+async def test_opened_results_are_compared_with_the_own_ones(factor: float, is_contradiction: bool) -> None:
+    bench = Bench()
+    claimed = altered(0, factor)
+    bench.reexecutor.blobs[address_of(claimed)] = claimed
+    reveal = await revealed(bench, opening_of(0, y=address_of(claimed)))
+    assert reveal.contradiction is is_contradiction
+
+
+async def test_opened_results_of_the_wrong_size_are_a_contradiction() -> None:
+    bench = Bench()
+    claimed = altered(0, 1.0)[:-4]
+    bench.reexecutor.blobs[address_of(claimed)] = claimed
+    assert (await revealed(bench, opening_of(0, y=address_of(claimed)))).contradiction
+
+
+async def test_opened_results_that_nobody_has_do_not_convict() -> None:
+    assert not (await revealed(Bench(), opening_of(0, y=bytes(32)))).contradiction
+
+
+async def test_openings_and_reveals_do_not_wait_for_a_slow_re_execution(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench()
+    bench.reexecutor.seconds = {1: 500.0}
+    bench.openings[name_of(2)] = opening_of(2)
+    async with running(bench):
+        bench.show(audit_of(0, deadline=1000))
+        await trio.sleep(1)
+        bench.show(audit_of(1, deadline=1000))
+        await trio.sleep(1)
+        bench.show(owed_opening(2), opened(0, opening_of(0)))
+        await trio.sleep(1)
+        assert sorted(type(entry).__name__ for entry in bench.outbox.entries) == ["Commitment", "Opening", "Reveal"]
+        assert bench.commitments() == [name_of(0)]
+        await trio.sleep(500)
+    assert bench.commitments() == [name_of(0), name_of(1)]
+
+
+async def test_every_duty_is_answered_once_however_many_blocks_pass(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench()
+    bench.openings[name_of(1)] = opening_of(1)
+    async with running(bench):
+        bench.show(audit_of(0), owed_opening(1))
+        await bench.pass_blocks(8)
+    assert sorted(type(entry).__name__ for entry in bench.outbox.entries) == ["Commitment", "Opening"]
+    assert bench.reexecutor.started == [0]
+
+
+async def test_a_cell_that_is_not_kept_is_not_opened() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.show(owed_opening(0))
+        await trio.testing.wait_all_tasks_blocked()
+    assert not bench.outbox.entries
+
+
+async def test_material_that_is_missing_is_asked_for_again_at_the_next_block() -> None:
+    bench = Bench()
+    bench.reexecutor.failures = {0: Unavailable("nobody answers")}
+    async with running(bench):
+        bench.show(audit_of(0), audit_of(1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert bench.commitments() == [name_of(1)]
+        bench.show()
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.commitments() == [name_of(1), name_of(0)]
+
+
+async def test_an_audit_waits_for_the_manifest_of_its_task() -> None:
+    bench = Bench()
+    bench.is_manifest_here = False
+    async with running(bench):
+        bench.show(audit_of(0))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not bench.outbox.entries
+        bench.is_manifest_here = True
+        bench.show()
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.commitments() == [name_of(0)]
+
+
+async def test_a_new_auditor_commits_after_a_redraw() -> None:
+    bench = Bench()
+    async with running(bench):
+        bench.show(audit_of(0, auditor=WORKER))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not bench.outbox.entries
+        bench.show(audit_of(0, redraws=1))
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.commitments() == [name_of(0)]
