@@ -9,7 +9,8 @@ from typing import Any
 import trio
 
 from tdml_p2p.config import PeerConfig, TrainConfig
-from tdml_p2p.errors import UserError
+from tdml_p2p.errors import USAGE, UserError
+from tdml_p2p.home import Home
 from tdml_p2p.logs import configure_logs
 from tdml_p2p.peer import open_peer
 from tdml_p2p.swarm.client import SwarmClient
@@ -27,6 +28,10 @@ async def run_train(config: PeerConfig, train: TrainConfig, report: Report) -> i
     home = config.home or train.out / ".peer"
     client_config = replace(config, home=home, work=False, validate=False)
     prepared = await trio.to_thread.run_sync(prepare, train)
+    if not config.join and not Home(home).genesis_path.exists():
+        raise UserError(
+            "There is no network to train on.", "give the invite line of a running peer with --join INVITE", USAGE
+        )
     make_out(train.out)
     async with open_peer(client_config) as peer, _interrupts() as interrupted:
         client = SwarmClient(peer, prepared, train, report)

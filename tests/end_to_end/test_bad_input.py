@@ -193,6 +193,12 @@ def test_a_demonstration_without_sense(
     assert not (tmp_path / "out").exists()
 
 
+def test_there_is_no_network_to_train_on(text: Path, train: Trainer) -> None:
+    found = train.refuses("--data", text, "--steps", 2)
+    assert found.code == USAGE
+    assert "--join" in found.hint
+
+
 async def test_nobody_answers_the_invite(tmp_path: Path, text: Path) -> None:
     async with daemon(tmp_path / "a") as ready:
         pass
