@@ -81,9 +81,12 @@ class Reexecutor:
         x = await self._fetch(inputs.x.address, cell.holders)
         gy = await self._fetch(inputs.gy.address, cell.holders)
         root = await self._fetch(cell.state, cell.holders)
-        weights = await self._fetch(decode_state_manifest(bytes(root), cell.state).weights, cell.holders)
-        async with self._turn:
-            result = await self._compute(partial(self._execute, cell, x, gy, weights))
+        try:
+            weights = await self._fetch(decode_state_manifest(bytes(root), cell.state).weights, cell.holders)
+            async with self._turn:
+                result = await self._compute(partial(self._execute, cell, x, gy, weights))
+        except ValueError as error:  # signed for and rightly addressed, and yet nothing that a stage takes
+            raise Unavailable(f"the material cannot be used: {error}") from None
         return Execution(inputs, result)
 
     async def fetch(self, address: bytes, holders: Sequence[str]) -> Buffer:
