@@ -1,0 +1,139 @@
+"""Re-execution of a cell from signed inputs; whatever is wrong with the material is a named refusal."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import pytest
+import torch
+import trio
+
+from chain.keys import PrivateKey, peer_id
+from tdml_p2p.swarm.inputs import Descriptor, InputsRefused, Senders, Wanted, encode, expected_messages, signed_input
+from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor, Unavailable
+from tests.trainer.training_samples import small_batches, small_manifest
+from trainer.content import address_of
+from trainer.stage import build_stage, execute
+from trainer.state import StageState, initial_state
+from trainer.tensors import buffer_of
+
+T = TypeVar("T")
+TASK = bytes(range(32))
+CLIENT = PrivateKey(bytes([1]) * 32)
+WORKER = PrivateKey(bytes([2]) * 32)
+HOLDER = peer_id(WORKER.account)
+MANIFEST = small_manifest(stages=1)
+WANTED = Wanted(TASK, 0, 1, 0, 0)
+STATE = initial_state(MANIFEST, 0)
+
+
+async def inline(work: Callable[[], T], /) -> T:
+    await trio.lowlevel.checkpoint()
+    return work()
+
+
+class Material:
+    """What the holder of a cell gives: blobs by address, and the signed inputs."""
+
+    def __init__(self, state: StageState = STATE) -> None:
+        self.blobs: dict[bytes, bytes] = {}
+        for buffer in state.buffers():
+            self.give(bytes(buffer))
+        self.state = self.give(state.manifest.encode())
+        batch = small_batches(MANIFEST).batch(1, 0)
+        self.tokens, self.labels = bytes(buffer_of(batch.tokens)), bytes(buffer_of(batch.labels))
+        self.key = CLIENT
+
+    def give(self, blob: bytes) -> bytes:
+        self.blobs[address_of(blob)] = blob
+        return address_of(blob)
+
+    async def fetch(self, address: bytes, _holders: Sequence[str]) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if address not in self.blobs:
+            raise Unavailable("nobody has it")
+        return self.blobs[address]
+
+    async def ask(self, _peer: str, _request: bytes) -> bytes:
+        await trio.lowlevel.checkpoint()
+        x, gy = expected_messages(WANTED, MANIFEST)
+        return encode(
+            Descriptor(
+                signed_input(self.key, TASK, x, self.give(self.tokens)),
+                signed_input(self.key, TASK, gy, self.give(self.labels)),
+            )
+        )
+
+    async def run(self) -> Execution:
+        client = frozenset([peer_id(CLIENT.account)])
+        cell = Cell(WANTED, MANIFEST, self.state, (HOLDER,), Senders(client, client))
+        return await Reexecutor(self.fetch, self.ask, inline).run(cell)
+
+
+async def test_the_result_is_the_workers_to_the_bit() -> None:
+    execution = await Material().run()
+    stage = build_stage(MANIFEST, 0)
+    stage.load(STATE.weights)
+    batch = small_batches(MANIFEST).batch(1, 0)
+    expected = execute(stage, batch.tokens, batch.labels, None)
+    assert torch.equal(execution.result.y, expected.y)
+    assert torch.equal(execution.result.gw, expected.gw)
+
+
+async def test_inputs_that_the_client_did_not_sign_are_refused() -> None:
+    material = Material()
+    material.key = WORKER
+    with pytest.raises(Unavailable, match="may not send"):
+        await material.run()
+
+
+async def test_a_missing_blob_is_unavailable() -> None:
+    material = Material()
+    del material.blobs[STATE.manifest.weights]
+    with pytest.raises(Unavailable, match="nobody has it"):
+        await material.run()
+
+
+async def test_a_refused_request_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_peer: str, _request: bytes) -> bytes:
+        await trio.lowlevel.checkpoint()
+        raise InputsRefused("this peer does not hold that cell")
+
+    material = Material()
+    monkeypatch.setattr(material, "ask", refuse)
+    with pytest.raises(Unavailable, match="does not hold"):
+        await material.run()
+
+
+@pytest.mark.parametrize("reply", [b"", b"\xc1", bytes(5000), b"\x92\xc0\xc0"])
+async def test_a_reply_that_is_none_is_unavailable(monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+    async def answer(_peer: str, _request: bytes) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return reply
+
+    material = Material()
+    monkeypatch.setattr(material, "ask", answer)
+    with pytest.raises(Unavailable):
+        await material.run()
+
+
+@pytest.mark.parametrize("root", [b"", b"\xc1", bytes(300), b"\x94\x01\xc0\xc0\xc0"])
+async def test_a_state_root_of_something_else_is_unavailable(root: bytes) -> None:
+    material = Material()
+    material.state = material.give(root)
+    with pytest.raises(Unavailable):
+        await material.run()
+
+
+async def test_weights_of_another_size_are_unavailable() -> None:
+    short = STATE.weights[:-1].clone()
+    with pytest.raises(Unavailable):
+        await Material(StageState(0, short, short, short)).run()
+
+
+@pytest.mark.parametrize("name", ["tokens", "labels"])
+@pytest.mark.parametrize("data", [b"", bytes(3), bytes(4), b"\xff" * 128])
+async def test_signed_inputs_that_no_stage_takes_are_unavailable(name: str, data: bytes) -> None:
+    material = Material()
+    setattr(material, name, data)
+    with pytest.raises(Unavailable):
+        await material.run()
