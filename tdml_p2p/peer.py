@@ -26,6 +26,7 @@ from tdml_p2p.bootstrap import find_origin, join_network, serve_genesis
 from tdml_p2p.chain_service import ChainService, NetworkAdapter
 from tdml_p2p.config import PeerConfig
 from tdml_p2p.control import ApiError, ControlServer
+from tdml_p2p.errors import USAGE, UserError
 from tdml_p2p.home import Home, default_home
 from tdml_p2p.host import Network, NetworkConfig
 from tdml_p2p.http_status import build_page, build_status, own_workers
@@ -183,6 +184,7 @@ async def open_peer(
 
     `stage_factory` replaces how stages of tasks are built; `report` receives the `ready` event.
     """
+    _check(config)
     with plain_errors():
         async with _open(config, stage_factory) as peer:
             if report is not None:
@@ -196,6 +198,15 @@ async def open_peer(
                     }
                 )
             yield peer
+
+
+def _check(config: PeerConfig) -> None:
+    if config.device not in ("auto", "cpu"):
+        raise UserError(f"--device {config.device} is not supported yet.", "peers compute on the CPU: use cpu", USAGE)
+    if config.memory < 0:
+        raise UserError("--memory cannot be negative.", "0 sets the usual bound", USAGE)
+    if config.threads < 1:
+        raise UserError(f"--threads cannot be {config.threads}.", "give 1 or more", USAGE)
 
 
 @asynccontextmanager

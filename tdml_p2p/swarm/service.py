@@ -72,7 +72,7 @@ class SwarmService:
 
     async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the chain and do what it asks of this peer, until cancelled."""
-        prepare_process(max(1, self._peer.config.threads))
+        prepare_process(self._peer.config.threads)
         self._peer.network.on_request(PROTOCOL, self._serve_inputs, MAX_REQUEST_BYTES)
         self._peer.network.blobs.add_source(self._local_blob)
         async with trio.open_nursery() as nursery:
@@ -143,7 +143,7 @@ class SwarmService:
         log.info("applied for a seat", task=task.id.hex())
 
     async def _work(self, task: Task, index: int, manifest: TaskManifest) -> None:
-        seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest)
+        seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, self._peer.config.memory)
         transport = SwarmTransport(
             task.id,
             self._peer.key,

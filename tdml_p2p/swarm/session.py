@@ -19,7 +19,7 @@ from trainer.messages import Activation, Gradient
 from trainer.stage import StageLike, stage_layout
 from trainer.state import StageState
 from trainer.worker import Worker
-from trainer.worker_ports import Compute, WorkerConfig, WorkerPorts
+from trainer.worker_ports import DEFAULT_MEMORY_LIMIT, Compute, WorkerConfig, WorkerPorts
 from trainer.worker_step import StepRecord
 
 log = structlog.get_logger(__name__)
@@ -37,6 +37,8 @@ class Seat:
     stage: int
     depth: int
     manifest: TaskManifest
+    memory: int = 0
+    """Bytes that the tensors of a step may take; 0 is the usual bound."""
 
 
 class WorkerSession:
@@ -61,6 +63,7 @@ class WorkerSession:
             stage=self._stage,
             manifest=self.seat.manifest,
             ring_depth=self.seat.depth + SPARE_STATES,
+            memory_limit=self.seat.memory or DEFAULT_MEMORY_LIMIT,
         )
         ports = WorkerPorts(compute=compute, fetch_state=self._fetcher(fetch), on_committed=self._on_committed)
         self._worker = Worker(config, self._transport, ports)

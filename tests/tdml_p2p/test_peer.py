@@ -20,7 +20,7 @@ import trio
 from chain.keys import PrivateKey
 from tdml_p2p.bootstrap import FAUCET_GRANT, find_origin, private_genesis
 from tdml_p2p.config import PeerConfig
-from tdml_p2p.errors import UserError
+from tdml_p2p.errors import USAGE, UserError
 from tdml_p2p.home import Home
 from tdml_p2p.peer import Peer, open_peer
 from tdml_p2p.plain_errors import explain, plain_errors
@@ -32,7 +32,7 @@ START = """
 import json, sys, trio
 from pathlib import Path
 from tdml_p2p.config import PeerConfig
-from tdml_p2p.errors import UserError
+from tdml_p2p.errors import USAGE, UserError
 from tdml_p2p.peer import run_start
 config = PeerConfig(home=Path(sys.argv[1]), join=tuple(sys.argv[2:]), listen=("/ip4/127.0.0.1/tcp/0",), work=False)
 try:
@@ -236,3 +236,13 @@ def test_a_fault_of_the_program_is_not_dressed_up() -> None:
         raise ExceptionGroup("all", [ExceptionGroup("inner", [RuntimeError("bug")])])
     with pytest.raises(ExceptionGroup), plain_errors():
         raise ExceptionGroup("all", [RuntimeError("bug"), KeyError("other")])
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda:0"}, {"memory": -1}, {"threads": 0}], ids=str)
+async def test_settings_that_a_peer_cannot_follow_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        async with open_peer(replace(config(tmp_path / "a"), **changes)):
+            pass
+    assert caught.value.exit_code == USAGE
+    assert caught.value.hint
+    assert not (tmp_path / "a").exists()
