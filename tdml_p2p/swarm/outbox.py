@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 
+from chain.engine import SubmitRefused
+from chain.reasons import Reason
 from chain.transactions import (
     Claim,
     Commit,
@@ -20,8 +22,11 @@ from chain.transactions import (
 log = structlog.get_logger(__name__)
 
 Entry = Claim | Commitment | Opening | Reveal
+Batch = SubmitClaims | Commit | Open | RevealAll
 
 _BATCH_SECONDS = 0.1
+_RETRY_SECONDS = 1.0
+_NO_ROOM = (Reason.MEMPOOL_FULL, Reason.WRONG_NONCE)
 _PACKAGES: tuple[tuple[type, type, int], ...] = (
     (Claim, SubmitClaims, 16),
     (Commitment, Commit, 32),
@@ -51,12 +56,23 @@ class Outbox:
             self._filled = trio.Event()
             entries, self._entries = self._entries, []
             for payload in _package(entries):
-                await self._submit(payload)
+                await self._send(payload)
+
+    async def _send(self, payload: Batch) -> None:
+        """Submit one payload; what there is no room for goes into the next batch, what is not owed is dropped."""
+        try:
+            await self._submit(payload)
+        except SubmitRefused as error:
+            log.warning("duty refused", kind=type(payload).__name__, reason=error.reason)
+            if error.reason in _NO_ROOM:
+                await trio.sleep(_RETRY_SECONDS)
+                for entry in payload.claims if isinstance(payload, SubmitClaims) else payload.entries:
+                    self.put(entry)
 
 
-def _package(entries: list[Entry]) -> list[Payload]:
+def _package(entries: list[Entry]) -> list[Batch]:
     """Return the payloads that carry `entries`, kind by kind, in order."""
-    payloads: list[Payload] = []
+    payloads: list[Batch] = []
     for kind, package, most in _PACKAGES:
         chosen = [entry for entry in entries if isinstance(entry, kind)]
         payloads += [package(tuple(chosen[i : i + most])) for i in range(0, len(chosen), most)]
