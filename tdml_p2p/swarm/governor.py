@@ -62,8 +62,10 @@ class ChainGovernor:
             await self._changed.wait()
 
     async def settled(self, step: int) -> Members:
-        """Return once `step` has settled, or once a rollback has changed the generation."""
+        """Return once `step` has settled or a rollback has changed the generation; raise `TaskEnded`."""
         generation = self.task.generation
         while self.task.settled < step and self.task.generation == generation:
+            if not self.task.is_open:
+                raise TaskEnded("the task was closed")  # nothing settles any more
             await self._changed.wait()
         return self.current()
