@@ -169,6 +169,8 @@ def _copy_database(source: Path, target: Path) -> None:
             closing(sqlite3.connect(pending)) as copy,
         ):
             live.backup(copy)
+            # One file, which reading leaves as it is: a write-ahead log would come back with every reader.
+            copy.execute("PRAGMA journal_mode = DELETE")
         os.replace(pending, target)
     finally:
         pending.unlink(missing_ok=True)

@@ -338,13 +338,15 @@ async def test_the_chain_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
     source, out = tmp_path / "chain.db", tmp_path / "out"
     out.mkdir()
     with sqlite3.connect(source) as database:
+        database.execute("pragma journal_mode = wal")
         database.execute("create table blocks (height)")
         database.execute("insert into blocks values (7)")
     database.close()
     await copy_chain(source, out)
-    copy = sqlite3.connect(out / "chain.db")
+    copy = sqlite3.connect(f"file:{out / 'chain.db'}?mode=ro", uri=True)
     assert copy.execute("select height from blocks").fetchall() == [(7,)]
     copy.close()
+    assert [path.name for path in out.iterdir()] == ["chain.db"]
     before = (out / "chain.db").read_bytes()
     source.write_bytes(b"no database" * 100)
     with pytest.raises(UserError, match="could not be copied") as caught:
