@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from chain.engine import ChainEngine
+from chain.engine import ChainEngine, SubmitRefused
 from chain.keys import account_of, peer_id
 from chain.state import Audit, State, Task
 from chain.transactions import Opening, TakeSeat
@@ -139,7 +139,12 @@ class SwarmService:
         from trainer.kernel import kernel_class
 
         kernel = await self._compute(kernel_class)
-        await self._engine.submit(TakeSeat(task.id, kernel))
+        try:
+            await self._engine.submit(TakeSeat(task.id, kernel))
+        except SubmitRefused as error:
+            log.warning("cannot apply for a seat yet", task=task.id.hex(), reason=error.reason)
+            self._applied.discard(task.id)
+            return
         log.info("applied for a seat", task=task.id.hex())
 
     async def _work(self, task: Task, index: int, manifest: TaskManifest) -> None:
@@ -164,7 +169,11 @@ class SwarmService:
     def is_member(self, task_id: bytes, peer: str) -> bool:
         """Whether `peer` is the client or holds a seat now: an evicted peer is not."""
         state = self._engine.state
-        task, account = state.task(task_id), account_of(peer)
+        task = state.task(task_id)
+        try:
+            account = account_of(peer)
+        except ValueError:
+            return False  # libp2p also takes keys of other kinds
         if task is None:
             return False
         return account == task.client or any(
