@@ -41,7 +41,7 @@ def cell_of(step: int, cell: int, generation: int = 0, labels: Tensor | None = N
 
 def step_of(step: int, *cells: CellRecord, generation: int = 0) -> StepRecord:
     """Return a committed step of stage 1 with these cells."""
-    reduction = Reduce(generation, step, 0, (), ())
+    reduction = Reduce(generation, step, 1, (), ())
     return StepRecord(generation, step, 1, ROOT, reduction, (), cells)
 
 
