@@ -47,7 +47,7 @@ class DaemonSource:
 
     def ask(self, query: str, arguments: dict[str, str]) -> Any:
         """Return the answer as a JSON value; raise `UserError`."""
-        return self.get(f"/chain/{query}?{urlencode(arguments)}")
+        return self.get(f"/chain/{query}" + (f"?{urlencode(arguments)}" if arguments else ""))
 
     def get(self, path: str) -> Any:
         """Return the JSON value at a path of the control interface; raise `UserError`."""
