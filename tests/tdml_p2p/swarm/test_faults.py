@@ -18,6 +18,12 @@ LABELS = small_batches(MANIFEST).batch(1, 0).labels
 HIDDEN = torch.randn((2, 16, 64), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """Import what the first stage of a process imports, which takes seconds."""
+    build_stage(MANIFEST, LAST)
+
+
 def weights_at(step: int) -> Tensor:
     """Return the last stage's weights at a step: other ones for each."""
     return WEIGHTS[LAST] * (1 + step / 10)

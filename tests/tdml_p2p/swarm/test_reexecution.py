@@ -26,6 +26,12 @@ WANTED = Wanted(TASK, 0, 1, 0, 0)
 STATE = initial_state(MANIFEST, 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """Import what the first stage of a process imports, which takes seconds."""
+    build_stage(MANIFEST, 0)
+
+
 async def inline(work: Callable[[], T], /) -> T:
     await trio.lowlevel.checkpoint()
     return work()
