@@ -1,29 +1,16 @@
 """A fake daemon, a home of its own, and commands run in this process."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from control_kit import FakeDaemon, serving
+from control_kit import FakeDaemon, Ran, Run, serving
 
 from cli import chain, peer
 from cli.common import run_app
 
 APPS = {"tdml-chain": chain.app, "tdml-peer": peer.app}
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture

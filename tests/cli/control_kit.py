@@ -3,7 +3,7 @@
 import json
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -24,6 +24,18 @@ class FakeDaemon:
     def reply(self, path: str, data: Any, status: int = 200) -> None:
         """Answer `path` (with its query string) in this way from now on."""
         self.answers[path] = (status, data)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):

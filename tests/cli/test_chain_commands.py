@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
-from control_kit import FakeDaemon
+from control_kit import FakeDaemon, Run
 
 from chain.keys import peer_id
 from chain.transactions import Transfer
