@@ -57,9 +57,10 @@ def _check(params: Params, payload: PostTask) -> None:
 def bond_for(price: int, audit_rate: int, colluding_share: int, in_flight: int) -> int:
     """Return the least bond at which cheating loses: price · ((1−h)/h + cells in flight), h = p·(1−f).
 
-    Rates and shares are basis points, amounts base units; the quotient is rounded up.
+    Rates and shares are basis points, amounts base units; the quotient is rounded up. A network without audits
+    asks for the bond of the smallest rate.
     """
-    h = audit_rate * (BASIS - colluding_share)
+    h = max(1, audit_rate) * (BASIS - colluding_share)
     odds = -(-(BASIS * BASIS - h) // h)
     return price * (odds + in_flight)
 

@@ -33,7 +33,13 @@ UNKNOWN = bytes(32)
 
 @pytest.mark.parametrize(
     ("rate", "expected"),
-    [(10_000, 10 * (1 + 16)), (1000, 10 * (13 + 16)), (500, 10 * (26 + 16)), (1, 10 * (13333 + 16))],
+    [
+        (10_000, 10 * (1 + 16)),
+        (1000, 10 * (13 + 16)),
+        (500, 10 * (26 + 16)),
+        (1, 10 * (13333 + 16)),
+        (0, 10 * (13333 + 16)),
+    ],
 )
 def test_the_least_bond_outweighs_cheating(rate: int, expected: int) -> None:
     assert bond_for(10, rate, 2500, 16) == expected
