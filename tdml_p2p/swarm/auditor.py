@@ -24,6 +24,9 @@ from trainer.tensors import vector_of
 log = structlog.get_logger(__name__)
 
 _KEPT_EXECUTIONS = 64
+_FETCH_SECONDS = 5.0
+"""How long a reveal waits for one tensor of the worker: the sketches judge without it."""
+_KINDS = ("open", "reveal", "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,7 @@ class Auditor:
         self._answers: dict[tuple[bytes, int], Answer] = {}
         self._busy: set[tuple[str, bytes, int]] = set()
         self._due: set[tuple[str, bytes, int]] = set()
-        self._quick = trio.open_memory_channel[tuple[Duty, Audit]](math.inf)
-        self._slow = trio.open_memory_channel[tuple[Duty, Audit]](math.inf)
+        self._lanes = {kind: trio.open_memory_channel[tuple[Duty, Audit]](math.inf) for kind in _KINDS}
 
     def on_state(self, state: State) -> None:
         """Take up the duties of a new final state; those that are over are forgotten."""
@@ -68,14 +70,13 @@ class Auditor:
             if name in self._busy or audit is None:
                 continue
             self._busy.add(name)
-            lane = self._slow if duty.kind == "commit" else self._quick
-            lane[0].send_nowait((duty, audit))
+            self._lanes[duty.kind][0].send_nowait((duty, audit))
 
     async def run(self) -> None:
-        """Answer duties until cancelled; openings and reveals do not wait for re-executions."""
+        """Answer duties until cancelled; openings wait for nothing, and reveals not for re-executions."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._serve, self._quick[1])
-            nursery.start_soon(self._serve, self._slow[1])
+            for _, duties in self._lanes.values():
+                nursery.start_soon(self._serve, duties)
 
     async def _serve(self, duties: "trio.MemoryReceiveChannel[tuple[Duty, Audit]]") -> None:
         async for duty, audit in duties:
@@ -87,6 +88,9 @@ class Auditor:
             except Unavailable as error:
                 log.info("audit material not available yet", audit=duty.audit.hex(), reason=str(error))
                 self._busy.discard(name)
+            except Exception:
+                # Whatever others published costs this audit, not the peer; the fault is logged with its traceback.
+                log.exception("an audit failed", audit=duty.audit.hex(), duty=duty.kind)
 
     async def _answer(self, duty: Duty, audit: Audit) -> None:
         match duty.kind:
@@ -133,9 +137,10 @@ class Auditor:
             if own == claimed:
                 continue
             try:
-                data = await self._reexecutor.fetch(claimed, answer.cell.holders)
+                with trio.fail_after(_FETCH_SECONDS):
+                    data = await self._reexecutor.fetch(claimed, answer.cell.holders)
                 theirs[name] = vector_of(data, theirs[name].numel()).reshape(theirs[name].shape)
-            except Unavailable:
+            except (Unavailable, trio.TooSlowError):
                 continue
             except ValueError:
                 return True

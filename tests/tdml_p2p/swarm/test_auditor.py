@@ -230,6 +230,18 @@ async def test_material_that_is_missing_is_asked_for_again_at_the_next_block() -
     assert bench.commitments() == [name_of(1), name_of(0)]
 
 
+async def test_a_fault_costs_one_audit_and_not_the_peer() -> None:
+    bench = Bench()
+    bench.reexecutor.failures = {0: RuntimeError("a shape that nobody thought of")}
+    async with running(bench):
+        bench.show(audit_of(0), audit_of(1))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.show()
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.commitments() == [name_of(1)]
+    assert bench.reexecutor.started == [0, 1]
+
+
 async def test_an_audit_waits_for_the_manifest_of_its_task() -> None:
     bench = Bench()
     bench.is_manifest_here = False
