@@ -84,14 +84,14 @@ def answer(reader: Reader, query: str, arguments: Arguments) -> Any:
     """Return the answer to `query`; raise `NotFound`, `BadQuery` or `StoreCorrupt`."""
     handler = _QUERIES.get(query)
     if handler is None:
-        raise BadQuery(f"There is no query {query!r}.")
+        raise BadQuery(f"There is no query {query!r}.", f"there are: {', '.join(sorted(_QUERIES))}")
     return handler(reader, arguments)
 
 
 def _number(arguments: Arguments, name: str, default: int) -> int:
     text = arguments.get(name, str(default))
     if not text.isdecimal() or len(text) > _DIGITS:
-        raise BadQuery(f"{name} must be a number, not {text[:40]!r}.")
+        raise BadQuery(f"{name} must be a number, not {text[:40]!r}.", "give digits only")
     return int(text)
 
 
@@ -100,7 +100,7 @@ def _bytes(arguments: Arguments, name: str = "id") -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        raise BadQuery(f"{text!r} is not hexadecimal.") from None
+        raise BadQuery(f"{text[:80]!r} is not hexadecimal.", "ids and hashes are; --verbose shows them whole") from None
 
 
 def _account(arguments: Arguments) -> bytes:
@@ -108,7 +108,7 @@ def _account(arguments: Arguments) -> bytes:
     try:
         return account_of(text)
     except ValueError:
-        raise BadQuery(f"{text!r} is not a peer id.") from None
+        raise BadQuery(f"{text[:80]!r} is not a peer id.", "peer ids begin with 12D3Koo") from None
 
 
 def _status(reader: Reader, _: Arguments) -> Any:
@@ -160,7 +160,7 @@ def _find_block(reader: Reader, arguments: Arguments) -> tuple[Block, Certificat
     else:
         found = reader.store.block_by_hash(_bytes(arguments))
     if found is None:
-        raise NotFound(f"There is no block {ref}.")
+        raise NotFound(f"There is no block {ref}.", f"the newest is {reader.state.height}")
     return found
 
 
@@ -182,7 +182,7 @@ def _tx(reader: Reader, arguments: Arguments) -> Any:
     tx_id = _bytes(arguments)
     found = reader.store.receipt(tx_id)
     if found is None:
-        raise NotFound(f"There is no transaction {tx_id.hex()}.")
+        raise NotFound(f"There is no transaction {tx_id.hex()}.", "it may be waiting: see mempool")
     height, place, reason = found
     pair = reader.store.block(height)
     assert pair is not None  # a receipt is written with its block
@@ -206,7 +206,7 @@ def _account_query(reader: Reader, arguments: Arguments) -> Any:
     account = _account(arguments)
     known: Account | None = reader.state.tables[Table.ACCOUNTS].get(account)
     if known is None:
-        raise NotFound(f"The account {peer_id(account)} was never used.")
+        raise NotFound(f"The account {peer_id(account)} was never used.", "check the peer id")
     unbonding = [
         plain(record)
         for key, record in sorted(reader.state.tables[Table.UNBONDINGS].items())
@@ -223,7 +223,7 @@ def _validators(reader: Reader, _: Arguments) -> Any:
 def _validator(reader: Reader, arguments: Arguments) -> Any:
     account = _account(arguments)
     if reader.state.validator(account) is None:
-        raise NotFound(f"{peer_id(account)} is not a validator.")
+        raise NotFound(f"{peer_id(account)} is not a validator.", "see validators")
     return validator_line(reader.state, account)
 
 
@@ -235,7 +235,7 @@ def _tasks(reader: Reader, _: Arguments) -> Any:
 def _task(reader: Reader, arguments: Arguments) -> Any:
     task = reader.state.task(_bytes(arguments))
     if task is None:
-        raise NotFound(f"There is no task {arguments.get('id', '')}.")
+        raise NotFound(f"There is no task {arguments.get('id', '')}.", "see tasks")
     return {**task_line(task), "workers": [worker_line(w) for w in reader.state.workers(task.id)]}
 
 
@@ -251,21 +251,21 @@ def _worker(reader: Reader, arguments: Arguments) -> Any:
     workers: list[Worker] = list(reader.state.tables[Table.WORKERS].values())
     seats = [worker_line(worker) for worker in workers if worker.account == account]
     if not seats:
-        raise NotFound(f"{peer_id(account)} never applied for a seat.")
+        raise NotFound(f"{peer_id(account)} never applied for a seat.", "see workers")
     return {"worker": peer_id(account), "seats": seats, "barred": reader.state.account(account).barred}
 
 
 def _claim(reader: Reader, arguments: Arguments) -> Any:
     claim = reader.claim(_bytes(arguments))
     if claim is None:
-        raise NotFound(f"There is no claim {arguments.get('id', '')}.")
+        raise NotFound(f"There is no claim {arguments.get('id', '')}.", "see the events of a block")
     return plain(claim)
 
 
 def _audit(reader: Reader, arguments: Arguments) -> Any:
     audit = reader.audit(_bytes(arguments))
     if audit is None:
-        raise NotFound(f"There is no audit {arguments.get('id', '')}.")
+        raise NotFound(f"There is no audit {arguments.get('id', '')}.", "see the events of a block")
     return audit_story(reader, audit)
 
 
@@ -282,7 +282,7 @@ def _evidence(reader: Reader, arguments: Arguments) -> Any:
             story = audit_story(reader, audit) if audit else None
             votes = [_vote(data) for data in (conviction.first, conviction.second) if data]
             return {**plain(conviction), "kind": kinds[conviction.kind], "audit": story, "votes": votes}
-    raise NotFound(f"There is no evidence {wanted.hex()}.")
+    raise NotFound(f"There is no evidence {wanted.hex()}.", "see evidence without an id")
 
 
 def _vote(data: bytes) -> dict[str, Any]:
@@ -292,14 +292,20 @@ def _vote(data: bytes) -> dict[str, Any]:
 
 def _certificate(reader: Reader, arguments: Arguments) -> Any:
     block, certificate = _find_block(reader, arguments)
-    size = 8 * len(certificate.signers)
-    bits = [bool(certificate.signers[i // 8] >> (i % 8) & 1) for i in range(size)]
+    validators = reader.store.validators(block.header.validators_hash)
+    assert validators is not None  # a set is written with its first block
+    signers = int.from_bytes(certificate.signers, "little")
+    voters = [
+        {"validator": peer_id(account), "power": str(power), "signed": bool(signers >> place & 1)}
+        for place, (account, power) in enumerate(validators.members)
+    ]
     return {
         "height": block.height,
         "view": certificate.view,
         "block_hash": certificate.block_hash.hex(),
         "signers": certificate.signers.hex(),
-        "bitmap": bits,
+        "bitmap": [voter["signed"] for voter in voters],
+        "validators": voters,
         "signatures": [signature.hex() for signature in certificate.signatures],
         "validators_hash": block.header.validators_hash.hex(),
         "raw": encode(certificate).hex(),

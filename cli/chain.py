@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.config import Env
+from cyclopts.validators import Number
 
 from cli import render, render_chain
 from cli.common import default_home, exit_with, new_app, run_app
@@ -20,6 +21,7 @@ app.config = (Env("TDML_", command=False),)
 db_app = new_app("db", "The database itself.")
 app.command(db_app)
 
+_COUNTABLE = Number(gte=0)
 Renderer = Callable[[Any, bool], str]
 Id = Annotated[str, Parameter(name="id", help="Its id, in hexadecimal.")]
 Peer = Annotated[str, Parameter(name="peer", help="A peer id.")]
@@ -182,8 +184,10 @@ def genesis(*, common: Common = _PLAIN) -> None:
 def watch(
     *,
     topics: Annotated[str, Parameter(help="Kinds of events, separated by commas; all when empty.")] = "",
-    from_: Annotated[int, Parameter(name="--from", help="First height; 0 starts with what comes next.")] = 0,
-    count: Annotated[int, Parameter(help="End after so many events; 0 never ends.")] = 0,
+    from_: Annotated[
+        int, Parameter(name="--from", help="First height; 0 starts with what comes next.", validator=_COUNTABLE)
+    ] = 0,
+    count: Annotated[int, Parameter(help="End after so many events; 0 never ends.", validator=_COUNTABLE)] = 0,
     common: Common = _PLAIN,
 ) -> None:
     """Follow the events of final blocks as they come."""

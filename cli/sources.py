@@ -4,11 +4,12 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from tdml_p2p.errors import FAILED, UNREACHABLE, UserError
+from tdml_p2p.errors import FAILED, UNREACHABLE, USAGE, UserError
 
 SOCKET = "control.sock"
 _BLOCK_EVENTS = 10_000
@@ -65,7 +66,7 @@ class DaemonSource:
             connection.request("GET", f"/chain/watch?{urlencode(arguments)}")
             response = connection.getresponse()
             if response.status != 200:
-                raise _refusal(response.read())
+                raise _refusal(response.status, response.read())
             while line := response.readline():
                 if line.strip():
                     yield _json(line)
@@ -89,7 +90,7 @@ class DaemonSource:
         finally:
             connection.close()
         if response.status != 200:
-            raise _refusal(data)
+            raise _refusal(response.status, data)
         return _json(data)
 
     def _unreachable(self, error: Exception) -> UserError:
@@ -124,7 +125,7 @@ class DatabaseSource:
         except StoreCorrupt as error:
             raise _damaged(error) from None
         except QueryError as error:
-            raise UserError(error.message, error.hint, FAILED) from None
+            raise UserError(error.message, error.hint, FAILED if error.is_missing else USAGE) from None
 
     def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
         """Yield the events that the database holds, block by block, all or `count` of them."""
@@ -164,10 +165,12 @@ def _json(data: bytes) -> Any:
         raise _unreadable() from None
 
 
-def _refusal(data: bytes) -> UserError:
+def _refusal(status: int, data: bytes) -> UserError:
+    """Return what a peer refused and why: what it could not make sense of is a matter of usage."""
     try:
         answer = json.loads(data)
-        return UserError(str(answer["error"]), str(answer.get("hint") or ""), FAILED)
+        code = USAGE if status == HTTPStatus.BAD_REQUEST else FAILED
+        return UserError(str(answer["error"]), str(answer.get("hint") or ""), code)
     except (ValueError, KeyError, TypeError):
         return _unreadable()
 

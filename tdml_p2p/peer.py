@@ -129,13 +129,13 @@ class Peer:
             with trio.fail_after(INCLUSION_TIMEOUT):
                 receipt = await self.submit(payload)
         except SubmitRefused as error:
-            raise ApiError(400, f"The transaction cannot be sent: {error.reason}.", "see `status`") from None
+            raise ApiError(409, f"The transaction cannot be sent: {error.reason}.", "see `status`") from None
         except (trio.TooSlowError, TransactionExpired):
             raise ApiError(
                 504, "The transaction was not included in time.", "the chain may wait; see `status`"
             ) from None
         if not receipt.ok:
-            raise ApiError(400, f"The ledger refused it: {receipt.reason}.", "see `tdml-chain account`")
+            raise ApiError(409, f"The ledger refused it: {receipt.reason}.", "see `tdml-chain account`")
         return {"id": receipt.tx_id.hex(), "height": self.engine.state.height}
 
     def feed(self) -> AbstractAsyncContextManager[EventFeed]:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chain_kit import live, names_in
 from control_kit import FakeDaemon, Ran, Run, serving
 
 from cli import chain, peer
 from cli.common import run_app
+from tests.chain.ledger_kit import Ledger
+from tests.chain.store_kit import write
 
 APPS = {"tdml-chain": chain.app, "tdml-peer": peer.app}
 
@@ -30,3 +33,23 @@ def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
     """A running peer's control socket."""
     with serving(tmp_path) as fake:
         yield fake
+
+
+@pytest.fixture(scope="session")
+def ledger() -> Ledger:
+    """The life of a chain with everything that the inspector shows."""
+    return live()
+
+
+@pytest.fixture(scope="session")
+def names(ledger: Ledger) -> dict[str, str]:
+    """Its ids, by what they are called in command lines of tests."""
+    return names_in(ledger)
+
+
+@pytest.fixture(scope="session")
+def chain_db(ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its database."""
+    path = tmp_path_factory.mktemp("cli") / "chain.db"
+    write(ledger, path).close()
+    return path

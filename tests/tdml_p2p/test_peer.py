@@ -120,7 +120,7 @@ async def test_three_peers_share_a_chain_validate_and_pay(tmp_path: Path) -> Non
             body = {"kind": "transfer", "to": joiners[0].name, "amount": "5"}
             sent = (await http.post("/transactions", json=body)).json()
             too_much = await http.post("/transactions", json={"kind": "unbond", "amount": "999999999999"})
-        assert too_much.status_code == 400
+        assert too_much.status_code == 409
         assert "no-stake" in too_much.json()["error"]
         for peer in peers:
             await until(lambda peer=peer: peer.engine.state.height >= sent["height"], peer)  # type: ignore[misc]
