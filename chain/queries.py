@@ -313,7 +313,7 @@ def _certificate(reader: Reader, arguments: Arguments) -> Any:
 
 
 def _params(reader: Reader, _: Arguments) -> Any:
-    return msgspec.to_builtins(msgspec.structs.asdict(reader.state.params))
+    return plain(reader.state.params)
 
 
 def _supply(reader: Reader, _: Arguments) -> Any:

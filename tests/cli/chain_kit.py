@@ -89,9 +89,10 @@ class InspectedPeer:
 
     @asynccontextmanager
     async def feed(self) -> AsyncIterator[Feed]:
-        """Subscribe to a chain on which nothing new happens."""
+        """Subscribe to a chain that has ended: history, and no news."""
         send, receive = trio.open_memory_channel[Any](0)
-        with send, receive, closing(Store.open_read_only(self._path)) as store:
+        send.close()
+        with receive, closing(Store.open_read_only(self._path)) as store:
             yield Feed(self._reader.state.height, receive, store)
 
 
