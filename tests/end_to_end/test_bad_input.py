@@ -176,7 +176,7 @@ def test_settings_that_make_no_sense(text: Path, train: Trainer, flag: str, valu
 
 def test_an_out_folder_that_cannot_be_made(tmp_path: Path, text: Path, train: Trainer) -> None:
     (tmp_path / "out").symlink_to("/proc/none/out")
-    assert "out cannot be made" in train.refuses("--model", "llama-tiny", "--data", text).sentence
+    assert "out cannot be made" in train.refuses("--model", "llama-tiny", "--data", text, "--join", "INVITE").sentence
 
 
 @pytest.mark.parametrize(
