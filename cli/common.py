@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 from platformdirs import user_data_path
 
 from tdml_p2p.errors import FAILED, USAGE, UserError
@@ -21,7 +21,16 @@ def default_home() -> Path:
 
 def new_app(name: str, text: str) -> App:
     """Return a command whose lists have no `--empty-…` flags and whose help goes to stdout."""
-    return App(name=name, help=text, version=_version, default_parameter=Parameter(negative_iterable=()))
+    flags = Parameter(negative_iterable=())
+    return App(name=name, help=text, version=_version, default_parameter=flags, suppress_keyboard_interrupt=False)
+
+
+def whole(_kind: type, tokens: Sequence[Token]) -> int:
+    """Return digits as a number (a converter of cyclopts, which would round 1.5 to 2)."""
+    text = tokens[0].value
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a whole number.")
+    return int(text)
 
 
 def run_app(app: App, arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from cyclopts.config import Env
 
 from cli import render, render_peer, settings
-from cli.common import default_home, exit_with, new_app, run_app
+from cli.common import default_home, exit_with, new_app, run_app, whole
 from cli.report import reporter
 from cli.sources import DaemonSource
 from tdml_p2p.config import PeerConfig, TrainConfig
@@ -20,6 +20,7 @@ from tdml_p2p.errors import UserError
 app = new_app("tdml-peer", "Train models on machines that nobody vouches for.")
 app.config = (Env("TDML_", command=False), settings.from_home)
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
+Amount = Annotated[int, Parameter(name="amount", converter=whole, help="Base units.")]
 Home = Annotated[Path | None, Parameter(name="--home", help="Home folder of the peer.")]
 Flat = Parameter(name="*")
 _PEER = PeerConfig()
@@ -108,19 +109,19 @@ def status(
 
 
 @app.command
-def stake(amount: int, *, home: Home = None, json_: Json = False) -> None:
+def stake(amount: Amount, *, home: Home = None, json_: Json = False) -> None:
     """Bond AMOUNT base units."""
     _transact(home, json_, {"kind": "bond", "amount": str(amount)})
 
 
 @app.command
-def unstake(amount: int, *, home: Home = None, json_: Json = False) -> None:
+def unstake(amount: Amount, *, home: Home = None, json_: Json = False) -> None:
     """Start to release AMOUNT base units of stake."""
     _transact(home, json_, {"kind": "unbond", "amount": str(amount)})
 
 
 @app.command
-def send(to: str, amount: int, *, home: Home = None, json_: Json = False) -> None:
+def send(to: str, amount: Amount, *, home: Home = None, json_: Json = False) -> None:
     """Send AMOUNT base units to an account."""
     _transact(home, json_, {"kind": "transfer", "to": to, "amount": str(amount)})
 
