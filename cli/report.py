@@ -107,7 +107,7 @@ class TextReport:
 
     def _step(self, event: Event) -> None:
         self._print(
-            f"step {event['step']:>5}  loss {event['loss']:.4f}  {event['tokens_per_second']:>7,.0f} tok/s"
+            f"step {event['step']:>5}  loss {_loss(event):.4f}  {event['tokens_per_second']:>7,.0f} tok/s"
             f"  {event['seconds']:.2f} s  {event['bytes_sent'] / 1e6:.1f} MB"
             f"  audits {event['audits']}  faults {event['faults']}"
         )
@@ -147,7 +147,7 @@ class TextReport:
 
     def _done(self, event: Event) -> None:
         self.close()
-        self._print(f"done    {event['steps']} steps, loss {event['loss']:.4f}, model in {event['out']}", "green")
+        self._print(f"done    {event['steps']} steps, loss {_loss(event):.4f}, model in {event['out']}", "green")
 
     def _result(self, event: Event) -> None:
         self.close()
@@ -167,7 +167,7 @@ class TextReport:
             for key, value in event.items()
             if key not in ("event", "names", "time") and value != ""
         )
-        self._print(f"{event['event']:<9}{details}", "yellow")
+        self._print(f"{event['event']:<8} {details}", "yellow")
 
 
 def reporter(is_json: bool) -> Reporter:
@@ -177,6 +177,11 @@ def reporter(is_json: bool) -> Reporter:
     if not sys.stdout.isatty():
         return TextReport(Console(highlight=False, width=_WIDTH))
     return TextReport()
+
+
+def _loss(event: Event) -> float:
+    """Return a loss; the JSON lines of another process say null for one that is not a number."""
+    return math.nan if event["loss"] is None else float(event["loss"])
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The course of the demonstration, from the genesis to the verdict on it."""
 
+import math
 import shutil
 import signal
 import tempfile
@@ -173,7 +174,7 @@ async def _follow_chain(watch: Child, network: DemoNetwork, observed: Observed, 
 
 def _note(event: dict[str, Any], observed: Observed) -> None:
     if event.get("event") == "step":
-        observed.losses.append(float(event["loss"]))
+        observed.losses.append(math.nan if event["loss"] is None else float(event["loss"]))
     if event.get("event") == "done":
         observed.is_done = True
 
