@@ -46,6 +46,8 @@ class _Server(socketserver.ThreadingUnixStreamServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
+    # A client that has read an answer leaves at once: nothing may be left to write.
+    wbufsize = -1
 
     def do_GET(self) -> None:
         self._answer("GET", None)
