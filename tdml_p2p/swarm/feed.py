@@ -58,6 +58,7 @@ class ClientFeed:
     def _keep(self, data: memoryview) -> bytes:
         address = address_of(data)
         self._served[address] = data
+        self._served.move_to_end(address)
         while len(self._served) > _KEPT:
             self._served.popitem(last=False)
         return address

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from chain.blocks import Refused, certify
 from chain.blocks import decode_message as decode_consensus
 from chain.codec import DecodeError, encode
+from chain.genesis import to_json
 from chain.keys import peer_id
 from chain.records import Account
 from chain.state import Table, decode_record
@@ -28,6 +29,8 @@ from chain.transactions import decode_transaction
 from tdml_p2p.blobs import WantChunk, WantIndex, decode_want
 from tdml_p2p.discovery import FindRecords, TakeRecords
 from tdml_p2p.discovery import decode_message as decode_discovery
+from tdml_p2p.errors import UserError
+from tdml_p2p.home import read_genesis
 from tdml_p2p.peers import Hello, decode_hello
 from tdml_p2p.records import RecordError, sign_record
 from tdml_p2p.swarm.envelope import Carried, EnvelopeError, decode_envelope, encode_envelope, receipt
@@ -43,6 +46,7 @@ from tdml_p2p.tensor_frames import (
     encode_lengths,
 )
 from tdml_p2p.tensor_frames import decode_record as decode_frame
+from tests.chain.ledger_kit import genesis_of
 from tests.chain.test_blocks import CHAIN, KEYS, SET, block, proposal, vote
 from tests.chain.test_transactions import ENCODED
 from tests.tdml_p2p.swarm.trace_samples import state_of
@@ -133,6 +137,7 @@ DECODERS = (
         DecodeError,
         (pack_range([(encode(block()), encode(CERTIFICATE)), (encode(block(2)), encode(CERTIFICATE))]),),
     ),
+    Decoder("genesis file", lambda data: read_genesis(data, "it"), UserError, (to_json(genesis_of()).encode(),)),
     Decoder("state record", lambda data: decode_record(Table.ACCOUNTS, data), DecodeError, (ACCOUNT,)),
 )
 NESTED = tuple(byte * depth for byte in (b"\x91", b"\x81", b"[", b'{"a":') for depth in (200, 5000, 200_000))

@@ -1,0 +1,213 @@
+"""Seats in a whole run: what workers claim, what they show to auditors, and that re-execution finds who cheats."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+import trio
+import trio.testing
+
+from chain.commitment import is_member, leaf
+from chain.params import Params
+from chain.state import Task
+from chain.transactions import Opening, Trace
+from chain.verdicts import deviations, is_fraud, is_match
+from tdml_p2p.demo.faults import ATTACKS, faulty_factory
+from tdml_p2p.swarm.inputs import InputsRefused, Wanted, checked, merge
+from tdml_p2p.swarm.reexecution import Execution, Reexecutor, results_of
+from tests.tdml_p2p.swarm.session_kit import CLIENT, TASK, Run, inline, without_threads
+from tests.trainer.swarm_kit import manifest_of
+from trainer.coordinator_ports import StepDone
+
+AUDIT, KEY = bytes([1]) * 32, bytes([2]) * 32
+STEPS = (1, 2, 3)
+
+
+def in_virtual_time(body: Callable[[], object]) -> None:
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def trained(**settings: object) -> Run:
+    torch.set_num_threads(1)
+    run = Run(**settings)  # type: ignore[arg-type]
+    in_virtual_time(run.train)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    """Two stages of two replicas, three steps, nobody cheats."""
+    return trained(manifest=manifest_of(stages=2, steps=3), replicas=2)
+
+
+def cells(run: Run) -> Iterator[tuple[str, Wanted]]:
+    """Return every cell with the worker that claimed it."""
+    for stage, peers in enumerate(run.stages):
+        for replica, peer in enumerate(peers):
+            for step in STEPS:
+                for cell in run.claim(stage, step, replica).cells:
+                    yield peer, Wanted(TASK, 0, step, stage, cell)
+
+
+def opening(run: Run, peer: str, wanted: Wanted) -> Opening:
+    found = run.sessions[peer].book.opening((wanted.generation, wanted.step, wanted.cell), AUDIT, KEY)
+    assert found is not None
+    return found
+
+
+def reexecuted(run: Run, wanted: Wanted) -> Execution:
+    """Return what a peer that takes no part in the task gets."""
+    found: list[Execution] = []
+
+    async def execute() -> None:
+        found.append(await Reexecutor(run.fetch, run.ask, inline).run(run.cell(wanted)))
+
+    with without_threads():
+        in_virtual_time(execute)
+    return found[0]
+
+
+def test_every_cell_is_claimed_once_at_every_stage(run: Run) -> None:
+    assert [event.step for event in run.events if isinstance(event, StepDone)] == list(STEPS)
+    for stage in range(2):
+        for step in STEPS:
+            claimed = [cell for replica in range(2) for cell in run.claim(stage, step, replica).cells]
+            assert sorted(claimed) == list(range(run.manifest.microbatches))
+    assert {session.steps for session in run.sessions.values()} == {3}
+
+
+def test_claims_hang_together_by_the_roots_of_states(run: Run) -> None:
+    for stage in range(2):
+        for replica in range(2):
+            claims = [run.claim(stage, step, replica) for step in STEPS]
+            assert [claim.state_before for claim in claims[1:]] == [claim.state_after for claim in claims[:-1]]
+            assert claims[-1].state_after == run.states[stage].root
+        roots = [{run.claim(stage, step, replica).state_after for replica in range(2)} for step in STEPS]
+        assert [len(each) for each in roots] == [1, 1, 1]
+
+
+def test_an_opening_is_under_the_claim(run: Run) -> None:
+    for peer, wanted in cells(run):
+        replica = run.stages[wanted.stage].index(peer)
+        claim = run.claim(wanted.stage, wanted.step, replica)
+        opened = opening(run, peer, wanted)
+        place = claim.cells.index(wanted.cell)
+        assert is_member(claim.root, leaf(opened.salt, opened.trace), place, len(claim.cells), opened.proof)
+        assert opened.trace.state == claim.state_before
+
+
+def test_a_worker_names_its_inputs_and_who_signed_them(run: Run) -> None:
+    for peer, wanted in cells(run):
+        part = run.describe(peer, wanted)
+        assert part is not None
+        inputs = merge([checked(wanted, part, run.manifest, run.cell(wanted).senders)])
+        assert inputs is not None
+        trace = opening(run, peer, wanted).trace
+        assert (inputs.x.address, inputs.gy.address) == (trace.x, trace.gy)
+        if wanted.stage == 0:
+            assert inputs.x.sender == CLIENT
+        else:
+            assert inputs.gy.sender == CLIENT
+
+
+def test_neighbours_know_the_inputs_of_a_worker_that_is_silent(run: Run) -> None:
+    for peer, wanted in cells(run):
+        cell = run.cell(wanted)
+        others = [other for other in cell.holders if other not in run.stages[wanted.stage]]
+        parts = [part for other in others if (part := run.describe(other, wanted)) is not None]
+        inputs = merge([checked(wanted, part, run.manifest, cell.senders) for part in parts])
+        assert inputs is not None
+        trace = opening(run, peer, wanted).trace
+        assert (inputs.x.address, inputs.gy.address) == (trace.x, trace.gy)
+
+
+def test_inputs_of_one_cell_do_not_pass_for_another(run: Run) -> None:
+    peer, wanted = next(cells(run))
+    part = run.describe(peer, wanted)
+    assert part is not None
+    for other in (
+        Wanted(TASK, 0, wanted.step + 1, wanted.stage, wanted.cell),
+        Wanted(TASK, 1, wanted.step, wanted.stage, wanted.cell),
+        Wanted(TASK, 0, wanted.step, wanted.stage, wanted.cell + 1),
+        Wanted(bytes(32), 0, wanted.step, wanted.stage, wanted.cell),
+    ):
+        with pytest.raises(InputsRefused, match="signature"):
+            checked(other, part, run.manifest, run.cell(wanted).senders)
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 9, 0, 0), (0, 1, 0, 99), (1, 1, 0, 0), (0, 1, 2, 0), (0, 0, 0, 0)], ids=lambda place: str(place)
+)
+def test_nothing_is_said_of_cells_that_are_not_kept(run: Run, place: tuple[int, int, int, int]) -> None:
+    generation, step, stage, cell = place
+    wanted = Wanted(TASK, generation, step, stage, cell)
+    assert [run.sessions[peer].describe(wanted) for peer in run.stages[0]] == [None, None]
+
+
+def test_re_execution_by_a_stranger_agrees_to_the_bit(run: Run) -> None:
+    for peer, wanted in cells(run):
+        if wanted.step != 2:
+            continue
+        execution = reexecuted(run, wanted)
+        opened = opening(run, peer, wanted)
+        assert results_of(execution) == (opened.trace.y, opened.trace.gx, opened.trace.gw)
+        assert execution.sketch(KEY) == opened.sketch
+
+
+def test_tensors_and_states_are_served_by_address(run: Run) -> None:
+    for peer, wanted in cells(run):
+        session, trace = run.sessions[peer], opening(run, peer, wanted).trace
+        for name in ("x", "y", "gy", "gw", "state"):
+            assert session.blob(getattr(trace, name)) is not None, name
+    final = run.states[1].manifest
+    for address in (final.root(), final.weights, final.m, final.v):
+        assert all(run.sessions[peer].blob(address) is not None for peer in run.stages[1])
+        assert run.sessions[run.stages[0][0]].blob(address) is None
+    assert run.sessions[run.stages[0][0]].blob(bytes(32)) is None
+
+
+def test_what_has_settled_is_forgotten() -> None:
+    run = trained(manifest=manifest_of(stages=1, steps=3, microbatches=2))
+    [peer] = run.stages[0]
+    session = run.sessions[peer]
+    traces: dict[int, Trace] = {step: opening(run, peer, Wanted(TASK, 0, step, 0, 0)).trace for step in STEPS}
+    session.on_task(cast(Task, SimpleNamespace(settled=2, generation=0)))
+    assert [session.book.cell(0, step, 0) is None for step in STEPS] == [True, True, False]
+    assert [session.blob(traces[step].gw) is None for step in STEPS] == [True, True, False]
+    # A worker that joins starts from the settled state, and audits of step 3 run on it.
+    assert [session.blob(traces[step].state) is None for step in STEPS] == [True, True, False]
+    session.on_task(cast(Task, SimpleNamespace(settled=3, generation=0)))
+    assert session.book.cell(0, 3, 0) is None
+    assert session.blob(run.states[0].root) is not None
+
+
+def test_a_session_that_has_not_begun_holds_nothing() -> None:
+    run = Run(manifest=manifest_of(stages=1, steps=3))
+    session = run.sessions[run.stages[0][0]]
+    session.on_task(cast(Task, SimpleNamespace(settled=0, generation=0)))
+    assert session.blob(bytes(32)) is None
+    assert session.describe(Wanted(TASK, 0, 1, 0, 0)) is None
+
+
+@pytest.mark.parametrize("attack", list(ATTACKS))
+def test_re_execution_finds_the_cheat_and_nobody_else(attack: str) -> None:
+    run = trained(manifest=manifest_of(stages=2, steps=3, layers=4), factories={(0, 0): faulty_factory(attack, 2)})
+    verdicts = {}
+    for stage, (peer,) in enumerate(run.stages):
+        for step in STEPS:
+            wanted = Wanted(TASK, 0, step, stage, 1)
+            found = deviations(opening(run, peer, wanted).sketch, reexecuted(run, wanted).sketch(KEY))
+            verdicts[stage, step] = (is_match(found, Params()), is_fraud(found, Params()))
+    honest, fraud = (True, False), (False, True)
+    assert verdicts == {
+        (0, 1): honest,
+        (0, 2): fraud,
+        (0, 3): fraud,
+        **dict.fromkeys([(1, 1), (1, 2), (1, 3)], honest),
+    }
+
+
+def test_nothing_is_refused_among_honest_peers(run: Run) -> None:
+    assert [transport.refused.total() for transport in (run.client, *run.transports.values())] == [0] * 5
