@@ -151,15 +151,17 @@ def generate(
     tokens: Annotated[int, Parameter(help="Tokens to add.")] = 64,
     temperature: Annotated[float, Parameter(help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, Parameter(help="Seed of the draw.")] = 0,
+    json_: Json = False,
 ) -> None:
     """Continue a prompt with a trained model, on this machine."""
     from trainer.errors import TrainerError
     from trainer.generate import generate as continue_text
 
     try:
-        print(continue_text(model, prompt, tokens, temperature, seed))
+        text = continue_text(model, prompt, tokens, temperature, seed)
     except TrainerError as error:
         raise UserError(error.sentence, error.hint) from None
+    print(json.dumps({"prompt": prompt, "text": text}) if json_ else text)
 
 
 def _daemon(home: Path | None) -> DaemonSource:

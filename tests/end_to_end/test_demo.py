@@ -74,8 +74,11 @@ def test_the_demonstration_ends_as_it_says(tmp_path: Path, scratch: Path) -> Non
     [conviction] = json.loads(run("cli.chain", "evidence", *database))["data"]
     audit = json.loads(run("cli.chain", "audit", conviction["subject"], *database))["data"]
     assert audit["worker"] == result["evicted"][0]
-    text = run("cli.peer", "generate", "--model", str(out), "--prompt", "def ", "--tokens", "8")
-    assert text.startswith("def ")
+    asked = ("generate", "--model", str(out), "--prompt", "def ", "--tokens", "8")
+    assert json.loads(run("cli.peer", *asked, "--json")) == {
+        "prompt": "def ",
+        "text": run("cli.peer", *asked).removesuffix("\n"),
+    }
 
 
 @pytest.mark.slow
