@@ -1,7 +1,4 @@
-"""The envelope and its payloads: encoding, signature, fuzz, golden vectors of ids and of a state root."""
-
-import json
-from pathlib import Path
+"""The envelope and its payloads: encoding, signature, fuzz."""
 
 import pytest
 from hypothesis import given, settings
@@ -41,9 +38,8 @@ from chain.transactions import (
     decode_transaction,
     sign,
 )
-from tests.chain.ledger_kit import KEYS, genesis_of, post_task, start_swarm
+from tests.chain.ledger_kit import KEYS
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "ledger.json"
 H = [digest("sample", bytes([i])) for i in range(12)]
 SKETCH = bytes(range(96)) * 4
 
@@ -147,27 +143,3 @@ def test_mutated_transactions_are_refused_or_another_canonical_transaction(
 def test_every_other_spelling_is_refused(spoil: object) -> None:
     with pytest.raises(DecodeError):
         decode_transaction(spoil(ENCODED[0]))  # type: ignore[operator]
-
-
-def ledger_vectors() -> dict[str, object]:
-    """Return what others rely on: ids of one transaction of each kind, and the roots of a short life."""
-    swarm = start_swarm()
-    swarm.ledger.block(*swarm.claims(1))
-    swarm.work(6)
-    return {
-        "transactions": [
-            {"kind": type(p).__name__, "encoded": data.hex(), "id": decode_transaction(data).tx_id.hex()}
-            for p, data in zip(PAYLOADS, ENCODED, strict=True)
-        ],
-        "chain_id": genesis_of().chain_id.hex(),
-        "state_roots": [executed.state.root.hex() for *_, executed in swarm.ledger.blocks],
-        "post_task": encode(post_task()).hex(),
-    }
-
-
-def test_ids_and_roots_are_those_of_the_vectors() -> None:
-    assert ledger_vectors() == json.loads(VECTORS.read_text())
-
-
-if __name__ == "__main__":
-    VECTORS.write_text(json.dumps(ledger_vectors(), indent=1) + "\n")
