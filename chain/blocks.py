@@ -226,8 +226,8 @@ class BlockContext(Record, frozen=True):
     proposer: AccountId
     reveal: Hash
     seed: Hash
-    parent_signers: tuple[AccountId, ...] | None
-    """Who signed the parent's finalization, for liveness; None at height 1."""
+    parent_absent: tuple[AccountId, ...]
+    """Which validators of the parent's height did not sign its finalization; whoever joined since owed nothing."""
 
 
 def transactions_root(transactions: Iterable[Transaction]) -> bytes:

@@ -148,7 +148,8 @@ def _check_parent(tip: Tip, certificate: Certificate, verify: Verifier) -> None:
 
 
 def _context(tip: Tip, draft: Draft, certificate: Certificate | None) -> BlockContext:
-    signers = certificate.accounts(tip.signers) if certificate and tip.signers else None
+    validators = tip.signers.powers if certificate and tip.signers else {}
+    signed = frozenset(certificate.accounts(tip.signers)) if certificate and tip.signers else frozenset()
     return BlockContext(
         tip.chain_id,
         tip.height + 1,
@@ -156,5 +157,5 @@ def _context(tip: Tip, draft: Draft, certificate: Certificate | None) -> BlockCo
         draft.proposer,
         draft.reveal,
         next_seed(tip.state.seed, draft.reveal),
-        signers,
+        tuple(account for account in validators if account not in signed),
     )

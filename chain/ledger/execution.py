@@ -83,7 +83,7 @@ def execute(state: State, context: BlockContext, transactions: Sequence[Transact
     draft = Draft(state)
     book = Book(draft, context.height, context.seed, state.validators())
     _advance(book, state, context)
-    before_transactions(book, context.parent_signers)
+    before_transactions(book, context.parent_absent)
     receipts = tuple(_run(book, state, transaction) for transaction in transactions)
     after_transactions(book)
     _check_conservation(book, state)

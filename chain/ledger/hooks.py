@@ -8,10 +8,9 @@ from chain.records import Validator
 from chain.state import Table
 
 
-def before_transactions(book: Book, parent_signers: tuple[bytes, ...] | None) -> None:
-    """Count who signed the parent; jail validators that have vanished."""
-    if parent_signers is not None:
-        _count_liveness(book, frozenset(parent_signers))
+def before_transactions(book: Book, parent_absent: tuple[bytes, ...]) -> None:
+    """Count who of the parent's validators did not sign it; jail those that have vanished."""
+    _count_liveness(book, frozenset(parent_absent))
 
 
 def after_transactions(book: Book) -> None:
@@ -49,12 +48,12 @@ def _keep_up(book: Book, identity: bytes) -> None:
     seats.fill(book, task)
 
 
-def _count_liveness(book: Book, signers: frozenset[bytes]) -> None:
+def _count_liveness(book: Book, absent: frozenset[bytes]) -> None:
     horizon = book.height - book.params.jail_window
     for account in book.validators.powers:
         validator: Validator = book.draft.get(Table.VALIDATORS, account)
         missed = tuple(height for height in validator.missed if height > horizon)
-        if account not in signers:
+        if account in absent:
             missed = (*missed, book.height)
         if len(missed) >= book.params.jail_missed and book.has_other_validator(account):
             book.draft.put(

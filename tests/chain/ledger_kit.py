@@ -76,7 +76,7 @@ def context_on(state: State, signers: Iterable[bytes] | None = None, seconds: in
     validator = state.validator(proposer)
     assert validator is not None
     reveal = ONIONS[proposer].below(validator.onion_tip)
-    signed = tuple(members if signers is None else signers) if state.height else None
+    signed = members if signers is None or not state.height else list(signers)
     return BlockContext(
         chain_id=state.chain.chain_id,
         height=state.height + 1,
@@ -84,7 +84,7 @@ def context_on(state: State, signers: Iterable[bytes] | None = None, seconds: in
         proposer=proposer,
         reveal=reveal,
         seed=next_seed(state.seed, reveal),
-        parent_signers=signed,
+        parent_absent=tuple(account for account in members if account not in signed),
     )
 
 

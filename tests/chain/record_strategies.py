@@ -22,10 +22,15 @@ def record_types() -> list[type[Record]]:
     found: list[type[Record]] = []
     waiting: list[type[Record]] = [Record]
     while waiting:
-        below = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("chain.")]
+        below = [kind for kind in waiting.pop().__subclasses__() if _is_public(kind)]
         found += below
         waiting += below
     return sorted(set(found), key=lambda kind: f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _is_public(kind: type[Record]) -> bool:
+    """Whether `kind` is part of the protocol; private ones only read what this peer wrote itself."""
+    return kind.__module__.startswith("chain.") and not kind.__name__.startswith("_")
 
 
 @cache
