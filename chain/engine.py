@@ -39,7 +39,7 @@ from chain.ledger import Executed, InvalidBlock, Receipt
 from chain.queries import Reader
 from chain.state import State
 from chain.sync import FinalBlock, StatusReply, StatusRequest, decode_request
-from chain.transactions import Evidence, Payload, Transaction
+from chain.transactions import Payload, Transaction
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
@@ -133,6 +133,7 @@ class ChainEngine:
         )
         try:
             async with trio.open_nursery() as nursery:
+                self._core.remember(self._files.recent())
                 restored = self._files.restored(self._core.tip.height + 1)
                 self._core.begin(trio.current_time(), restored, self._is_pending())
                 self._pump()
@@ -346,6 +347,7 @@ class ChainEngine:
         self._core.adopt(Tip(tip.chain_id, executed.state, block.header, final.certificate, signers))
         self._transactions.adopt(block, executed)
         self._core.begin(trio.current_time(), restored, self._is_pending())
+        self._pursue()
         self._tell(Committed(block, final.certificate, executed.receipts, executed.events))
 
     def _tell(self, committed: Committed) -> None:
@@ -367,8 +369,8 @@ class ChainEngine:
     def _pump(self, *, clock: bool = True) -> None:
         """Wake the loops that have work."""
         core = self._core
-        while core.evidence:
-            self._accuse(core.evidence.popleft())
+        if core.watch.has_news:
+            self._pursue()
         queues = ((core.signing, self._signing), (core.jobs, self._jobs), (core.publish, self._publishing))
         for queue, bell in queues:
             if queue:
@@ -378,12 +380,10 @@ class ChainEngine:
         if clock:
             self._clock.ring()
 
-    def _accuse(self, evidence: Evidence) -> None:
-        try:
-            self._transactions.submit(evidence, self.state)
-        except SubmitRefused as refusal:
-            _log.warning("evidence was not submitted: %s", refusal)
-        self._sending.ring()
+    def _pursue(self) -> None:
+        if self._core.watch.pursue(self.state, self._transactions):
+            self._core.pace.hurry(trio.current_time())
+            self._sending.ring()
 
     async def _on_disk(self, work: Callable[[], T]) -> T:
         """Run `work` on the databases, one at a time, to its end."""

@@ -27,10 +27,10 @@ from chain.consensus import (
 from chain.engine_blocks import MAX_CLOCK_DRIFT_MS, Draft, Tip
 from chain.engine_gate import Disposition, Gate, Taken
 from chain.engine_pace import Pace
+from chain.evidence import Watch
 from chain.keys import PrivateKey
 from chain.ledger import Executed
 from chain.randomness import onion_of
-from chain.transactions import Evidence
 
 MAX_EXECUTED = 8
 """Executed candidates of one height that are kept."""
@@ -99,14 +99,14 @@ class Core:
         params = tip.state.params
         self._config = config
         self.tip = tip
-        self.gate = Gate(tip.chain_id, config.verify)
+        self.watch = Watch(config.verify, self.account)
+        self.gate = Gate(tip.chain_id, config.verify, self.watch)
         self.pace = Pace(params.block_interval_ms / 1000, params.heartbeat_ms / 1000, config.standstill)
         self.previous: Consensus | None = None
         self.executed: dict[bytes, Executed] = {}
         self.publish: deque[tuple[str, bytes]] = deque(maxlen=MAX_UNPUBLISHED)
         self.signing: deque[SignJob] = deque()
         self.jobs: deque[Job] = deque()
-        self.evidence: deque[Evidence] = deque()
         self.began = 0.0
         """When the height under decision began."""
         self._waiting: BuildJob | None = None
@@ -127,9 +127,16 @@ class Core:
         """Whether the height is final although its block is not here."""
         return self.machine.finalization is not None and not self.machine.is_over
 
+    def remember(self, finals: Iterable[tuple[ValidatorSet, Certificate]]) -> None:
+        """Take the certificates of decided heights, oldest first, as a source of evidence."""
+        for validators, certificate in finals:
+            self.watch.cover(certificate.height, validators)
+            self.watch.examine(certificate)
+
     def begin(self, now: float, restored: Restored, pending: bool) -> None:
         """Start the height after the tip."""
         self.machine = self._machine(restored)
+        self.watch.cover(self.machine.config.height, self.validators)
         self.executed.clear()
         self._waiting = None
         self.began = now
@@ -246,7 +253,7 @@ class Core:
                 case Decide(block, certificate):
                     self.jobs.append(CommitJob(block, certificate))
                 case Accuse(first, second):
-                    self.evidence.append(Evidence(encode(first), encode(second)))
+                    self.watch.accuse(first, second)
                 case _:
                     assert_never(effect)
         if machine is self.machine and machine.proposals:

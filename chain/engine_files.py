@@ -4,7 +4,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from chain.blocks import Vote
+from msgspec import Raw
+
+from chain.blocks import Certificate, Header, ValidatorSet, Vote
+from chain.codec import Record, decode
 from chain.engine_blocks import Tip
 from chain.engine_core import Restored, SignJob
 from chain.genesis import Genesis
@@ -17,7 +20,18 @@ from chain.sync import FinalBlock, pack_range
 KEPT_SIGNED_HEIGHTS = 64
 """Heights below the tip whose signing record is kept."""
 
+RECENT_HEIGHTS = 64
+"""Heights below the tip whose certificates are evidence after a restart."""
+
 _log = logging.getLogger("tdml.chain")
+
+
+class _Opened(Record, frozen=True):
+    """A stored block of which only the header is decoded."""
+
+    header: Header
+    transactions: Raw
+    parent_certificate: Raw
 
 
 class Files:
@@ -65,6 +79,18 @@ class Files:
         block, certificate = newest
         signers = self.store.validators(block.header.validators_hash)
         return Tip(self._chain_id, state, block.header, certificate, signers)
+
+    def recent(self) -> list[tuple[ValidatorSet, Certificate]]:
+        """Return who decided the last heights and by which certificates, oldest first."""
+        newest = self.store.tip()
+        height = newest[0].height if newest else 0
+        found: list[tuple[ValidatorSet, Certificate]] = []
+        for block, certificate in self.store.raw_blocks(height - RECENT_HEIGHTS + 1, height):
+            opened: _Opened = decode(_Opened, block)
+            validators = self.store.validators(opened.header.validators_hash)
+            if validators is not None:
+                found.append((validators, decode(Certificate, certificate)))
+        return found
 
     def restored(self, height: int) -> Restored:
         """Return what this peer has signed at `height`."""

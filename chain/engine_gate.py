@@ -19,6 +19,7 @@ from chain.blocks import (
 )
 from chain.codec import DecodeError
 from chain.consensus import HORIZON, Consensus, Effect
+from chain.evidence import Watch
 from chain.keys import peer_id
 
 MAX_BUFFERED = 512
@@ -82,6 +83,7 @@ class Gate:
 
     chain_id: bytes
     check: Verifier
+    watch: Watch
     counts: Counter[str] = field(default_factory=Counter)
     heard: dict[bytes, float] = field(default_factory=dict)
     _buffer: deque[tuple[ConsensusMessage, int]] = field(default_factory=deque)
@@ -105,7 +107,7 @@ class Gate:
         if height > current:
             return Taken(self._keep(message, height, current, len(data)))
         if height < current and (previous is None or height != current - 1):
-            return Taken(ignored("past-height"))
+            return Taken(self._look_back(message))
         return self._feed(message, machine if height == current else previous or machine, now)
 
     def release(self, machine: Consensus, now: float) -> list[Taken]:
@@ -127,10 +129,19 @@ class Gate:
             self._buffered += size
         return FUTURE
 
+    def _look_back(self, message: ConsensusMessage) -> Disposition:
+        """Take from a message of a decided height what convicts; only that is worth passing on."""
+        try:
+            return ACCEPTED if self.watch.examine(message) else ignored("past-height")
+        except Refused as refusal:
+            return rejected(refusal.reason)
+
     def _feed(self, message: ConsensusMessage, machine: Consensus, now: float) -> Taken:
         if _is_known(message, machine):
-            self._hear(message, machine.config.validators, now)
-            return Taken(ignored("known"))
+            disposition = self._look_back(message)
+            if disposition.action is not Action.REJECT:
+                self._hear(message, machine.config.validators, now)
+            return Taken(ignored("known") if disposition.action is Action.IGNORE else disposition)
         if not isinstance(message, Certificate) and _view(message) > machine.view + HORIZON:
             return Taken(ignored("far-view"))
         if isinstance(message, Proposal) and message.vote.validator != machine.leader(message.vote.view):
@@ -140,6 +151,7 @@ class Gate:
         except Refused as refusal:
             return Taken(rejected(refusal.reason))
         self._hear(message, machine.config.validators, now)
+        self.watch.examine(message)
         return Taken(ACCEPTED, machine, tuple(feed(machine, message)))
 
     def _hear(self, message: ConsensusMessage, validators: ValidatorSet, now: float) -> None:

@@ -15,7 +15,7 @@ from chain.keys import PrivateKey
 from chain.ledger import Executed, Reason, Receipt
 from chain.mempool import Mempool
 from chain.state import State
-from chain.transactions import MAX_TRANSACTION_BYTES, Payload, Transaction, decode_transaction
+from chain.transactions import MAX_TRANSACTION_BYTES, Evidence, Payload, Transaction, decode_transaction
 
 BATCH = 128
 BATCH_BYTES = 256 * 1024
@@ -88,6 +88,11 @@ class Transactions:
     def unchecked(self, block: Block) -> list[Transaction]:
         """Return the transactions of a block whose signatures have not been checked here."""
         return [transaction for transaction in block.transactions if transaction.tx_id not in self.mempool]
+
+    def evidence(self) -> Iterator[Evidence]:
+        """Yield the evidence that waits for a block, of whatever sender."""
+        payloads = (transaction.body.payload for transaction in self.mempool)
+        return (payload for payload in payloads if isinstance(payload, Evidence))
 
     def submit(self, payload: Payload, state: State) -> bytes:
         """Sign a payload with the next nonce and return its id; raise `SubmitRefused`."""
