@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,23 @@ class Store:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
 
-    def commit(self, block: Block, certificate: Certificate, before: State, executed: Executed) -> None:
-        """Write everything of one height durably, or nothing."""
-        height, write = block.height, self._db.executemany
-        validators = before.validators()
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Make the commits within durable together, or none of them."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
+            raise
+
+    def commit(self, block: Block, certificate: Certificate, before: State, executed: Executed) -> None:
+        """Write everything of one height durably, or nothing; within `batch` with the batch."""
+        height, write = block.height, self._db.executemany
+        validators = before.validators()
+        with nullcontext() if self._db.in_transaction else self.batch():
             write("INSERT INTO blocks VALUES (?, ?, ?, ?)", [(height, block.hash, encode(block), encode(certificate))])
             self._write_state(before, executed.changes)
             write("INSERT OR IGNORE INTO validator_sets VALUES (?, ?)", [(validators.hash, encode(validators))])
@@ -126,11 +137,6 @@ class Store:
                 "INSERT INTO events VALUES (?, ?, ?, ?)",
                 [(height, place, e.kind, json.dumps(e.data)) for place, e in enumerate(executed.events)],
             )
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # a full disk has ended it already
-                self._db.execute("ROLLBACK")
-            raise
 
     def _write_state(self, before: State, changes: Changes) -> None:
         for table, changed in changes.items():
