@@ -26,7 +26,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: setup
-	for bench in bench/*.py; do $(BIN)/python $$bench --json || exit 1; done
+	for bench in bench/*.py; do $(BIN)/python -m bench.$$(basename $$bench .py) --json || exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
