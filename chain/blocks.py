@@ -42,6 +42,8 @@ class Reason(StrEnum):
     BAD_BITMAP = "bad-bitmap"
     NO_QUORUM = "no-quorum"
     WRONG_BLOCK = "wrong-block"
+    EMPTY_ANSWER = "empty-answer"
+    TOO_MANY_BLOCKS = "too-many-blocks"
 
 
 class Refused(ValueError):

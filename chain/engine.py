@@ -17,7 +17,7 @@ import trio
 
 from chain.blocks import Block, Refused, VerifiedSignatures
 from chain.codec import encode
-from chain.engine_blocks import Tip, assemble, check, check_proposal
+from chain.engine_blocks import Step, assemble, check_proposal, follow
 from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, ValidateJob
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
@@ -31,7 +31,8 @@ from chain.engine_seam import (
     TransactionExpired,
 )
 from chain.engine_status import describe
-from chain.engine_sync import CatchUp
+from chain.engine_sync import CatchUp, CatchUpConfig
+from chain.engine_threads import Bell, Threads
 from chain.engine_transactions import Transactions
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
@@ -61,24 +62,9 @@ T = TypeVar("T")
 _log = logging.getLogger("tdml.chain")
 
 SUBSCRIBER_BUFFER = 1024
-SYNC_PEERS = 4
 NEW_PEERS_SECONDS = 1.0
 LARGE_BLOCK = 32
 """Transactions from which a block is checked and executed in a thread."""
-
-
-class _Bell:
-    """Wakes one loop; ringing twice before it listens wakes it once."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-
-    def ring(self) -> None:
-        self._event.set()
-
-    async def heard(self) -> None:
-        await self._event.wait()
-        self._event = trio.Event()
 
 
 class ChainEngine:
@@ -102,14 +88,23 @@ class ChainEngine:
         core = CoreConfig(voter, self._config.timers, self._config.standstill, self._verify)
         self._core = Core(core, tip)
         self._transactions = Transactions(key, tip.chain_id)
-        self._catch_up = CatchUp(network, lambda: self._core.tip, self._commit_synced, self._verify)
+        self._threads = Threads(offload=self._config.offload)
+        self._catch_up = CatchUp(
+            CatchUpConfig(
+                network,
+                lambda: self._core.tip,
+                self._commit_synced,
+                self._threads,
+                self._verify,
+                self._config.sync_timeout,
+                self._config.sync_interval,
+            )
+        )
         self._subscribers: set[trio.MemorySendChannel[Committed]] = set()
-        self._patience = trio.CancelScope()
         self._turn = trio.Lock()
-        self._disk = trio.CapacityLimiter(1)
         self._block_passed = trio.Event()
-        self._clock, self._signing, self._jobs = _Bell(), _Bell(), _Bell()
-        self._publishing, self._sending, self._syncing = _Bell(), _Bell(), _Bell()
+        self._clock, self._signing, self._jobs = Bell(), Bell(), Bell()
+        self._publishing, self._sending, self._syncing = Bell(), Bell(), Bell()
 
     @property
     def state(self) -> State:
@@ -174,9 +169,9 @@ class ChainEngine:
         if isinstance(request, StatusRequest):
             if request.height > tip.height:
                 self._hear_of_more(sender)
-            return encode(StatusReply(tip.height, tip.hash))
+            return encode(StatusReply(tip.height, tip.hash, self._files.base))
         last = min(tip.height, request.first + request.count - 1)
-        return await self._on_disk(partial(self._files.range, request.first, last))
+        return await self._threads.disk(partial(self._files.range, request.first, last))
 
     # Own transactions and what others do.
 
@@ -198,7 +193,7 @@ class ChainEngine:
             try:
                 receipt = self._transactions.answer(tx_id)
             except LookupError:
-                receipt = await self._on_disk(partial(self._files.receipt, tx_id))
+                receipt = await self._threads.disk(partial(self._files.receipt, tx_id))
                 if receipt is None:
                     raise
             if receipt is not None:
@@ -240,7 +235,7 @@ class ChainEngine:
             while self._core.signing:
                 jobs = list(self._core.signing)
                 self._core.signing.clear()
-                for job, vote in await self._on_disk(partial(self._files.sign, jobs)):
+                for job, vote in await self._threads.disk(partial(self._files.sign, jobs)):
                     self._core.signed(job, vote, trio.current_time())
                 self._pump()
 
@@ -276,9 +271,7 @@ class ChainEngine:
             everyone = trio.current_time() - complete >= self._config.sync_interval or self._core.is_wanting
             if everyone:
                 complete = trio.current_time()
-            for peer in self._catch_up.choose(everyone=everyone)[:SYNC_PEERS]:
-                with trio.move_on_after(self._config.sync_timeout) as self._patience:
-                    await self._catch_up.follow(peer)
+            await self._catch_up.follow(everyone=everyone)
 
     # Work.
 
@@ -290,7 +283,7 @@ class ChainEngine:
                 executed = await self._validate(job.block)
                 self._core.validated(job, executed, trio.current_time())
             case CommitJob(block, certificate):
-                await self._commit(FinalBlock(block, certificate))
+                await self._commit([FinalBlock(block, certificate)])
 
     async def _build(self, job: BuildJob) -> None:
         if job.machine is not self._core.machine or job.view != job.machine.view:
@@ -325,39 +318,39 @@ class ChainEngine:
             _log.warning("block %d of view %d is invalid: %s", block.height, block.header.view, error)
             return None
 
-    async def _commit_synced(self, final: FinalBlock) -> None:
+    async def _commit_synced(self, finals: Sequence[FinalBlock]) -> None:
         async with self._turn:
-            await self._commit(final)
+            await self._commit(finals)
         self._pump()
-        self._patience.deadline = trio.current_time() + self._config.sync_timeout
 
-    async def _commit(self, final: FinalBlock) -> None:
-        block, tip = final.block, self._core.tip
-        if block.height != tip.height + 1:
-            return
-        executed = self._core.executed.get(block.hash)
-        if executed is None:
-            try:
-                work = partial(check, tip, block, None, self._verify)
-                executed = await self._compute(block.transactions, work)
-            except (Refused, InvalidBlock, AssertionError) as error:
-                raise ChainBroken(f"final block {block.height} does not execute here: {error}") from error
-        restored = await self._on_disk(partial(self._files.commit, final, tip, executed))
-        signers = tip.state.validators()
-        self._core.adopt(Tip(tip.chain_id, executed.state, block.header, final.certificate, signers))
-        self._transactions.adopt(block, executed)
-        self._core.begin(trio.current_time(), restored, self._is_pending())
-        self._pursue()
-        self._tell(Committed(block, final.certificate, executed.receipts, executed.events))
+    async def _commit(self, finals: Sequence[FinalBlock]) -> None:
+        core = self._core
+        is_large = len(finals) > 1 or len(finals[0].block.transactions) >= LARGE_BLOCK
+        work = partial(follow, core.tip, finals, core.executed, self._verify)
+        steps, refusal = await self._threads.compute(work, is_large=is_large)
+        if steps:
+            restored = await self._threads.disk(partial(self._files.commit, steps))
+            core.adopt([step.after for step in steps])
+            for step in steps:
+                self._transactions.adopt(step.final.block, step.executed)
+            core.begin(trio.current_time(), restored, self._is_pending())
+            self._pursue()
+            self._tell(steps)
+        if refusal is not None:
+            core.suspect(next(final for final in finals if final.block.height > core.tip.height))
+            raise refusal
 
-    def _tell(self, committed: Committed) -> None:
+    def _tell(self, steps: Sequence[Step]) -> None:
         self._block_passed.set()
         self._block_passed = trio.Event()
-        for subscriber in self._subscribers:
-            try:
-                subscriber.send_nowait(committed)
-            except trio.WouldBlock:
-                _log.warning("a subscriber is %d blocks behind and misses one", SUBSCRIBER_BUFFER)
+        for step in steps:
+            block, certificate = step.final.block, step.final.certificate
+            committed = Committed(block, certificate, step.executed.receipts, step.executed.events)
+            for subscriber in self._subscribers:
+                try:
+                    subscriber.send_nowait(committed)
+                except trio.WouldBlock:
+                    _log.warning("a subscriber is %d blocks behind and misses one", SUBSCRIBER_BUFFER)
 
     def _is_pending(self) -> bool:
         return len(self._transactions.mempool) > 0 or self.state.is_busy()
@@ -385,15 +378,5 @@ class ChainEngine:
             self._core.pace.hurry(trio.current_time())
             self._sending.ring()
 
-    async def _on_disk(self, work: Callable[[], T]) -> T:
-        """Run `work` on the databases, one at a time, to its end."""
-        if not self._config.offload:
-            await trio.lowlevel.checkpoint()
-            return work()
-        return await trio.to_thread.run_sync(work, limiter=self._disk)
-
     async def _compute(self, transactions: Sequence[Transaction], work: Callable[[], T]) -> T:
-        """Run `work` on a block, in a thread when it is large."""
-        if not self._config.offload or len(transactions) < LARGE_BLOCK:
-            return work()
-        return await trio.to_thread.run_sync(work)
+        return await self._threads.compute(work, is_large=len(transactions) >= LARGE_BLOCK)

@@ -1,6 +1,6 @@
 """Making and checking one block on top of the final state, without I/O."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -19,10 +19,12 @@ from chain.blocks import (
     verify_certificate,
 )
 from chain.codec import encode
+from chain.engine_seam import ChainBroken
 from chain.hashing import ZERO
-from chain.ledger import Executed, execute
+from chain.ledger import Executed, InvalidBlock, execute
 from chain.randomness import next_seed
 from chain.state import State
+from chain.sync import FinalBlock, check_final
 from chain.transactions import Transaction
 
 MAX_CLOCK_DRIFT_MS = 10_000
@@ -54,6 +56,22 @@ class Tip:
     def timestamp(self) -> int:
         """The least timestamp of the next block, minus one."""
         return self.header.timestamp if self.header else self.state.chain.timestamp
+
+
+@dataclass(frozen=True)
+class Step:
+    """A final block, the tip below it and what it does."""
+
+    final: FinalBlock
+    before: Tip
+    executed: Executed
+
+    @property
+    def after(self) -> Tip:
+        """The tip that it makes."""
+        before, block = self.before, self.final.block
+        signers = before.state.validators()
+        return Tip(before.chain_id, self.executed.state, block.header, self.final.certificate, signers)
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,36 @@ def check(tip: Tip, block: Block, now_ms: int | None, verify: Verifier) -> Execu
     if header != expected:
         raise Refused(Reason.WRONG_BLOCK, "the header differs from the execution")
     return executed
+
+
+def follow(
+    tip: Tip, finals: Sequence[FinalBlock], known: Mapping[bytes, Executed], verify: Verifier
+) -> tuple[list[Step], Refused | None]:
+    """Return what the final blocks beyond `tip` do, up to the first that does not follow, and why it does not.
+
+    `known` are blocks executed before, by hash. Raises `ChainBroken` for a final block that does not
+    execute to what its validators signed.
+    """
+    steps: list[Step] = []
+    for final in finals:
+        block = final.block
+        if block.height <= tip.height:
+            continue
+        try:
+            check_final(final, tip.header, tip.state.validators(), verify)
+            if block.header.chain_id != tip.chain_id:
+                raise Refused(Reason.WRONG_CHAIN)
+        except Refused as refusal:
+            return steps, refusal
+        executed = known.get(block.hash)
+        if executed is None:
+            try:
+                executed = check(tip, block, None, verify)
+            except (Refused, InvalidBlock, AssertionError) as error:
+                raise ChainBroken(f"final block {block.height} does not execute here: {error}") from error
+        steps.append(Step(final, tip, executed))
+        tip = steps[-1].after
+    return steps, None
 
 
 def _check_limits(tip: Tip, block: Block, now_ms: int | None) -> None:

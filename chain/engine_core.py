@@ -5,11 +5,12 @@ votes to make durable and sign, blocks to build, validate and commit.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import assert_never
 
-from chain.blocks import Block, Certificate, ConsensusMessage, Proposal, ValidatorSet, Verifier, Vote
+from chain.blocks import Block, Certificate, ConsensusMessage, Proposal, Refused, ValidatorSet, Verifier, Vote
 from chain.codec import encode
 from chain.consensus import (
     Accuse,
@@ -31,6 +32,7 @@ from chain.evidence import Watch
 from chain.keys import PrivateKey
 from chain.ledger import Executed
 from chain.randomness import onion_of
+from chain.sync import FinalBlock
 
 MAX_EXECUTED = 8
 """Executed candidates of one height that are kept."""
@@ -133,6 +135,13 @@ class Core:
             self.watch.cover(certificate.height, validators)
             self.watch.examine(certificate)
 
+    def suspect(self, final: FinalBlock) -> None:
+        """Look for evidence in the certificates of a served block that does not follow the tip."""
+        for certificate in (final.certificate, final.block.parent_certificate):
+            if certificate is not None:
+                with suppress(Refused):
+                    self.watch.examine(certificate)
+
     def begin(self, now: float, restored: Restored, pending: bool) -> None:
         """Start the height after the tip."""
         self.machine = self._machine(restored)
@@ -145,12 +154,13 @@ class Core:
         for taken in self.gate.release(self.machine, now):
             self._taken(taken, now)
 
-    def adopt(self, tip: Tip) -> None:
-        """Take a new final tip; `begin` must follow."""
+    def adopt(self, tips: Sequence[Tip]) -> None:
+        """Take consecutive final tips; `begin` must follow."""
         self.machine.close()
-        is_next = tip.height == self.machine.config.height
+        is_next = tips[-1].height == self.machine.config.height
         self.previous = self.machine if is_next else None
-        self.tip = tip
+        self.tip = tips[-1]
+        self.remember((tip.signers, tip.certificate) for tip in tips if tip.signers and tip.certificate)
 
     def deliver(self, data: bytes, now: float) -> Disposition:
         """Take one gossiped consensus message."""

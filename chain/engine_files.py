@@ -8,14 +8,14 @@ from msgspec import Raw
 
 from chain.blocks import Certificate, Header, ValidatorSet, Vote
 from chain.codec import Record, decode
-from chain.engine_blocks import Tip
+from chain.engine_blocks import Step, Tip
 from chain.engine_core import Restored, SignJob
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
-from chain.ledger import Executed, Receipt
+from chain.ledger import Receipt
 from chain.signing import Conflict, RecordMissing, SigningRecord
 from chain.store import Store
-from chain.sync import FinalBlock, pack_range
+from chain.sync import pack_range
 
 KEPT_SIGNED_HEIGHTS = 64
 """Heights below the tip whose signing record is kept."""
@@ -65,6 +65,11 @@ class Files:
         """Whether there is a signing record to sign with."""
         return self._record is not None
 
+    @property
+    def base(self) -> int:
+        """The lowest height that can be served."""
+        return 1
+
     def close(self) -> None:
         """Close both files."""
         if self._record is not None:
@@ -110,13 +115,15 @@ class Files:
                 return []
         return [signed for job in jobs for signed in self.sign([job])]
 
-    def commit(self, final: FinalBlock, before: Tip, executed: Executed) -> Restored:
-        """Store a final block in one transaction; return what was signed at the next height."""
-        height = final.block.height
-        self.store.commit(final.block, final.certificate, before.state, executed)
-        if self._record is not None and height % KEPT_SIGNED_HEIGHTS == 0:
-            self._record.forget(height - KEPT_SIGNED_HEIGHTS)
-        return self.restored(height + 1)
+    def commit(self, steps: Sequence[Step]) -> Restored:
+        """Store consecutive final blocks in one transaction; return what was signed at the next height."""
+        with self.store.batch():
+            for step in steps:
+                self.store.commit(step.final.block, step.final.certificate, step.before.state, step.executed)
+        first, last = steps[0].final.block.height, steps[-1].final.block.height
+        if self._record is not None and last // KEPT_SIGNED_HEIGHTS > (first - 1) // KEPT_SIGNED_HEIGHTS:
+            self._record.forget(last - KEPT_SIGNED_HEIGHTS)
+        return self.restored(last + 1)
 
     def range(self, first: int, last: int) -> bytes:
         """Return the sync reply with these heights."""

@@ -1,5 +1,6 @@
 """Range sync: the messages of `/tdml/sync/1` and the pure checks of a final block."""
 
+from itertools import pairwise
 from typing import Annotated
 
 from msgspec import Meta, Raw
@@ -42,10 +43,11 @@ SyncRequest = StatusRequest | RangeRequest
 
 
 class StatusReply(Record, frozen=True):
-    """The latest final height and its block hash (the chain id at height 0)."""
+    """The latest final height, its block hash (the chain id at height 0) and the lowest height served."""
 
     height: Uint
     block_hash: Hash
+    base: Uint
 
 
 class FinalBlock(Record, frozen=True):
@@ -80,6 +82,18 @@ def decode_range(data: bytes) -> tuple[FinalBlock, ...]:
     return reply.blocks
 
 
+def check_range(finals: tuple[FinalBlock, ...], first: int, count: int) -> None:
+    """Raise `Refused` unless `finals` are leading blocks of the range asked for, each linked to the one before."""
+    if not finals:
+        raise Refused(Reason.EMPTY_ANSWER, f"no block {first}")
+    if len(finals) > count:
+        raise Refused(Reason.TOO_MANY_BLOCKS, f"{len(finals)} for {count}")
+    if finals[0].block.height != first:
+        raise Refused(Reason.WRONG_HEIGHT, f"{finals[0].block.height} for {first}")
+    for parent, final in pairwise(finals):
+        _check_parent(final.block.header, parent.block.header)
+
+
 def pack_range(encoded: list[tuple[bytes, bytes]]) -> bytes:
     """Return the reply with as many of the leading (block, certificate) encodings as its size allows."""
     size, fitting = 0, 0
@@ -98,9 +112,7 @@ def check_final(final: FinalBlock, parent: Header | None, validators: ValidatorS
     """
     header, certificate = final.block.header, final.certificate
     if parent is not None:
-        expected = (parent.chain_id, parent.height + 1, parent.hash)
-        if (header.chain_id, header.height, header.parent) != expected:
-            raise Refused(Reason.WRONG_HEIGHT, "the block does not follow its parent")
+        _check_parent(header, parent)
     elif (header.height, header.parent) != (1, header.chain_id):
         raise Refused(Reason.WRONG_HEIGHT, "the first block does not follow the genesis")
     if certificate.kind != VoteKind.FINALIZE:
@@ -111,3 +123,9 @@ def check_final(final: FinalBlock, parent: Header | None, validators: ValidatorS
     if header.validators_hash != validators.hash:
         raise Refused(Reason.WRONG_BLOCK, "another validator set")
     verify_certificate(certificate, validators, check)
+
+
+def _check_parent(header: Header, parent: Header) -> None:
+    expected = (parent.chain_id, parent.height + 1, parent.hash)
+    if (header.chain_id, header.height, header.parent) != expected:
+        raise Refused(Reason.WRONG_HEIGHT, "the block does not follow its parent")

@@ -294,7 +294,7 @@ async def test_the_stored_certificates_convict_after_a_restart(
         await until_height((await start(stack))[0], 8)
     async with AsyncExitStack() as stack:
         engines = await start(stack)
-        found = await engines[0]._on_disk(lambda: engines[0]._files.store.block(5))
+        found = engines[0].reader.store.block(5)
         assert found is not None
         signers = found[1].accounts(SET)
         twin = next(key for key in MEMBERS if key.account == signers[0])

@@ -1,17 +1,42 @@
 """Range sync: replies within bounds, final blocks checked one by one, liars reported."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from chain.blocks import Block, Certificate, Header, Reason, Refused, Vote, VoteKind, certify, vote_bytes
+from chain.blocks import (
+    Block,
+    Certificate,
+    Header,
+    Reason,
+    Refused,
+    ValidatorSet,
+    Vote,
+    VoteKind,
+    certify,
+    vote_bytes,
+)
 from chain.codec import DecodeError, encode
 from chain.engine_blocks import Tip
+from chain.engine_ranges import (
+    HEDGE_SECONDS,
+    MAX_BUFFERED_BYTES,
+    MAX_OPEN,
+    SYNC_RANGE,
+    Batch,
+    Lease,
+    Ranges,
+)
 from chain.engine_seam import RequestFailed
-from chain.engine_sync import CatchUp
+from chain.engine_sync import CatchUp, CatchUpConfig
+from chain.engine_threads import Threads
 from chain.hashing import ZERO
 from chain.keys import verify
 from chain.sync import (
@@ -116,73 +141,253 @@ def test_any_bytes_decode_or_raise_decode_error(data: bytes) -> None:
 
 
 class Server:
-    """A peer that answers from a list of blocks, after `twist` has had its way with the reply."""
+    """One serving peer: `twist` has its way with each answer, None is no answer at all."""
 
-    def __init__(self, finals: list[FinalBlock], height: int, twist: bytes | None = None) -> None:
-        self.finals, self.height, self.twist = finals, height, twist
+    def __init__(
+        self,
+        finals: list[FinalBlock],
+        twist: Callable[[RangeRequest, tuple[FinalBlock, ...]], bytes | None] | None = None,
+        claims: int | None = None,
+    ) -> None:
+        self.finals = finals
+        self.claims = len(finals) if claims is None else claims
+        self.base = 1
+        self.asked: list[RangeRequest] = []
+        self._twist = twist
+
+    async def answer(self, data: bytes) -> bytes:
+        await trio.sleep(0.01)
+        request = decode_request(data, CHAIN)
+        if isinstance(request, StatusRequest):
+            return encode(StatusReply(self.claims, ZERO, self.base))
+        assert isinstance(request, RangeRequest)
+        self.asked.append(request)
+        chosen = tuple(self.finals[request.first - 1 : request.first - 1 + request.count])
+        answer = self._twist(request, chosen) if self._twist else packed(chosen)
+        if answer is None:
+            await trio.sleep_forever()
+        assert answer is not None
+        return answer
+
+
+def packed(finals: Iterable[FinalBlock]) -> bytes:
+    return pack_range([(encode(f.block), encode(f.certificate)) for f in finals])
+
+
+class Net:
+    """The peers that a follower is connected to."""
+
+    def __init__(self, **servers: Server) -> None:
+        self.servers = servers
         self.penalized: list[str] = []
-        self.requests = 0
 
     async def publish(self, topic: str, data: bytes) -> None:
         raise AssertionError("sync never publishes")
 
     def peers(self) -> tuple[str, ...]:
-        return ("server",)
+        return tuple(self.servers)
 
     def penalize(self, peer: str, reason: str) -> None:
-        self.penalized.append(reason)
+        self.penalized.append(peer)
 
     async def request(self, peer: str, data: bytes) -> bytes:
-        self.requests += 1
-        match decode_request(data, CHAIN):
-            case StatusRequest():
-                return encode(StatusReply(self.height, ZERO))
-            case RangeRequest(_, first, count):
-                if self.twist is not None:
-                    return self.twist
-                chosen = self.finals[first - 1 : first - 1 + count]
-                return pack_range([(encode(f.block), encode(f.certificate)) for f in chosen])
-        raise RequestFailed("unknown")
+        if peer not in self.servers:
+            raise RequestFailed("gone")
+        return await self.servers[peer].answer(data)
 
 
 class FakeState:
     """A state in which every height has the same validators."""
 
-    def validators(self) -> object:
+    def validators(self) -> ValidatorSet:
         return SET
 
 
-async def follow(server: Server) -> list[FinalBlock]:
-    taken: list[FinalBlock] = []
+class Follower:
+    """Catches up without executing."""
 
-    def tip() -> Tip:
-        header = taken[-1].block.header if taken else None
+    def __init__(self, net: Net) -> None:
+        self.taken: list[FinalBlock] = []
+        self.batches: list[int] = []
+        threads = Threads(offload=False)
+        self.catch_up = CatchUp(CatchUpConfig(net, self.tip, self.commit, threads, verify, timeout=5.0, interval=5.0))
+
+    def tip(self) -> Tip:
+        header = self.taken[-1].block.header if self.taken else None
         return Tip(CHAIN, FakeState(), header)  # type: ignore[arg-type]
 
-    async def commit(final: FinalBlock) -> None:
-        taken.append(final)
+    async def commit(self, finals: Sequence[FinalBlock]) -> None:
+        self.batches.append(len(finals))
+        for final in finals:
+            if final.block.height > len(self.taken):
+                check_final(final, self.tip().header, SET, verify)
+                self.taken.append(final)
 
-    await CatchUp(server, tip, commit, verify).follow("server")
-    return taken
-
-
-async def test_an_honest_server_is_followed_to_its_tip() -> None:
-    server = Server(FINALS, 3)
-    assert await follow(server) == FINALS
-    assert server.penalized == []
-
-
-async def test_a_server_of_false_blocks_is_reported() -> None:
-    forged = [FINALS[0], FinalBlock(FINALS[1].block, FINALS[0].certificate)]
-    server = Server(forged, 2)
-    assert await follow(server) == FINALS[:1]
-    assert len(server.penalized) == 1
-    garbage = Server(FINALS, 3, twist=b"\xc1")
-    assert await follow(garbage) == []
-    assert len(garbage.penalized) == 1
+    async def reach(self, height: int) -> None:
+        with trio.fail_after(600):
+            while len(self.taken) < height:
+                await self.catch_up.follow(everyone=True)
+                await trio.sleep(1)
 
 
-async def test_a_server_that_promises_and_gives_nothing_is_left() -> None:
-    server = Server([], 10**12)
-    assert await follow(server) == []
-    assert server.requests == 2
+LONG = chain_of(700)
+
+
+async def test_ranges_come_from_several_peers_at_once_and_in_order(autojump_clock: trio.testing.MockClock) -> None:
+    net = Net(**{f"p{i}": Server(LONG) for i in range(6)})
+    follower = Follower(net)
+    await follower.catch_up.follow(everyone=True)
+    assert follower.taken == LONG
+    assert sum(1 for server in net.servers.values() if server.asked) == 4
+    asked = [request.first for server in net.servers.values() for request in server.asked]
+    assert len(asked) == len(set(asked)) == -(-700 // SYNC_RANGE)
+    assert net.penalized == []
+    assert not follower.catch_up.is_behind
+
+
+def _foreign(request: RangeRequest, finals: tuple[FinalBlock, ...]) -> bytes:
+    return packed([finals[0], FinalBlock(finals[1].block, finals[0].certificate)])
+
+
+def _forged(request: RangeRequest, finals: tuple[FinalBlock, ...]) -> bytes:
+    wrong = structs.replace(finals[1].certificate, view=2)
+    return packed([finals[0], FinalBlock(finals[1].block, wrong)])
+
+
+def _forked(request: RangeRequest, finals: tuple[FinalBlock, ...]) -> bytes:
+    """A block on another parent, finalized by nobody that matters."""
+    header = structs.replace(finals[0].block.header, parent=bytes(32))
+    other = Block(header, (), finals[0].block.parent_certificate)
+    return packed([FinalBlock(other, finalize(other))])
+
+
+LIES: dict[str, Callable[[RangeRequest, tuple[FinalBlock, ...]], bytes]] = {
+    "malformed": lambda request, finals: b"\xc1" * 40,
+    "wrong-block": _foreign,
+    "bad-signature": _forged,
+    "wrong-height": lambda request, finals: packed(reversed(finals)),
+    "wrong-height ": lambda request, finals: packed(LONG[: len(finals)] if request.first > 1 else LONG[1:3]),
+    "too-many-blocks": lambda request, finals: packed([*finals, LONG[request.first - 1 + len(finals)]]),
+    "wrong-height  ": _forked,
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_a_liar_is_banned_once_and_its_ranges_are_asked_elsewhere(
+    lie: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    net = Net(liar=Server(LONG[:300], LIES[lie]), honest=Server(LONG[:300]))
+    follower = Follower(net)
+    await follower.reach(300)
+    assert follower.taken == LONG[:300]
+    assert net.penalized == ["liar"]
+    assert follower.catch_up.faults == {lie.strip(): 1}
+    asked = len(net.servers["liar"].asked)
+    await follower.catch_up.follow(everyone=True)
+    assert len(net.servers["liar"].asked) == asked <= 2
+
+
+async def test_a_silent_peer_holds_up_nobody_for_long(autojump_clock: trio.testing.MockClock) -> None:
+    silent = {f"s{i}": Server(LONG, lambda request, finals: None) for i in range(3)}
+    net = Net(**silent, honest=Server(LONG))
+    follower = Follower(net)
+    start = trio.current_time()
+    await follower.catch_up.follow(everyone=True)
+    assert follower.taken == LONG
+    assert trio.current_time() - start < 11
+    assert net.penalized == []
+    assert follower.catch_up.faults["stalled"] == 3
+
+
+async def test_peers_that_only_stall_are_asked_less_and_less(autojump_clock: trio.testing.MockClock) -> None:
+    net = Net(silent=Server(LONG, lambda request, finals: None))
+    follower = Follower(net)
+    for _ in range(600):
+        await follower.catch_up.follow(everyone=True)
+        await trio.sleep(1)
+    assert 3 <= len(net.servers["silent"].asked) <= 14
+
+
+@pytest.mark.parametrize("claims", [10**12, 2**63 - 1])
+async def test_a_false_height_is_believed_only_until_it_must_be_served(
+    claims: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    empty = Server(LONG[:10], claims=claims)
+    follower = Follower(Net(boaster=empty, honest=Server(LONG[:10])))
+    await follower.catch_up.follow(everyone=True)
+    assert follower.taken == LONG[:10]
+    assert follower.catch_up.target == 10
+    assert not follower.catch_up.is_behind
+    assert set(follower.catch_up.faults) == {"empty-answer"}
+
+
+async def test_short_answers_are_completed_and_pruned_peers_asked_only_for_what_they_have(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    short = Server(LONG[:300], lambda request, finals: packed(finals[:50]))
+    pruned = Server(LONG[:300])
+    pruned.base = 200
+    follower = Follower(Net(short=short, pruned=pruned))
+    await follower.catch_up.follow(everyone=True)
+    assert follower.taken == LONG[:300]
+    assert all(request.first >= 200 for request in pruned.asked)
+    assert follower.catch_up.faults == {}
+
+
+async def test_nobody_to_follow_is_no_reason_to_wait(autojump_clock: trio.testing.MockClock) -> None:
+    far = Server(LONG)
+    far.base = 500
+    for net in (Net(), Net(far=far), Net(same=Server([]))):
+        follower = Follower(net)
+        with trio.fail_after(1):
+            await follower.catch_up.follow(everyone=True)
+        assert follower.taken == []
+
+
+def test_what_waits_is_bounded() -> None:
+    ranges, big = Ranges(1), Batch("p", tuple(LONG[SYNC_RANGE : 2 * SYNC_RANGE]), MAX_BUFFERED_BYTES)
+    head = ranges.lease(1, 10**6, 0.0)
+    second = ranges.lease(1, 10**6, 0.0)
+    assert head == Lease(1, SYNC_RANGE)
+    assert second == Lease(SYNC_RANGE + 1, 2 * SYNC_RANGE)
+    ranges.put(second, big)
+    assert ranges.lease(1, 10**6, 0.0) is None
+    assert ranges.lease(1, 10**6, HEDGE_SECONDS) == head
+    ranges.give_back(head)
+    assert ranges.lease(1, 10**6, 0.0) == head
+    count = 0
+    ranges = Ranges(1)
+    while ranges.lease(1, 10**6, 0.0) is not None:
+        count += 1
+    assert count == MAX_OPEN
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_height_is_asked_until_it_is_committed(seed: int) -> None:
+    """Whatever is lost, cut short, refused or finalized elsewhere, the ranges end at the target."""
+    dice, ranges, target, tip = Random(seed), Ranges(1), 400, 0
+    leases: list[Lease] = []
+    for _ in range(3000):
+        if tip >= target:
+            break
+        lease = ranges.lease(1, target, 0.0)
+        if lease is not None:
+            leases.append(lease)
+        chance = dice.random()
+        if chance < 0.1 and leases:
+            ranges.give_back(leases.pop())
+        elif chance < 0.2:
+            ranges.drop("p")
+        elif chance < 0.3:
+            tip = min(target, tip + 3)
+            ranges.advance(tip)
+        elif leases:
+            done = leases.pop(dice.randrange(len(leases)))
+            served = tuple(LONG[done.first - 1 : done.first - 1 + dice.randint(1, done.count)])
+            ranges.put(done, Batch("p", served, 1))
+        batch = ranges.take()
+        if batch is not None:
+            assert batch.finals[0].block.height == tip + 1
+            tip = batch.finals[-1].block.height
+            ranges.advance(tip)
+    assert tip == target

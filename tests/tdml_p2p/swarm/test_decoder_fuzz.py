@@ -130,7 +130,7 @@ DECODERS = (
         (DecodeError, Refused),
         (encode(StatusRequest(CHAIN, 5)), encode(RangeRequest(CHAIN, 1, 8))),
     ),
-    Decoder("sync status", decode_status, DecodeError, (encode(StatusReply(5, bytes(32))),)),
+    Decoder("sync status", decode_status, DecodeError, (encode(StatusReply(5, bytes(32), 1)),)),
     Decoder(
         "sync range",
         decode_range,
