@@ -1,6 +1,7 @@
 """What a gossip validator answers about chain messages, and what they tell about the others. Pure."""
 
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -23,7 +24,11 @@ from chain.evidence import Watch
 from chain.keys import peer_id
 
 MAX_BUFFERED = 512
+MAX_BUFFERED_BY_ONE = 32
+"""Messages of the next heights that are kept of one signer."""
 MAX_BUFFERED_BYTES = 8 * 1024 * 1024
+MAX_AHEAD = 2
+"""Heights beyond the one under decision whose messages are kept."""
 SILENCE_SECONDS = 12.0
 
 
@@ -88,6 +93,12 @@ class Gate:
     heard: dict[bytes, float] = field(default_factory=dict)
     _buffer: deque[tuple[ConsensusMessage, int]] = field(default_factory=deque)
     _buffered: int = 0
+    _kept: Counter[bytes] = field(default_factory=Counter)
+
+    @property
+    def buffered(self) -> tuple[int, int]:
+        """How many messages of the next heights are kept, and their bytes."""
+        return len(self._buffer), self._buffered
 
     def count(self, topic: str, disposition: Disposition) -> Disposition:
         """Count a disposition under "topic action reason"."""
@@ -105,7 +116,8 @@ class Gate:
         if chain_id != self.chain_id:
             return Taken(rejected(Reason.WRONG_CHAIN))
         if height > current:
-            return Taken(self._keep(message, height, current, len(data)))
+            self._keep_early(message, machine, len(data))
+            return Taken(FUTURE)
         if height < current and (previous is None or height != current - 1):
             return Taken(self._look_back(message))
         return self._feed(message, machine if height == current else previous or machine, now)
@@ -113,21 +125,31 @@ class Gate:
     def release(self, machine: Consensus, now: float) -> list[Taken]:
         """Feed what was kept for the height of `machine`."""
         kept, self._buffer, self._buffered = self._buffer, deque(), 0
+        self._kept.clear()
         taken = []
         for message, size in kept:
             height = chain_of(message)[1]
             if height == machine.config.height:
                 taken.append(self._feed(message, machine, now))
             elif height > machine.config.height:
-                self._keep(message, height, machine.config.height, size)
+                self._keep(message, size)
         return taken
 
-    def _keep(self, message: ConsensusMessage, height: int, current: int, size: int) -> Disposition:
+    def _keep_early(self, message: ConsensusMessage, machine: Consensus, size: int) -> None:
+        """Keep a message of one of the next heights if a member, as far as is known, signed it."""
+        if chain_of(message)[1] > machine.config.height + MAX_AHEAD or _view(message) > HORIZON:
+            return
+        with suppress(Refused):
+            verify_message(message, machine.config.validators, self.check)
+            self._keep(message, size)
+
+    def _keep(self, message: ConsensusMessage, size: int) -> None:
+        signer = _signer(message)
         full = len(self._buffer) >= MAX_BUFFERED or self._buffered + size > MAX_BUFFERED_BYTES
-        if height <= current + 2 and not full:
+        if not full and self._kept[signer] < MAX_BUFFERED_BY_ONE:
+            self._kept[signer] += 1
             self._buffer.append((message, size))
             self._buffered += size
-        return FUTURE
 
     def _look_back(self, message: ConsensusMessage) -> Disposition:
         """Take from a message of a decided height what convicts; only that is worth passing on."""
@@ -155,18 +177,26 @@ class Gate:
         return Taken(ACCEPTED, machine, tuple(feed(machine, message)))
 
     def _hear(self, message: ConsensusMessage, validators: ValidatorSet, now: float) -> None:
-        match message:
-            case Proposal():
-                self.heard[message.vote.validator] = now
-            case Vote():
-                self.heard[message.validator] = now
-            case Certificate():
-                for account in message.accounts(validators):
-                    self.heard.setdefault(account, now)
+        if isinstance(message, Certificate):
+            for account in message.accounts(validators):
+                self.heard.setdefault(account, now)
+        else:
+            self.heard[_signer(message)] = now
 
 
-def _view(message: Proposal | Vote) -> int:
+def _view(message: ConsensusMessage) -> int:
     return message.vote.view if isinstance(message, Proposal) else message.view
+
+
+def _signer(message: ConsensusMessage) -> bytes:
+    """Return who signed a message, empty for a certificate."""
+    match message:
+        case Proposal():
+            return message.vote.validator
+        case Vote():
+            return message.validator
+        case Certificate():
+            return b""
 
 
 def _is_known(message: ConsensusMessage, machine: Consensus) -> bool:
