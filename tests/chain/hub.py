@@ -1,9 +1,10 @@
 """An in-memory network of chain engines for tests: full mesh, with partitions, on any trio clock."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 import trio
 from msgspec import structs
@@ -16,6 +17,7 @@ from chain.randomness import onion_of
 
 START_MS = 1_700_000_000_000
 DELAY = 0.01
+Twist = Callable[[str, str, bytes], bytes | None]
 
 
 def keys(count: int) -> list[PrivateKey]:
@@ -23,15 +25,30 @@ def keys(count: int) -> list[PrivateKey]:
     return [PrivateKey(bytes([i + 1]) * 32) for i in range(count)]
 
 
-def genesis_of(validators: list[PrivateKey], others: list[PrivateKey], **params: int) -> Genesis:
-    """Return a network with equal stakes and 1,000,000 for everybody."""
+def genesis_of(
+    validators: list[PrivateKey], others: list[PrivateKey], stakes: Sequence[int] = (), **params: int
+) -> Genesis:
+    """Return a network with equal or these stakes and 1,000,000 for everybody."""
+    powers = stakes or [10_000] * len(validators)
     return Genesis(
         b"test",
         START_MS,
         structs.replace(Params(), **params),
         tuple(Allocation(key.account, 1_000_000) for key in [*validators, *others]),
-        tuple(GenesisValidator(key.account, 10_000, onion_of(key).tip) for key in validators),
+        tuple(GenesisValidator(k.account, power, onion_of(k).tip) for k, power in zip(validators, powers, strict=True)),
     )
+
+
+def clock_ms() -> int:
+    """Return the virtual time as a wall clock."""
+    return START_MS + int(trio.current_time() * 1000) + 1
+
+
+def _clock_ahead() -> int:
+    return clock_ms() + 5
+
+
+CONFIG = EngineConfig(offload=False, clock_ms=clock_ms)
 
 
 @dataclass
@@ -40,6 +57,12 @@ class Hub:
 
     engines: dict[str, ChainEngine] = field(default_factory=dict)
     group: dict[str, int] = field(default_factory=dict)
+    twists: dict[str, Twist] = field(default_factory=dict)
+    """What becomes of a peer's gossip on its way: (topic, receiver, data) to data or nothing."""
+    loss: float = 0.0
+    """Share of gossip that is lost, by `dice`."""
+    dice: Random = field(default_factory=lambda: Random(1))
+    config: EngineConfig = CONFIG
     penalized: list[tuple[str, str]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
 
@@ -60,9 +83,16 @@ class Link:
         await trio.sleep(DELAY)
         for peer, engine in list(self.hub.engines.items()):
             if peer != self.peer and self.hub.reaches(peer, self.peer):
-                disposition = engine.deliver(topic, self.peer, data)
-                if disposition.action == Action.REJECT:
-                    self.hub.refused.append((topic, disposition.reason))
+                self._deliver(engine, topic, peer, data)
+
+    def _deliver(self, engine: ChainEngine, topic: str, peer: str, data: bytes) -> None:
+        twist = self.hub.twists.get(self.peer)
+        changed = twist(topic, peer, data) if twist else data
+        if changed is None or self.hub.dice.random() < self.hub.loss:
+            return
+        disposition = engine.deliver(topic, self.peer, changed)
+        if disposition.action == Action.REJECT:
+            self.hub.refused.append((topic, disposition.reason))
 
     def peers(self) -> tuple[str, ...]:
         """Return the reachable engines."""
@@ -80,18 +110,6 @@ class Link:
         self.hub.penalized.append((peer, reason))
 
 
-def clock_ms() -> int:
-    """Return the virtual time as a wall clock."""
-    return START_MS + int(trio.current_time() * 1000) + 1
-
-
-def _clock_ahead() -> int:
-    return clock_ms() + 5
-
-
-CONFIG = EngineConfig(offload=False, clock_ms=clock_ms)
-
-
 @asynccontextmanager
 async def running(
     hub: Hub, home: Path, genesis: Genesis, key: PrivateKey, *, validate: bool = True, name: str = ""
@@ -101,7 +119,7 @@ async def running(
     A `name` is for the second instance of a key: its clock is 5 ms ahead, so that it builds other blocks.
     """
     peer = name or peer_id(key.account)
-    config = replace(CONFIG, validate=validate, clock_ms=_clock_ahead if name else clock_ms)
+    config = replace(hub.config, validate=validate, clock_ms=_clock_ahead if name else clock_ms)
     engine = ChainEngine(_made(home), genesis, key, Link(hub, peer), config)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)

@@ -7,7 +7,6 @@ import pytest
 import trio.testing
 from msgspec import structs
 
-from chain import engine_transactions
 from chain.blocks import (
     MAX_CERTIFICATE_BYTES,
     MAX_VALIDATORS,
@@ -286,7 +285,7 @@ def test_transactions_that_break_the_form_are_refused_by_name() -> None:
 
 
 def test_a_flood_of_signed_transactions_stays_within_the_mempool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_transactions.Transaction, "is_signed", lambda self: True)
+    monkeypatch.setattr(Transaction, "is_signed", lambda self: True)
     transactions = Transactions(None, CHAIN)
     for account in range(8):
         sender = PrivateKey(bytes([200 + account]) * 32)
