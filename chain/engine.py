@@ -94,6 +94,7 @@ class ChainEngine:
                 network,
                 lambda: self._core.tip,
                 self._commit_synced,
+                self._core.suspect,
                 self._threads,
                 self._verify,
                 self._config.sync_timeout,
@@ -337,7 +338,6 @@ class ChainEngine:
             self._pursue()
             self._tell(steps)
         if refusal is not None:
-            core.suspect(next(final for final in finals if final.block.height > core.tip.height))
             raise refusal
 
     def _tell(self, steps: Sequence[Step]) -> None:

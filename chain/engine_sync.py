@@ -49,6 +49,8 @@ class CatchUpConfig:
     tip: Callable[[], Tip]
     commit: Callable[[Sequence[FinalBlock]], Awaitable[None]]
     """Execute and store consecutive blocks; raises `Refused` when one does not follow."""
+    suspect: Callable[[FinalBlock], None]
+    """Look for evidence in a block that is not the chain's."""
     threads: Threads
     verify: Verifier
     timeout: float = 10.0
@@ -161,6 +163,30 @@ class CatchUp:
             return
         peer.height, peer.base = status.height, status.base
         self._ring()
+        tip = self._config.tip()
+        if status.height == tip.height and status.block_hash != tip.hash:
+            await self._look_at_fork(name, tip)
+
+    async def _look_at_fork(self, name: str, tip: Tip) -> None:
+        """Ask a peer for its block of the tip's height, which cannot be final as well unless validators lied."""
+        data = await self._ask(name, RangeRequest(tip.chain_id, tip.height, 1))
+        if data is None:
+            return
+        finals: tuple[FinalBlock, ...] = ()
+        try:
+            finals = decode_range(data)
+            check_range(finals, tip.height, 1)
+            if finals[0].certificate.block_hash != finals[0].block.hash:
+                raise Refused(Reason.WRONG_BLOCK)
+            if tip.signers is not None:
+                verify_certificate(finals[0].certificate, tip.signers, self._config.verify)
+        except (DecodeError, Refused) as error:
+            self._blame(name, error, finals)
+            return
+        if finals[0].block.hash != tip.hash:
+            _log.error("sync: %s has another final block %d than this peer", name, tip.height)
+            self._count("fork")
+            self._config.suspect(finals[0])
 
     async def _refresh(self) -> None:
         while True:
@@ -205,13 +231,14 @@ class CatchUp:
         if data is None or name not in self._usable():
             ranges.give_back(lease)
             return
-        known = self._config.tip().state.validators()
-        work = partial(_checked, data, lease, known, self._config.verify)
+        finals: tuple[FinalBlock, ...] = ()
+        compute, known = self._config.threads.compute, self._config.tip().state.validators()
         try:
-            finals = await self._config.threads.compute(work)
+            finals = await compute(partial(decode_range, data))
+            await compute(partial(_check, finals, lease, known, self._config.verify))
         except (DecodeError, Refused) as error:
             ranges.give_back(lease)
-            self._blame(name, error)
+            self._blame(name, error, finals[:1])
             return
         self._peers[name].stalls = 0
         ranges.put(lease, Batch(name, finals, len(data)))
@@ -233,8 +260,7 @@ class CatchUp:
             await self._config.commit(batch.finals)
         except Refused as refusal:
             ranges.advance(self._config.tip().height)
-            ranges.drop(batch.peer)
-            self._blame(batch.peer, refusal)
+            self._blame(batch.peer, refusal, batch.finals)
         else:
             ranges.advance(self._config.tip().height)
         self._ring()
@@ -260,8 +286,12 @@ class CatchUp:
         self._count(reason)
         self._ring()
 
-    def _blame(self, name: str, error: DecodeError | Refused) -> None:
+    def _blame(self, name: str, error: DecodeError | Refused, served: Sequence[FinalBlock] = ()) -> None:
         """Ban and report a peer for a false answer; an empty one may come of pruning and is left alone."""
+        height = self._config.tip().height
+        for final in served:
+            if final.block.height <= height + 1:
+                self._config.suspect(final)
         reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
         if reason is Reason.EMPTY_ANSWER:
             self._avoid(name, reason)
@@ -284,11 +314,9 @@ class CatchUp:
         self._changed = trio.Event()
 
 
-def _checked(data: bytes, lease: Lease, known: ValidatorSet, verify: Verifier) -> tuple[FinalBlock, ...]:
-    """Return the blocks in an answer; check the signatures of those that the known set decided already here."""
-    finals = decode_range(data)
+def _check(finals: tuple[FinalBlock, ...], lease: Lease, known: ValidatorSet, verify: Verifier) -> None:
+    """Raise `Refused` for another range; check the signatures of what the known set decided already here."""
     check_range(finals, lease.first, lease.count)
     for final in finals:
         if final.block.header.validators_hash == known.hash:
             verify_certificate(final.certificate, known, verify)
-    return finals

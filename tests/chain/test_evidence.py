@@ -11,6 +11,7 @@ from msgspec import structs
 
 from chain import evidence as rules
 from chain.blocks import (
+    Block,
     Certificate,
     ConsensusMessage,
     Reason,
@@ -24,12 +25,14 @@ from chain.blocks import (
 )
 from chain.codec import decode, encode
 from chain.engine import Action, ChainEngine
+from chain.engine_gate import ACCEPTED, Disposition
 from chain.engine_seam import SubmitRefused, TransactionExpired
 from chain.evidence import MAX_RANK, MAX_VOTES, TURN_BLOCKS, WINDOW, Watch
 from chain.hashing import ZERO, digest
 from chain.keys import PrivateKey, verify
 from chain.ledger import Receipt
 from chain.state import Rows, State, Table, genesis_state
+from chain.sync import FinalBlock, StatusReply, StatusRequest, decode_request, pack_range
 from chain.transactions import Evidence, Payload
 from tests.chain.hub import Hub, genesis_of, keys, running, until_height
 
@@ -303,3 +306,49 @@ async def test_the_stored_certificates_convict_after_a_restart(
             engine.deliver("vote", "x", late)
         with trio.fail_after(120):
             assert culprits(await blocks_with_evidence(engines[1], 6)) == [twin.account]
+
+
+class Liar:
+    """A peer on the hub that serves one block of another chain."""
+
+    def __init__(self, final: FinalBlock) -> None:
+        self.final = final
+
+    def deliver(self, topic: str, sender: str, data: bytes) -> Disposition:
+        return ACCEPTED
+
+    async def serve(self, sender: str, data: bytes) -> bytes:
+        if isinstance(decode_request(data, CHAIN), StatusRequest):
+            return encode(StatusReply(self.final.block.height, self.final.block.hash, 1))
+        return pack_range([(encode(self.final.block), encode(self.final.certificate))])
+
+
+async def test_a_fork_served_in_sync_convicts_who_signed_both(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with AsyncExitStack() as stack:
+        engines = [
+            await stack.enter_async_context(running(hub, tmp_path / str(i), GENESIS, key))
+            for i, key in enumerate(MEMBERS)
+        ]
+        await until_height(engines[0], 5)
+        async with engines[0].subscribe() as committed:
+            last = await committed.receive()
+        twin = next(key for key in MEMBERS if key.account == last.certificate.accounts(SET)[0])
+        height, view = last.block.height, last.certificate.view
+        foreign = certify([vote(twin, VoteKind.FINALIZE, height, OTHER, view)], SET)
+        header = structs.replace(
+            last.block.header, height=height + 1, parent=OTHER, certificate_hash=foreign.hash, transactions_root=ZERO
+        )
+        fork = FinalBlock(Block(header, (), foreign), foreign)
+        hub.engines["liar"] = Liar(fork)  # type: ignore[assignment]
+        hub.engines = {"liar": hub.engines.pop("liar"), **hub.engines}
+        async with engines[1].subscribe() as committed:
+            with trio.fail_after(120):
+                found: list[Evidence] = []
+                while not found:
+                    block = (await committed.receive()).block
+                    found = [tx.body.payload for tx in block.transactions if isinstance(tx.body.payload, Evidence)]
+        assert culprits(found) == [twin.account]
+        assert {peer for peer, _ in hub.penalized} == {"liar"}

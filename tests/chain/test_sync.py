@@ -159,7 +159,8 @@ class Server:
         await trio.sleep(0.01)
         request = decode_request(data, CHAIN)
         if isinstance(request, StatusRequest):
-            return encode(StatusReply(self.claims, ZERO, self.base))
+            known = self.finals[self.claims - 1].block.hash if 0 < self.claims <= len(self.finals) else CHAIN
+            return encode(StatusReply(self.claims, known, self.base))
         assert isinstance(request, RangeRequest)
         self.asked.append(request)
         chosen = tuple(self.finals[request.first - 1 : request.first - 1 + request.count])
@@ -209,12 +210,13 @@ class Follower:
     def __init__(self, net: Net) -> None:
         self.taken: list[FinalBlock] = []
         self.batches: list[int] = []
-        threads = Threads(offload=False)
-        self.catch_up = CatchUp(CatchUpConfig(net, self.tip, self.commit, threads, verify, timeout=5.0, interval=5.0))
+        self.suspects: list[FinalBlock] = []
+        threads, suspect = Threads(offload=False), self.suspects.append
+        self.catch_up = CatchUp(CatchUpConfig(net, self.tip, self.commit, suspect, threads, verify, 5.0, 5.0))
 
     def tip(self) -> Tip:
         header = self.taken[-1].block.header if self.taken else None
-        return Tip(CHAIN, FakeState(), header)  # type: ignore[arg-type]
+        return Tip(CHAIN, FakeState(), header, signers=SET)  # type: ignore[arg-type]
 
     async def commit(self, finals: Sequence[FinalBlock]) -> None:
         self.batches.append(len(finals))
@@ -285,6 +287,22 @@ async def test_a_liar_is_banned_once_and_its_ranges_are_asked_elsewhere(
     asked = len(net.servers["liar"].asked)
     await follower.catch_up.follow(everyone=True)
     assert len(net.servers["liar"].asked) == asked <= 2
+
+
+async def test_a_fork_at_the_tip_is_noticed_and_looked_at(autojump_clock: trio.testing.MockClock) -> None:
+    header = structs.replace(LONG[9].block.header, timestamp=5)
+    other = Block(header, (), LONG[9].block.parent_certificate)
+    forked = Server([*LONG[:9], FinalBlock(other, finalize(other))])
+    forger = Server([*LONG[:9], FinalBlock(other, structs.replace(finalize(other), view=2))])
+    mixer = Server([*LONG[:9], FinalBlock(other, LONG[9].certificate)])
+    net = Net(honest=Server(LONG[:10]))
+    follower = Follower(net)
+    await follower.catch_up.follow(everyone=True)
+    net.servers |= {"forked": forked, "forger": forger, "mixer": mixer}
+    await follower.catch_up.follow(everyone=True)
+    assert follower.catch_up.faults == {"fork": 1, "bad-signature": 1, "wrong-block": 1}
+    assert sorted(net.penalized) == ["forger", "mixer"]
+    assert [final.block.hash for final in follower.suspects] == [other.hash] * 3
 
 
 async def test_a_silent_peer_holds_up_nobody_for_long(autojump_clock: trio.testing.MockClock) -> None:
