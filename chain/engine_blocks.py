@@ -18,7 +18,6 @@ from chain.blocks import (
     transactions_root,
     verify_certificate,
 )
-from chain.codec import encode
 from chain.engine_seam import ChainBroken
 from chain.hashing import ZERO
 from chain.ledger import Executed, InvalidBlock, execute
@@ -181,7 +180,7 @@ def _check_limits(tip: Tip, block: Block, now_ms: int | None) -> None:
         raise Refused(Reason.WRONG_BLOCK, "timestamp ahead of the clock")
     if len(block.transactions) > params.max_block_transactions:
         raise Refused(Reason.WRONG_BLOCK, "too many transactions")
-    if sum(len(encode(transaction)) for transaction in block.transactions) > params.max_block_bytes:
+    if sum(len(transaction.encoded) for transaction in block.transactions) > params.max_block_bytes:
         raise Refused(Reason.WRONG_BLOCK, "too many bytes of transactions")
 
 

@@ -32,7 +32,8 @@ Batch = Annotated[
 def pack(transactions: Iterable[Transaction]) -> Iterator[bytes]:
     """Yield gossip messages: arrays of encoded transactions, bounded in count and bytes."""
     batch: list[bytes] = []
-    for data in map(encode, transactions):
+    for transaction in transactions:
+        data = transaction.encoded
         if batch and (len(batch) == BATCH or sum(map(len, batch)) + len(data) > BATCH_BYTES):
             yield encode(tuple(batch))
             batch = []

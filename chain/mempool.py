@@ -4,7 +4,6 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from chain.codec import encode
 from chain.ledger import check_envelope
 from chain.reasons import Reason
 from chain.state import State
@@ -57,7 +56,7 @@ class Mempool:
     def add(self, state: State, transaction: Transaction) -> Reason | None:
         """Take a transaction; return why not, or None. The signature is the caller's to check."""
         body = transaction.body
-        entry = Entry(transaction, transaction.tx_id, len(encode(transaction)), isinstance(body.payload, DUTIES))
+        entry = Entry(transaction, transaction.tx_id, len(transaction.encoded), isinstance(body.payload, DUTIES))
         nonce = state.account(body.sender).nonce
         if entry.tx_id in self._by_id:
             return None

@@ -283,13 +283,13 @@ class Draft:
 
     def __init__(self, base: "State | Draft") -> None:
         self._base = base
-        self.changes: Changes = {table: {} for table in Table}
+        self.changes: Changes = {}
         self.events: list[Any] = []
 
     def get(self, table: Table, key: bytes) -> Any:
         """Return a record or None."""
-        changed = self.changes[table]
-        if key in changed:
+        changed = self.changes.get(table)
+        if changed is not None and key in changed:
             return changed[key]
         if isinstance(self._base, Draft):
             return self._base.get(table, key)
@@ -297,11 +297,11 @@ class Draft:
 
     def put(self, table: Table, key: bytes, record: Record) -> None:
         """Set a record."""
-        self.changes[table][key] = record
+        self.changes.setdefault(table, {})[key] = record
 
     def delete(self, table: Table, key: bytes) -> None:
         """Remove a record."""
-        self.changes[table][key] = None
+        self.changes.setdefault(table, {})[key] = None
 
     def items(self, table: Table, prefix: bytes = b"") -> list[tuple[bytes, Any]]:
         """Return the records whose keys start with `prefix`, empty or of 32 bytes, in order of keys."""
@@ -314,7 +314,8 @@ class Draft:
             self._base._collect(table, prefix, found)
         else:
             found.update(self._base.tables[table].starting(prefix))
-        found.update((key, record) for key, record in self.changes[table].items() if key.startswith(prefix))
+        changed = self.changes.get(table, {})
+        found.update((key, record) for key, record in changed.items() if key.startswith(prefix))
 
     def fork(self) -> "Draft":
         """Return a draft on top of this one."""
@@ -323,7 +324,7 @@ class Draft:
     def merge(self, fork: "Draft") -> None:
         """Take over the changes and events of a fork."""
         for table, changed in fork.changes.items():
-            self.changes[table].update(changed)
+            self.changes.setdefault(table, {}).update(changed)
         self.events.extend(fork.events)
 
     def freeze(self, state: State) -> State:
@@ -331,8 +332,6 @@ class Draft:
         tables = dict(state.tables)
         updates: dict[bytes, bytes | None] = {}
         for table, changed in self.changes.items():
-            if not changed:
-                continue
             rows = tables[table] = Rows(tables[table])
             for key, record in changed.items():
                 if record is None:

@@ -5,6 +5,7 @@ refuses costs its fee and its nonce and changes nothing else. Duties (claims, co
 reveals, leases, evidence) pay no fee: the ledger admits them only from those who owe them.
 """
 
+from functools import cached_property
 from typing import Annotated
 
 from msgspec import Meta, structs
@@ -226,16 +227,21 @@ class Unsigned(Record, frozen=True):
     payload: Payload
 
 
-class Transaction(Record, frozen=True):
+class Transaction(Record, frozen=True, dict=True):
     """A signed transaction; `tx_id` names it."""
 
     body: Unsigned
     signature: SignatureBytes
 
-    @property
+    @cached_property
+    def encoded(self) -> bytes:
+        """The canonical bytes, made once."""
+        return encode(self)
+
+    @cached_property
     def tx_id(self) -> bytes:
         """The 32-byte id: digest of the whole signed envelope."""
-        return digest("transaction", encode(self))
+        return digest("transaction", self.encoded)
 
     def is_signed(self) -> bool:
         """Whether the signature is the sender's."""

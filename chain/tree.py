@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blake3 import blake3
+from msgspec import Struct
 
 from chain.hashing import ZERO
 
@@ -15,8 +16,7 @@ DEPTH = 256
 MAX_PROOF_SIBLINGS = DEPTH
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(Struct, frozen=True, gc=False):
     """A key with the hash of its value."""
 
     key: bytes
@@ -24,8 +24,7 @@ class Leaf:
     hash: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(Struct, frozen=True, gc=False):
     """Two subtrees, at least one of them not empty."""
 
     left: "Node"

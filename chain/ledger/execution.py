@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from chain.blocks import BlockContext
-from chain.codec import encode
 from chain.ledger.book import Book, Event
 from chain.ledger.hooks import after_transactions, before_transactions
 from chain.ledger.payloads import apply
@@ -55,7 +54,7 @@ def check_envelope(state: State, transaction: Transaction, height: int, nonce: i
 def _refusal(state: State, account: Account, transaction: Transaction, height: int) -> Reason | None:
     """Return why an envelope is not valid for `account` as it is within the block on `state`."""
     body = transaction.body
-    size = len(encode(transaction))
+    size = len(transaction.encoded)
     if size > MAX_TRANSACTION_BYTES:
         return Reason.TOO_LARGE
     if body.chain_id != state.chain.chain_id:
