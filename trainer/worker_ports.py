@@ -2,14 +2,16 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import trio
 
 from trainer.manifest import TaskManifest
-from trainer.stage import StageLike
-from trainer.state import StageState
-from trainer.worker_step import StepRecord
+
+if TYPE_CHECKING:
+    from trainer.stage import StageLike
+    from trainer.state import StageState
+    from trainer.worker_step import StepRecord
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ class WorkerConfig:
     """One worker's seat; `memory_limit` and `early_limit` are bytes of tensors kept for a step."""
 
     client: str
-    stage: StageLike
+    stage: "StageLike"
     manifest: TaskManifest
     ring_depth: int
     memory_limit: int = DEFAULT_MEMORY_LIMIT
@@ -56,6 +58,6 @@ class WorkerPorts:
     """A worker's surroundings; `fetch_state` raises `StateUnavailable`, `clock` counts seconds."""
 
     compute: Compute
-    fetch_state: Callable[[bytes, tuple[str, ...]], Awaitable[StageState]]
-    on_committed: Callable[[StepRecord], Awaitable[None]]
+    fetch_state: Callable[[bytes, tuple[str, ...]], Awaitable["StageState"]]
+    on_committed: Callable[["StepRecord"], Awaitable[None]]
     clock: Callable[[], float] = trio.current_time

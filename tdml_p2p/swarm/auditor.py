@@ -17,9 +17,6 @@ from chain.state import Audit, Duty, State
 from chain.transactions import Commitment, Opening, Reveal, Trace, reveal_commitment
 from tdml_p2p.swarm.outbox import Outbox
 from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor, Unavailable, results_of
-from trainer.compare import compare
-from trainer.stage import CellResult
-from trainer.tensors import vector_of
 
 log = structlog.get_logger(__name__)
 
@@ -128,6 +125,10 @@ class Auditor:
 
     async def _contradicts(self, answer: Answer, opened: Trace) -> bool:
         """Whether the opened trace names other inputs than were signed for, or other results than ours."""
+        from trainer.compare import compare
+        from trainer.stage import CellResult
+        from trainer.tensors import vector_of
+
         inputs, result = answer.execution.inputs, answer.execution.result
         if (opened.x, opened.gy) != (inputs.x.address, inputs.gy.address):
             return True

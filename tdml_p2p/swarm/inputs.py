@@ -6,14 +6,13 @@ At the first stage x is the tokens, at the last gy is the labels; both are signe
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 
 from chain.codec import Hash, SignatureBytes, Uint
 from chain.keys import PrivateKey, peer_id
 from tdml_p2p.swarm.envelope import is_proven, statement
-from tdml_p2p.swarm.traces import KeptCell
 from trainer.manifest import TaskManifest
 from trainer.messages import (
     Activation,
@@ -25,6 +24,9 @@ from trainer.messages import (
     Tokens,
     encode_header,
 )
+
+if TYPE_CHECKING:
+    from tdml_p2p.swarm.traces import KeptCell
 
 PROTOCOL = "/tdml/inputs/1"
 MAX_REQUEST_BYTES = 256
@@ -92,7 +94,7 @@ def encode(value: Wanted | Descriptor) -> bytes:
     return msgspec.msgpack.encode(value)
 
 
-def describe_own(kept: KeptCell, client: str) -> Descriptor:
+def describe_own(kept: "KeptCell", client: str) -> Descriptor:
     """Return the inputs of a cell that this peer executed itself, for the task of `client`."""
     record, trace = kept.record, kept.trace
     is_last = record.labels is not None

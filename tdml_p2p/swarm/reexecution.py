@@ -1,11 +1,13 @@
-"""Re-execution of a cell on another peer: inputs by signature, state by root, the result kept until revealed."""
+"""Re-execution of a cell on another peer: inputs by signature, state by root, the result kept until revealed.
+
+Torch is loaded, in the thread that computes, when the first cell is executed.
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import trio
 
 from chain.hashing import digest
@@ -22,14 +24,12 @@ from tdml_p2p.swarm.inputs import (
 )
 from trainer.content import address_of
 from trainer.manifest import TaskManifest
-from trainer.sketch import cell_sketch
-from trainer.stage import CellResult, Stage, build_stage, execute
-from trainer.state import decode_state_manifest
-from trainer.tensors import buffer_of, vector_of
 from trainer.worker_ports import Compute
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+
+    from trainer.stage import CellResult, Stage
 
 Buffer = bytes | memoryview
 Fetch = Callable[[bytes, Sequence[str]], Awaitable[Buffer]]
@@ -58,10 +58,12 @@ class Execution:
     """Inputs as they were signed for, and this peer's own results."""
 
     inputs: Inputs
-    result: CellResult
+    result: "CellResult"
 
     def sketch(self, key: bytes) -> bytes:
         """Return the 384-byte sketch of the results under `key`."""
+        from trainer.sketch import cell_sketch
+
         return cell_sketch(self.result.y, self.result.gx, self.result.gw, key)
 
 
@@ -82,7 +84,8 @@ class Reexecutor:
         gy = await self._fetch(inputs.gy.address, cell.holders)
         root = await self._fetch(cell.state, cell.holders)
         try:
-            weights = await self._fetch(decode_state_manifest(bytes(root), cell.state).weights, cell.holders)
+            address = await self._compute(partial(_weights_of, bytes(root), cell.state))
+            weights = await self._fetch(address, cell.holders)
             async with self._turn:
                 result = await self._compute(partial(self._execute, cell, x, gy, weights))
         except ValueError as error:  # signed for and rightly addressed, and yet nothing that a stage takes
@@ -107,7 +110,12 @@ class Reexecutor:
                 return inputs
         raise Unavailable("; ".join(problems) or "nobody holds the inputs")
 
-    def _execute(self, cell: Cell, x: Buffer, gy: Buffer, weights: Buffer) -> CellResult:
+    def _execute(self, cell: Cell, x: Buffer, gy: Buffer, weights: Buffer) -> "CellResult":
+        import torch
+
+        from trainer.stage import build_stage, execute
+        from trainer.tensors import vector_of
+
         manifest, place = cell.manifest, cell.wanted
         stage = self._stages.get((manifest.address, place.stage))
         if stage is None:
@@ -120,8 +128,17 @@ class Reexecutor:
         return execute(stage, inputs, None, _tensor(gy, torch.float32, deep))
 
 
-def _tensor(data: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> "Tensor":
+def _weights_of(root: bytes, state: bytes) -> bytes:
+    """Return the address of a state's weights; raise `ValueError` for what is not its manifest."""
+    from trainer.state import decode_state_manifest
+
+    return decode_state_manifest(root, state).weights
+
+
+def _tensor(data: Buffer, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
     """Return a fresh tensor of raw little-endian bytes; raise `Unavailable` when they are not of that shape."""
+    import torch
+
     try:
         return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
     except (ValueError, RuntimeError) as error:
@@ -130,6 +147,8 @@ def _tensor(data: Buffer, dtype: torch.dtype, shape: tuple[int, ...]) -> "Tensor
 
 def results_of(execution: Execution) -> tuple[bytes, bytes, bytes]:
     """Return the content addresses of y, gx and gw of an execution."""
+    from trainer.tensors import buffer_of
+
     y, gx, gw = (address_of(buffer_of(t)) for t in (execution.result.y, execution.result.gx, execution.result.gw))
     return y, gx, gw
 

@@ -1,8 +1,11 @@
-"""The swarm service of a peer: takes seats of open tasks, runs them, answers audits and serves material."""
+"""The swarm service of a peer: takes seats of open tasks, runs them, answers audits and serves material.
+
+Torch, and all that needs it, is loaded in the compute thread with the first work.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 import trio
@@ -27,22 +30,48 @@ from tdml_p2p.swarm.inputs import (
 from tdml_p2p.swarm.library import Library
 from tdml_p2p.swarm.outbox import Outbox
 from tdml_p2p.swarm.reexecution import Cell, Reexecutor, Unavailable
-from tdml_p2p.swarm.session import Seat, WorkerSession
 from tdml_p2p.swarm.transport import SwarmTransport
 from trainer.manifest import TaskManifest
-from trainer.runtime import prepare_process
-from trainer.stage import StageLike, build_stage
+from trainer.runtime import prepare_memory, prepare_process
 from trainer.worker_ports import ThreadCompute
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
 
     from tdml_p2p.peer import Peer
+    from tdml_p2p.swarm.session import WorkerSession
+    from trainer.stage import StageLike
 
 log = structlog.get_logger(__name__)
 
-StageFactory = Callable[[TaskManifest, int], StageLike]
+StageFactory = Callable[[TaskManifest, int], "StageLike"]
+T = TypeVar("T")
 _INPUTS_SECONDS = 10.0
+
+
+class _Compute(ThreadCompute):
+    """Torch work in one thread; the first piece loads torch."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self._threads = threads
+        self._is_ready = False
+
+    async def __call__(self, work: Callable[[], T], /) -> T:
+        """Return what `work` returns, run in a thread."""
+        return await super().__call__(partial(self._prepared, work))
+
+    def _prepared(self, work: Callable[[], T]) -> T:
+        if not self._is_ready:
+            prepare_process(self._threads)
+            self._is_ready = True
+        return work()
+
+
+def _build_stage(manifest: TaskManifest, index: int) -> "StageLike":
+    from trainer.stage import build_stage
+
+    return build_stage(manifest, index)
 
 
 class SwarmService:
@@ -52,8 +81,8 @@ class SwarmService:
         self._peer = peer
         self._engine: ChainEngine = peer.engine
         self._account = peer.key.account
-        self._factory = stage_factory or build_stage
-        self._compute = ThreadCompute()
+        self._factory = stage_factory or _build_stage
+        self._compute = _Compute(peer.config.threads)
         self.library = Library(peer.network, self._local_blob)
         self._outbox = Outbox(peer.engine.submit)
         self._auditor = Auditor(
@@ -72,7 +101,8 @@ class SwarmService:
 
     async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the chain and do what it asks of this peer, until cancelled."""
-        prepare_process(self._peer.config.threads)
+        if self._peer.config.work:
+            prepare_memory()  # before the threads whose arenas it forbids
         self._peer.network.on_request(PROTOCOL, self._serve_inputs, MAX_REQUEST_BYTES)
         self._peer.network.blobs.add_source(self._local_blob)
         async with trio.open_nursery() as nursery:
@@ -148,7 +178,6 @@ class SwarmService:
         log.info("applied for a seat", task=task.id.hex())
 
     async def _work(self, task: Task, index: int, manifest: TaskManifest) -> None:
-        seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, self._peer.config.memory)
         transport = SwarmTransport(
             task.id,
             self._peer.key,
@@ -157,6 +186,9 @@ class SwarmService:
             partial(self.is_member, task.id),
         )
         stage = await self._compute(partial(self._factory, manifest, index))
+        from tdml_p2p.swarm.session import Seat, WorkerSession  # with torch, which is here now
+
+        seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, self._peer.config.memory)
         session = WorkerSession(seat, self._peer.key, transport, self._outbox, stage)
         self._sessions[task.id] = session
         log.info("working", task=task.id.hex(), stage=index)
