@@ -133,6 +133,7 @@ class ChainEngine:
                 restored = self._files.restored(self._core.tip.height + 1)
                 self._core.begin(trio.current_time(), restored, self._is_pending())
                 self._pump()
+                self._syncing.ring()
                 for loop in loops:
                     nursery.start_soon(loop)
                 task_status.started()

@@ -28,7 +28,7 @@ from chain.consensus import (
 from chain.engine_blocks import MAX_CLOCK_DRIFT_MS, Draft, Tip
 from chain.engine_gate import Disposition, Gate, Taken
 from chain.engine_pace import Pace
-from chain.evidence import Watch
+from chain.evidence import RECENT, Watch
 from chain.keys import PrivateKey
 from chain.ledger import Executed
 from chain.randomness import onion_of
@@ -130,10 +130,10 @@ class Core:
         return self.machine.finalization is not None and not self.machine.is_over
 
     def remember(self, finals: Iterable[tuple[ValidatorSet, Certificate]]) -> None:
-        """Take the certificates of decided heights, oldest first, as a source of evidence."""
+        """Take the verified certificates of decided heights, oldest first, as a source of evidence."""
         for validators, certificate in finals:
             self.watch.cover(certificate.height, validators)
-            self.watch.examine(certificate)
+            self.watch.examine(certificate, is_verified=True)
 
     def suspect(self, final: FinalBlock) -> None:
         """Look for evidence in the certificates of a served block that does not follow the tip."""
@@ -160,7 +160,7 @@ class Core:
         is_next = tips[-1].height == self.machine.config.height
         self.previous = self.machine if is_next else None
         self.tip = tips[-1]
-        self.remember((tip.signers, tip.certificate) for tip in tips if tip.signers and tip.certificate)
+        self.remember((tip.signers, tip.certificate) for tip in tips[-RECENT:] if tip.signers and tip.certificate)
 
     def deliver(self, data: bytes, now: float) -> Disposition:
         """Take one gossiped consensus message."""

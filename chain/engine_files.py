@@ -10,6 +10,7 @@ from chain.blocks import Certificate, Header, ValidatorSet, Vote
 from chain.codec import Record, decode
 from chain.engine_blocks import Step, Tip
 from chain.engine_core import Restored, SignJob
+from chain.evidence import RECENT
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
 from chain.ledger import Receipt
@@ -19,9 +20,6 @@ from chain.sync import pack_range
 
 KEPT_SIGNED_HEIGHTS = 64
 """Heights below the tip whose signing record is kept."""
-
-RECENT_HEIGHTS = 64
-"""Heights below the tip whose certificates are evidence after a restart."""
 
 _log = logging.getLogger("tdml.chain")
 
@@ -90,7 +88,7 @@ class Files:
         newest = self.store.tip()
         height = newest[0].height if newest else 0
         found: list[tuple[ValidatorSet, Certificate]] = []
-        for block, certificate in self.store.raw_blocks(height - RECENT_HEIGHTS + 1, height):
+        for block, certificate in self.store.raw_blocks(height - RECENT + 1, height):
             opened: _Opened = decode(_Opened, block)
             validators = self.store.validators(opened.header.validators_hash)
             if validators is not None:

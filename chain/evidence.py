@@ -33,6 +33,8 @@ from chain.ledger import Receipt
 from chain.state import State
 from chain.transactions import Evidence, Payload
 
+RECENT = 64
+"""Heights below the tip whose certificates are looked at after a restart or after catching up."""
 WINDOW = 512
 """Heights below the one under decision whose votes are looked at."""
 MAX_VOTES = 32_768
@@ -107,22 +109,25 @@ class Watch:
         """Whether votes of this height are looked at."""
         return height in self._sets
 
-    def examine(self, message: ConsensusMessage) -> bool:
+    def examine(self, message: ConsensusMessage, *, is_verified: bool = False) -> bool:
         """Remember the votes in `message`, of a covered height; whether one of them convicts its signer.
 
-        Checks every signature that is new here; raises `Refused` for a vote that no member signed.
+        Unless they are verified already, checks every signature that is new here; raises `Refused`
+        for a vote that no member signed.
         """
         validators = self._sets.get(chain_of(message)[1])
         if validators is None:
             return False
-        return sum(self._remember(vote) for vote in self._news(message, validators)) > 0
+        news = self._news(message, validators, is_verified=is_verified)
+        return sum(self._remember(vote) for vote in news) > 0
 
-    def _news(self, message: ConsensusMessage, validators: ValidatorSet) -> Iterator[Vote]:
+    def _news(self, message: ConsensusMessage, validators: ValidatorSet, *, is_verified: bool) -> Iterator[Vote]:
         """Yield the authentic votes in `message` that say something not remembered."""
         for vote in _votes_in(message, validators):
             held = self._votes.get(vote.validator, {}).get((vote.height, vote.view, vote.kind))
             if held is None or held.block_hash != vote.block_hash:
-                verify_vote(vote, validators, self._check)
+                if not is_verified:
+                    verify_vote(vote, validators, self._check)
                 yield vote
 
     def _remember(self, vote: Vote) -> bool:
