@@ -42,6 +42,7 @@ class Reason(StrEnum):
     BAD_BITMAP = "bad-bitmap"
     NO_QUORUM = "no-quorum"
     WRONG_BLOCK = "wrong-block"
+    WRONG_CHUNK = "wrong-chunk"
     EMPTY_ANSWER = "empty-answer"
     TOO_MANY_BLOCKS = "too-many-blocks"
 

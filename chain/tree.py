@@ -4,7 +4,7 @@ A subtree of one leaf is that leaf; an empty subtree hashes to zero. Leaves and 
 the prefixes 0x00 and 0x01 (RFC 6962), so no node can stand for a leaf. Trees share unchanged nodes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -104,6 +104,26 @@ class SparseTree:
         """Return the tree with 32-byte keys set to 32-byte value hashes, or removed where None."""
         return SparseTree(_update(self.root_node, sorted(changes.items(), key=lambda item: item[0]), 0))
 
+    def is_full(self, depth: int) -> bool:
+        """Whether every place above `depth` is a branch, so that each of its 2^depth subtrees has siblings."""
+        level = [self.root_node]
+        for _ in range(depth):
+            if not all(isinstance(node, Branch) for node in level):
+                return False
+            level = [child for node in level if isinstance(node, Branch) for child in (node.left, node.right)]
+        return True
+
+    def siblings(self, index: int, depth: int) -> tuple[bytes, ...]:
+        """Return the hashes beside the path to subtree `index` of a tree that is full to `depth`, root first."""
+        node, found = self.root_node, []
+        for place in range(depth - 1, -1, -1):
+            if not isinstance(node, Branch):
+                raise LookupError(f"the tree is not full to depth {depth}")
+            here, other = (node.right, node.left) if index >> place & 1 else (node.left, node.right)
+            found.append(_hash(other))
+            node = here
+        return tuple(found)
+
     def prove(self, key: bytes) -> TreeProof:
         """Return the proof of the value at `key`, or of its absence."""
         node, siblings = self.root_node, []
@@ -136,3 +156,15 @@ def verify_proof(root: bytes, key: bytes, value: bytes | None, proof: TreeProof)
         sibling = proof.siblings[depth]
         current = _node_hash(sibling, current) if _bit(key, depth) else _node_hash(current, sibling)
     return current == root
+
+
+def subtree_root(leaves: list[tuple[bytes, bytes]], depth: int) -> bytes:
+    """Return the hash of the subtree at `depth` with these (key, value hash) leaves, sorted, of one prefix."""
+    return _hash(_build(leaves, depth))
+
+
+def root_above(subtree: bytes, index: int, siblings: Sequence[bytes]) -> bytes:
+    """Return the root of the tree in which `subtree` stands at place `index` of depth `len(siblings)`."""
+    for place, sibling in enumerate(reversed(siblings)):
+        subtree = _node_hash(sibling, subtree) if index >> place & 1 else _node_hash(subtree, sibling)
+    return subtree
