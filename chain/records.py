@@ -72,6 +72,8 @@ class Task(Record, frozen=True):
     status: Uint = 0
     generation: Index = 0
     settled: Uint = 0
+    reserved: Uint = 0
+    """The part of the escrow that claimed cells will cost."""
 
     @property
     def state(self) -> TaskStatus:
@@ -138,6 +140,8 @@ class ClaimRecord(Record, frozen=True):
     unpaid: tuple[Index, ...] = ()
     is_void: bool = False
     is_settled: bool = False
+    audit_pay: Uint = 0
+    """What its audits have cost the escrow."""
 
 
 class StepProgress(Record, frozen=True):

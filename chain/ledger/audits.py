@@ -156,8 +156,9 @@ def _ask_third(book: Book, audit: Audit) -> None:
 
 
 def _judge_opinion(book: Book, audit: Audit) -> None:
-    """End as a fault if the third peer finds a small deviation only; else let the voters decide."""
+    """End as a fault if auditor and third peer both find a small deviation only; else let the voters decide."""
     assert audit.opening is not None
+    assert audit.reveal is not None
     assert audit.third is not None
     assert audit.third.reveal is not None
     found = deviations(audit.opening.sketch, audit.third.reveal.shared)
@@ -168,8 +169,10 @@ def _judge_opinion(book: Book, audit: Audit) -> None:
         deviations=list(map(_shown, found)),
         contradiction=audit.third.reveal.contradiction,
     )
-    is_small = not is_match(found, book.params) and not is_fraud(found, book.params)
-    if is_small and not audit.third.reveal.contradiction:
+    reveals = (audit.reveal, audit.third.reveal)
+    both = [deviations(audit.opening.sketch, entry.shared) for entry in reveals]
+    is_small = all(not is_match(one, book.params) and not is_fraud(one, book.params) for one in both)
+    if is_small and not any(entry.contradiction for entry in reveals):
         end_audit(book, audit, AuditStatus.FAULTED)
     else:
         open_vote(book, audit)
@@ -217,9 +220,7 @@ def decide(book: Book, audit: Audit) -> None:
 def _acquit(book: Book, audit: Audit) -> None:
     """Charge the accuser one worker bond, from its stake, for a false accusation."""
     task = book.task(audit.task)
-    accuser = book.account(audit.auditor)
-    charge = min(accuser.bonded, max(task.worker_bond, 1))
-    book.set_account(audit.auditor, bonded=accuser.bonded - charge)
+    charge = book.seize(audit.auditor, max(task.worker_bond, 1))
     book.burn(charge)
     book.note("charged", audit=audit.id.hex(), auditor=name(audit.auditor), amount=str(charge))
     end_audit(book, audit, AuditStatus.ACQUITTED)
@@ -278,11 +279,16 @@ def _redraw(book: Book, audit: Audit) -> None:
 
 
 def _withhold(book: Book, audit: Audit) -> None:
-    """A worker that does not open loses the cell's pay; three times, and it loses the seat."""
+    """A worker that does not open loses the cell's pay and pays its auditor; three times, and it loses the seat."""
+    task, worker = book.task(audit.task), book.worker(audit.task, audit.worker)
+    assert worker is not None  # audits are of workers' claims only
+    charge = min(task.price, worker.bond + worker.withheld)
+    bond = min(worker.bond, charge)
+    book.set_worker(worker, bond=worker.bond - bond, withheld=worker.withheld - charge + bond)
+    book.set_task(task, escrow=task.escrow + charge)
     end_audit(book, audit, AuditStatus.WITHHELD)
     worker = book.worker(audit.task, audit.worker)
-    if worker is None:
-        return
+    assert worker is not None
     changed = book.set_worker(worker, withholdings=worker.withholdings + 1)
     if changed.is_seated and changed.withholdings >= book.params.withheld_limit:
         evict_without_slash(book, changed, audit)

@@ -75,9 +75,23 @@ class Book:
             raise Refused(Reason.NO_FUNDS)
         self.set_account(account, balance=balance - amount)
 
+    def seize(self, account: bytes, amount: int) -> int:
+        """Take up to `amount` of an account's stake, also of what is on its way out; return what was there."""
+        taken = min(amount, self.account(account).bonded)
+        self.set_account(account, bonded=self.account(account).bonded - taken)
+        for key, leaving in self.draft.items(Table.UNBONDINGS, account):
+            part = min(amount - taken, leaving.amount if leaving.release_at > self.height else 0)
+            if part == leaving.amount:
+                self.draft.delete(Table.UNBONDINGS, key)
+            elif part:
+                self.draft.put(Table.UNBONDINGS, key, replace(leaving, amount=leaving.amount - part))
+            taken += part
+        return taken
+
     def burn(self, amount: int) -> None:
         """Count an amount, taken from somewhere, as burned."""
-        self.set_chain(burned=self.chain.burned + amount)
+        if amount:
+            self.set_chain(burned=self.chain.burned + amount)
 
     def has_other_validator(self, account: bytes) -> bool:
         """Whether somebody else than `account` can validate the next block."""
@@ -97,9 +111,14 @@ class Book:
     def open_task(self, task: bytes) -> Task:
         """Return a task that is not closed; raise `Refused`."""
         found = self.task(task)
-        if not found.is_open:
+        if not found.is_open or found.deadline < self.height:
             raise Refused(Reason.TASK_CLOSED)
         return found
+
+    def reserve(self, task: bytes, cells: int) -> None:
+        """Set aside, or with a negative number set free, the price of this many cells of a task's escrow."""
+        found = self.task(task)
+        self.set_task(found, reserved=found.reserved + cells * found.price)
 
     def set_task(self, task: Task, **changes: Any) -> Task:
         """Change a task and return it."""

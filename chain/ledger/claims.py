@@ -32,6 +32,8 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
     task = book.task(claim.task)
     worker = book.worker(claim.task, sender)
     _check(book, task, worker, claim)
+    if task.reserved + len(claim.cells) * task.price > task.escrow:
+        raise Refused(Reason.ESCROW_TOO_SMALL)
     key = step_key(task.id, claim.generation, claim.step)
     progress: StepProgress = book.draft.get(Table.STEPS, key) or StepProgress(
         book.height, (bytes((task.microbatches + 7) // 8),) * task.stages
@@ -43,6 +45,7 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
     covered[claim.stage] = _cover(covered[claim.stage], claim.cells)
     changed = replace(progress, covered=tuple(covered), claims=(*progress.claims, identity))
     book.draft.put(Table.STEPS, key, changed)
+    book.reserve(task.id, len(claim.cells))
     book.draft.put(Table.CLAIMS, identity, ClaimRecord(identity, claim, sender, book.height))
     book.draft.put(Table.QUEUE, book.height.to_bytes(8, "big") + identity, Marker())
     book.note(
@@ -57,8 +60,8 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
 
 
 def _check(book: Book, task: Task, worker: Worker | None, claim: Claim) -> None:
-    if task.state is not TaskStatus.RUNNING:
-        raise Refused(Reason.NOT_RUNNING if task.is_open else Reason.TASK_CLOSED)
+    if task.state is not TaskStatus.RUNNING or task.deadline < book.height:
+        raise Refused(Reason.NOT_RUNNING if task.is_open and task.deadline >= book.height else Reason.TASK_CLOSED)
     if worker is None or not worker.is_seated or worker.stage != claim.stage:
         raise Refused(Reason.NO_SEAT)
     if claim.generation != task.generation:
@@ -113,7 +116,7 @@ def audit_rate(book: Book, task: Task, worker: Worker) -> int:
     """Return the audit rate of a worker now, in basis points."""
     if worker.flagged_until > book.height:
         return 10_000
-    if worker.settled_cells < book.params.newcomer_cells:
+    if worker.settled_cells < book.params.newcomer_cells or worker.bond + worker.withheld < task.worker_bond:
         return max(task.audit_rate, book.params.newcomer_rate)
     return max(task.audit_rate, book.params.floor_rate)
 

@@ -11,14 +11,13 @@ _UNDISPUTED = (AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED)
 
 
 def convict(book: Book, audit: Audit) -> None:
-    """Evict and slash the worker, and roll the task back."""
+    """Evict and slash the worker, and roll the task back; its bond makes good what audits of voided work cost."""
     end_audit(book, audit, AuditStatus.CONVICTED)
     worker = book.worker(audit.task, audit.worker)
     assert worker is not None  # audits are of workers' claims only
     slashed = worker.bond + worker.withheld
     reward = slashed * book.params.reporter_share // 10_000
     book.credit(audit.auditor, reward)
-    book.burn(slashed - reward)
     _remember(book, audit, 0, slashed)
     was_seated = worker.is_seated
     evicted = status_of(WorkerStatus, WorkerStatus.EVICTED)
@@ -36,9 +35,12 @@ def convict(book: Book, audit: Audit) -> None:
         book.note("evicted", **place, stage=audit.stage, reason="convicted")
     book.note("slashed", **place, amount=str(slashed), reward=str(reward))
     task = book.task(audit.task)
+    made_good = 0
     if task.is_open:
-        void_unsettled(book, task)
-        book.set_task(book.task(task.id), generation=task.generation + 1)
+        made_good = min(void_unsettled(book, task), slashed - reward)
+        task = book.task(task.id)
+        book.set_task(task, generation=task.generation + 1, escrow=task.escrow + made_good)
+    book.burn(slashed - reward - made_good)
 
 
 def _end_other_audits(book: Book, audit: Audit) -> None:
@@ -76,13 +78,17 @@ def _remember(book: Book, audit: Audit, kind: int, slashed: int) -> None:
     book.draft.put(Table.CONVICTIONS, identity, conviction)
 
 
-def void_unsettled(book: Book, task: Task) -> None:
-    """Void all unsettled claims of a task and their audits that nobody disputes yet."""
+def void_unsettled(book: Book, task: Task) -> int:
+    """Void all unsettled claims of a task and the audits that nobody disputes yet; return what audits had cost."""
+    cost = 0
     for key, progress in book.draft.items(Table.STEPS, task.id):
         for identity in progress.claims:
-            book.set_claim(book.claim(identity), is_void=True)
+            record = book.set_claim(book.claim(identity), is_void=True)
+            book.reserve(task.id, -len(record.claim.cells))
+            cost += record.audit_pay
             book.retire(Table.CLAIMS, identity)
         book.draft.delete(Table.STEPS, key)
     for audit in book.active_audits(task.id):
         if audit.state in _UNDISPUTED:
             end_audit(book, audit, AuditStatus.VOID)
+    return cost

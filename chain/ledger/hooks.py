@@ -22,7 +22,7 @@ def after_transactions(book: Book) -> None:
             _keep_up(book, identity)
         settlement.release_bonds(book, book.task(identity))
         if not book.task(identity).is_open and not book.active_audits(identity):
-            book.draft.delete(Table.OPEN, identity)
+            tasks.forget(book, book.task(identity))
     _forget(book)
 
 
@@ -38,14 +38,14 @@ def _forget(book: Book) -> None:
 
 
 def _keep_up(book: Book, identity: bytes) -> None:
-    """Settle an open task's steps, end its leases and fill its seats, or close it at its deadline."""
+    """Settle an open task's steps, end its leases and fill its seats, or close it after its deadline."""
     settlement.settle_due(book, book.task(identity))
     task = book.task(identity)
-    if task.deadline < book.height:
-        tasks.close(book, task)
-        return
     seats.expire_leases(book, task)
-    seats.fill(book, task)
+    if task.deadline >= book.height:
+        seats.fill(book, task)
+    elif not book.draft.items(Table.STEPS, identity):
+        tasks.close(book, task)
 
 
 def _count_liveness(book: Book, absent: frozenset[bytes]) -> None:

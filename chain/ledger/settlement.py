@@ -13,17 +13,16 @@ from chain.records import (
 from chain.state import Table
 
 _UNPAID = (AuditStatus.FAULTED, AuditStatus.UNDECIDED, AuditStatus.WITHHELD, AuditStatus.CONVICTED)
-_PAID_AUDIT = (AuditStatus.PASSED, AuditStatus.CONVICTED, AuditStatus.FAULTED)
+_PAID_AUDIT = (AuditStatus.PASSED, AuditStatus.CONVICTED, AuditStatus.FAULTED, AuditStatus.WITHHELD)
 
 
 def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
     """End an audit, pay its auditor where the audit was done, and note what the cell is worth."""
     ended = book.set_audit(audit, state)
     record: ClaimRecord = book.claim(audit.claim)
+    cost = _pay_auditor(book, audit) if state in _PAID_AUDIT else 0
     unpaid = (*record.unpaid, audit.cell) if state in _UNPAID else record.unpaid
-    book.set_claim(record, open_audits=max(0, record.open_audits - 1), unpaid=unpaid)
-    if state in _PAID_AUDIT:
-        _pay(book, book.task(audit.task), audit.auditor, 1)
+    book.set_claim(record, open_audits=max(0, record.open_audits - 1), unpaid=unpaid, audit_pay=record.audit_pay + cost)
     if state is AuditStatus.FAULTED:
         _flag(book, audit)
     book.note(
@@ -45,9 +44,16 @@ def _flag(book: Book, audit: Audit) -> None:
         book.set_worker(worker, flagged_until=book.height + book.params.absence_blocks)
 
 
-def _pay(book: Book, task: Task, account: bytes, cells: int) -> None:
-    """Pay for cells from the escrow; a seated worker's pay fills its bond first."""
-    amount = min(cells * task.price, task.escrow)
+def _pay_auditor(book: Book, audit: Audit) -> int:
+    """Pay for an audit from what claimed cells leave of the escrow; return how much."""
+    task = book.task(audit.task)
+    amount = min(task.price, task.escrow - task.reserved)
+    _pay(book, task, audit.auditor, amount)
+    return amount
+
+
+def _pay(book: Book, task: Task, account: bytes, amount: int) -> None:
+    """Pay from the escrow; a seated worker's pay fills its bond first."""
     if amount == 0:
         return
     book.set_task(task, escrow=task.escrow - amount)
@@ -91,12 +97,13 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
         record: ClaimRecord = book.claim(identity)
         book.set_claim(record, is_settled=True)
         book.retire(Table.CLAIMS, identity)
+        book.reserve(task.id, -len(record.claim.cells))
         paid = len(set(record.claim.cells) - set(record.unpaid))
         worker = book.worker(task.id, record.worker)
         if worker is None or worker.state is WorkerStatus.EVICTED:
             continue
         book.set_worker(worker, settled_cells=worker.settled_cells + paid)
-        _pay(book, book.task(task.id), record.worker, paid)
+        _pay(book, book.task(task.id), record.worker, paid * task.price)
     settled = book.set_task(book.task(task.id), settled=task.settled + 1)
     book.draft.delete(Table.STEPS, key)
     book.note("settled", task=task.id.hex(), step=settled.settled, generation=settled.generation)

@@ -3,7 +3,6 @@
 from chain.codec import encode
 from chain.hashing import digest
 from chain.ledger.book import Book, name
-from chain.ledger.convictions import void_unsettled
 from chain.params import Params
 from chain.reasons import Reason, Refused
 from chain.records import Task, TaskStatus, WorkerStatus, status_of
@@ -75,19 +74,28 @@ def top_up(book: Book, sender: bytes, payload: TopUp) -> None:
 
 
 def close_by_client(book: Book, sender: bytes, payload: CloseTask) -> None:
-    """End the sender's task."""
+    """End the sender's task: at once, or once the steps that are claimed have settled."""
     task = book.open_task(payload.task)
     if task.client != sender:
         raise Refused(Reason.NOT_THE_CLIENT)
-    close(book, task)
+    if book.draft.items(Table.STEPS, task.id):
+        book.set_task(task, deadline=book.height)
+    else:
+        close(book, task)
 
 
 def close(book: Book, task: Task) -> None:
-    """End a task: unsettled claims are void, the escrow returns, bonds too once no dispute can touch them."""
-    void_unsettled(book, task)
-    book.credit(task.client, book.task(task.id).escrow)
-    book.set_task(book.task(task.id), escrow=0, status=status_of(TaskStatus, TaskStatus.CLOSED))
+    """End a task without unsettled claims: what no dispute may still cost returns, and so do the bonds."""
+    book.credit(task.client, task.escrow - task.reserved)
+    book.set_task(task, escrow=task.reserved, status=status_of(TaskStatus, TaskStatus.CLOSED))
     for worker in book.workers(task.id):
         if worker.is_present:
             book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
     book.note("closed", task=task.id.hex(), settled=task.settled)
+
+
+def forget(book: Book, task: Task) -> None:
+    """End the watch over a closed task in which nobody owes anything; what disputes did not cost returns."""
+    book.credit(task.client, task.escrow)
+    book.set_task(task, escrow=0)
+    book.draft.delete(Table.OPEN, task.id)

@@ -72,10 +72,7 @@ def genesis_of(validators: int = 6, others: int = 3, faucet: int = 0, **params: 
 def context_on(state: State, signers: Iterable[bytes] | None = None, seconds: int = 1) -> BlockContext:
     """Return the context of the next block, proposed by the validators in turn and signed by all of them."""
     members = [account for account, _ in state.validators().members]
-    proposer = members[state.height % len(members)]
-    validator = state.validator(proposer)
-    assert validator is not None
-    reveal = ONIONS[proposer].below(validator.onion_tip)
+    proposer, reveal = _proposal_of(state, members)
     signed = members if signers is None or not state.height else list(signers)
     return BlockContext(
         chain_id=state.chain.chain_id,
@@ -86,6 +83,19 @@ def context_on(state: State, signers: Iterable[bytes] | None = None, seconds: in
         seed=next_seed(state.seed, reveal),
         parent_absent=tuple(account for account in members if account not in signed),
     )
+
+
+def _proposal_of(state: State, members: list[bytes]) -> tuple[bytes, bytes]:
+    """Return the next validator whose tip is of its own onion, with what it reveals."""
+    for place in range(len(members)):
+        proposer = members[(state.height + place) % len(members)]
+        validator = state.validator(proposer)
+        assert validator is not None
+        try:
+            return proposer, ONIONS[proposer].below(validator.onion_tip)
+        except LookupError:
+            continue
+    raise LookupError("nobody can propose")
 
 
 class Ledger:
@@ -219,7 +229,8 @@ class Swarm:
             workers = self.seated(stage)
             for place, account in enumerate(workers):
                 cells = tuple(range(place, task.microbatches, len(workers)))
-                sent.append((by_account(account), SubmitClaims((self.claim(step, stage, cells),))))
+                if cells:
+                    sent.append((by_account(account), SubmitClaims((self.claim(step, stage, cells),))))
         self.claimed.add((task.generation, step))
         return sent
 

@@ -3,8 +3,9 @@
 import pytest
 from msgspec import structs
 
+from chain.ledger.claims import submit
 from chain.ledger.tasks import bond_for
-from chain.reasons import Reason
+from chain.reasons import Reason, Refused
 from chain.records import TaskStatus, WorkerStatus
 from chain.state import Table
 from chain.transactions import (
@@ -169,18 +170,56 @@ def test_a_lease_ends_unless_it_is_renewed() -> None:
     assert swarm.ledger.one(lazy, RenewLease(swarm.task)) == Reason.NO_SEAT
 
 
-def test_a_task_closes_at_its_deadline() -> None:
+def test_a_task_closes_after_its_deadline_when_what_was_claimed_has_settled() -> None:
     swarm = start_swarm(lifetime=8)
     swarm.ledger.block(*swarm.claims(1))
-    swarm.ledger.skip(10)
+    late = swarm.claim(2, 0, (0,))
+    swarm.ledger.skip(8)
+    assert refusal(swarm, swarm.seated(0)[0], late) == Reason.TASK_CLOSED
+    for _ in range(6):
+        swarm.ledger.block(*swarm.answers())
     task = swarm.state.task(swarm.task)
     assert task is not None
-    assert (task.state, task.escrow) == (TaskStatus.CLOSED, 0)
+    assert (task.state, task.escrow, task.settled) == (TaskStatus.CLOSED, 0, 1)
+    assert all(worker.settled_cells == 2 for worker in swarm.state.workers(swarm.task))
     assert all(worker.bond == 0 for worker in swarm.state.workers(swarm.task))
     assert not swarm.state.is_busy()
 
 
-def test_closing_voids_what_is_not_settled_but_not_a_dispute() -> None:
+def test_a_client_that_closes_pays_for_what_was_claimed() -> None:
+    swarm = start_swarm()
+    swarm.ledger.block(*swarm.claims(1), *swarm.claims(2))
+    late = swarm.claim(3, 0, (0,))
+    assert swarm.ledger.one(swarm.client, CloseTask(swarm.task)) == ""
+    assert refusal(swarm, swarm.seated(0)[0], late) == Reason.TASK_CLOSED
+    assert swarm.ledger.one(swarm.client, CloseTask(swarm.task)) == Reason.TASK_CLOSED
+    for _ in range(8):
+        swarm.ledger.block(*swarm.answers())
+    workers = swarm.state.workers(swarm.task)
+    assert [worker.settled_cells for worker in workers] == [4] * 4
+    assert swarm.state.account(swarm.client.account).balance == BALANCE - 2 * 2 * 2 * 4 * 10
+    assert not swarm.state.open_tasks()
+
+
+def test_work_is_claimed_only_while_the_escrow_covers_it() -> None:
+    swarm = start_swarm(stages=1, replicas=1, steps=2, escrow=160)
+    for step in (1, 2):
+        assert refusal(swarm, swarm.seated(0)[0], swarm.claim(step, 0, (0, 1, 2, 3))) == ""
+    task = swarm.state.task(swarm.task)
+    assert task is not None
+    assert (task.escrow, task.reserved) == (160, 80)
+    from chain.hashing import ZERO
+    from chain.ledger.book import Book
+    from chain.state import Draft
+
+    book = Book(Draft(swarm.state), swarm.state.height, ZERO, swarm.state.validators())
+    short = structs.replace(task, escrow=89, settled=0)
+    book.draft.put(Table.TASKS, task.id, structs.replace(short, steps=3))
+    with pytest.raises(Refused, match=Reason.ESCROW_TOO_SMALL):
+        submit(book, swarm.seated(0)[0], SubmitClaims((swarm.claim(3, 0, (0,)),)))
+
+
+def test_a_dispute_goes_on_in_a_closed_task() -> None:
     swarm = start_swarm()
     cheat = swarm.seated(0)[0]
     swarm.deviation[cheat] = -2.0

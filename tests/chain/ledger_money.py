@@ -1,0 +1,193 @@
+"""The money of a block worked out again: what everybody and every escrow must have after it."""
+
+from collections import Counter
+from typing import Any
+
+from chain.state import State
+from chain.transactions import Unbond, Withdraw
+from tests.chain.ledger_view import Block, T, claims_of, ended, rows
+
+PAID = {"passed", "convicted", "faulted", "withheld"}
+
+
+def _issued(state: State) -> int:
+    chain = rows(state, T.CHAIN)[b""]
+    parts = [chain.burned, chain.faucet]
+    parts += [a.balance + a.bonded for a in rows(state, T.ACCOUNTS).values()]
+    parts += [u.amount for u in rows(state, T.UNBONDINGS).values()]
+    parts += [t.escrow for t in rows(state, T.TASKS).values()]
+    parts += [w.bond + w.withheld for w in rows(state, T.WORKERS).values()]
+    return sum(parts)
+
+
+def conserved(block: Block) -> None:
+    assert _issued(block.after) == rows(block.after, T.CHAIN)[b""].issued
+
+
+def escrow_covers(block: Block) -> None:
+    """Every claimed cell can still be paid in full."""
+    owed: Counter[bytes] = Counter()
+    for claim in claims_of(block.after):
+        owed[claim.claim.task] += len(claim.claim.cells)
+    for identity, cells in owed.items():
+        task = rows(block.after, T.TASKS)[identity]
+        assert task.escrow >= cells * task.price == task.reserved, f"escrow {task.escrow} for {cells} at {task.price}"
+
+
+def wealth(state: State) -> Counter[bytes]:
+    """Return what every account has, wherever it lies."""
+    found: Counter[bytes] = Counter()
+    for account, record in rows(state, T.ACCOUNTS).items():
+        found[account] += record.balance + record.bonded
+    for key, unbonding in rows(state, T.UNBONDINGS).items():
+        found[key[:32]] += unbonding.amount
+    for worker in rows(state, T.WORKERS).values():
+        found[worker.account] += worker.bond + worker.withheld
+    return found
+
+
+def _by_payloads(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -> None:
+    grant = rows(block.before, T.PARAMS)[b""].faucet_grant
+    for transaction in block.transactions:
+        change[transaction.body.sender] -= transaction.body.fee
+    for sender, payload in block.applied():
+        match type(payload).__name__:
+            case "Transfer":
+                change[sender] -= payload.amount
+                change[payload.to] += payload.amount
+            case "Faucet":
+                change[sender] += grant
+            case "TopUp":
+                change[sender] -= payload.amount
+                escrow[payload.task] += payload.amount
+            case "PostTask":
+                change[sender] -= payload.escrow
+    for identity, task in rows(block.after, T.TASKS).items():
+        if identity not in rows(block.before, T.TASKS):
+            escrow[identity] += sum(p.escrow for _, p in block.applied() if _is_post(p, task))
+
+
+def _is_post(payload: Any, task: Any) -> bool:
+    same = ("manifest", "stages", "replicas", "steps", "microbatches", "price", "depth", "audit_rate", "worker_bond")
+    return type(payload).__name__ == "PostTask" and all(getattr(payload, f) == getattr(task, f) for f in same)
+
+
+def _by_work(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -> None:
+    price = {identity: task.price for identity, task in rows(block.after, T.TASKS).items()}
+    before = rows(block.before, T.CLAIMS)
+    for key, claim in rows(block.after, T.CLAIMS).items():
+        if claim.is_settled and not (key in before and before[key].is_settled):
+            worker = rows(block.after, T.WORKERS)[claim.claim.task + claim.worker]
+            pay = price[claim.claim.task] * (len(claim.claim.cells) - len(set(claim.unpaid)))
+            if str(worker.state) != "evicted":
+                change[claim.worker] += pay
+                escrow[claim.claim.task] -= pay
+    cost: Counter[bytes] = Counter()
+    for audit in ended(block):
+        if str(audit.state) in PAID:
+            change[audit.auditor] += price[audit.task]
+            escrow[audit.task] -= price[audit.task]
+            cost[audit.claim] += price[audit.task]
+    for key, claim in rows(block.after, T.CLAIMS).items():
+        assert claim.audit_pay == cost[key] + (before[key].audit_pay if key in before else 0)
+
+
+def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -> None:
+    params = rows(block.before, T.PARAMS)[b""]
+    left: dict[bytes, int] = {}
+    for audit in ended(block):
+        key, task = audit.task + audit.worker, rows(block.before, T.TASKS)[audit.task]
+        if str(audit.state) == "acquitted":
+            change[audit.auditor] -= min(_stake_of(block.before, audit.auditor), max(1, task.worker_bond))
+        if str(audit.state) == "withheld":
+            worker = rows(block.before, T.WORKERS)[key]
+            charge = min(task.price, left.setdefault(key, worker.bond + worker.withheld))
+            left[key] -= charge
+            change[audit.worker] -= charge
+            escrow[audit.task] += charge
+    order = [event.data["evidence"] for event in block.executed.events if event.kind == "slashed"]
+    first: dict[int, tuple[bytes, int]] = {}
+    for key, conviction in rows(block.after, T.CONVICTIONS).items():
+        if key in rows(block.before, T.CONVICTIONS) or conviction.kind == 2:
+            continue
+        change[conviction.account] -= conviction.slashed
+        reward = conviction.slashed * params.reporter_share // 10_000
+        if conviction.kind == 0:
+            change[rows(block.after, T.AUDITS)[conviction.subject].auditor] += reward
+            first.setdefault(order.index(conviction.subject.hex()), (conviction.task, conviction.slashed - reward))
+            continue
+        reporters = [s for s, p in block.applied() if type(p).__name__ == "Evidence" and p.first == conviction.first]
+        assert len(reporters) == 1
+        change[reporters[0]] += reward if reporters[0] != conviction.account else 0
+    made_good: dict[bytes, int] = {}
+    for _, (identity, most) in sorted(first.items()):
+        if identity not in made_good:
+            made_good[identity] = _made_good(block, identity, most, order)
+    escrow.update(made_good)
+
+
+def _made_good(block: Block, task: bytes, most: int, order: list[str]) -> int:
+    """Return what a slashed bond gives back to the escrow for audits, paid before, of work that it made void."""
+    before = rows(block.before, T.CLAIMS)
+    voided = [
+        claim for key, claim in rows(block.after, T.CLAIMS).items()
+        if claim.claim.task == task and claim.is_void and not before[key].is_void
+    ]  # fmt: skip
+    price, own = rows(block.after, T.TASKS)[task].price, [a for a in ended(block) if a.task == task]
+    later = [a for a in own if str(a.state) == "convicted" and order.index(a.id.hex())]
+    if len(later) == len([a for a in own if str(a.state) == "convicted"]):
+        later = later[1:]
+    return min(most, sum(claim.audit_pay for claim in voided) - len(later) * price)
+
+
+def _stake_of(state: State, account: bytes) -> int:
+    record = rows(state, T.ACCOUNTS).get(account)
+    leaving = (u.amount for k, u in rows(state, T.UNBONDINGS).items() if k[:32] == account)
+    return (record.bonded if record else 0) + sum(leaving)
+
+
+def everybody_gets_theirs(block: Block) -> None:
+    """What an account has changes by its payments, its work, and verdicts on it, and by nothing else."""
+    change: Counter[bytes] = Counter()
+    escrow: Counter[bytes] = Counter()
+    _by_payloads(block, change, escrow)
+    _by_work(block, change, escrow)
+    _by_verdicts(block, change, escrow)
+    for identity, task in rows(block.after, T.TASKS).items():
+        known = rows(block.before, T.TASKS).get(identity)
+        returned = (known.escrow if known else 0) + escrow[identity] - task.escrow
+        assert returned == 0 or str(task.state) == "closed", f"escrow {task.escrow} lacks {returned}"
+        change[task.client] += returned
+    before, after = wealth(block.before), wealth(block.after)
+    for account in before.keys() | after.keys() | change.keys():
+        gained = after[account] - before[account]
+        assert gained == change[account], f"{account.hex()[:8]} gained {gained} instead of {change[account]}"
+
+
+def stake_stays(block: Block) -> None:
+    """Stake falls only by its owner's unbonding, an offence, or a false accusation."""
+    offenders = {c.account for c in rows(block.after, T.CONVICTIONS).values() if c.height == block.height}
+    accusers = {audit.auditor for audit in ended(block) if str(audit.state) == "acquitted"}
+    unbonded: Counter[bytes] = Counter()
+    for sender, payload in block.applied():
+        if isinstance(payload, Unbond):
+            unbonded[sender] += payload.amount
+    for account, record in rows(block.before, T.ACCOUNTS).items():
+        lost = record.bonded - rows(block.after, T.ACCOUNTS)[account].bonded
+        if lost > unbonded[account]:
+            assert account in offenders | accusers, f"{account.hex()[:8]} lost {lost} of stake"
+
+
+def released_in_time(block: Block) -> None:
+    """An unbonding leaves only to its owner, and only after its release, or to the burner."""
+    params = rows(block.before, T.PARAMS)[b""]
+    withdrew = {sender for sender, payload in block.applied() if isinstance(payload, Withdraw)}
+    offenders = {c.account for c in rows(block.after, T.CONVICTIONS).values() if c.height == block.height}
+    accusers = {audit.auditor for audit in ended(block) if str(audit.state) == "acquitted"}
+    for key, unbonding in rows(block.before, T.UNBONDINGS).items():
+        if key not in rows(block.after, T.UNBONDINGS) and key[:32] not in offenders | accusers:
+            assert key[:32] in withdrew
+            assert unbonding.release_at <= block.height
+    for key, unbonding in rows(block.after, T.UNBONDINGS).items():
+        if key not in rows(block.before, T.UNBONDINGS):
+            assert unbonding.release_at == block.height + params.unbonding_blocks
