@@ -43,6 +43,10 @@ class Reason(StrEnum):
     NO_QUORUM = "no-quorum"
     WRONG_BLOCK = "wrong-block"
     WRONG_CHUNK = "wrong-chunk"
+    WRONG_VALIDATORS = "wrong-validators"
+    WRONG_TIME = "wrong-time"
+    NO_TRUST = "no-trust"
+    TRUST_EXPIRED = "trust-expired"
     EMPTY_ANSWER = "empty-answer"
     TOO_MANY_BLOCKS = "too-many-blocks"
 
