@@ -217,7 +217,7 @@ def test_the_anchor_of_a_network_is_its_genesis() -> None:
     "text", ["", "5", "5:", ":" + "00" * 32, "0:" + "00" * 32, "5:" + "00" * 31, "x:y", "²:" + "00" * 32]
 )
 def test_trust_is_a_height_and_a_hash(text: str) -> None:
-    with pytest.raises(ValueError, match="HEIGHT:HASH|hash|height"):
+    with pytest.raises(ValueError, match=r"HEIGHT:HASH|hash|height"):
         Trust.parse(text)
 
 
