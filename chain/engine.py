@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from chain.blocks import Block, Refused, VerifiedSignatures
-from chain.codec import encode
 from chain.engine_blocks import Step, assemble, check_proposal, follow
 from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, ValidateJob
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
+from chain.engine_peers import Peers
 from chain.engine_seam import (
     ChainBroken,
     ChainNetwork,
@@ -30,6 +30,7 @@ from chain.engine_seam import (
     SubmitRefused,
     TransactionExpired,
 )
+from chain.engine_serve import Server
 from chain.engine_status import describe
 from chain.engine_sync import CatchUp, CatchUpConfig
 from chain.engine_threads import Bell, Threads
@@ -39,7 +40,7 @@ from chain.keys import PrivateKey
 from chain.ledger import Executed, InvalidBlock, Receipt
 from chain.queries import Reader
 from chain.state import State
-from chain.sync import FinalBlock, StatusReply, StatusRequest, decode_request
+from chain.sync import FinalBlock, StatusRequest, decode_request
 from chain.transactions import Payload, Transaction
 
 if TYPE_CHECKING:
@@ -89,15 +90,16 @@ class ChainEngine:
         self._core = Core(core, tip)
         self._transactions = Transactions(key, tip.chain_id)
         self._threads = Threads(offload=self._config.offload)
+        self._peers = Peers(network, self._config.sync_timeout)
+        self._server = Server(self._files, self._threads, lambda: self._core.tip)
         self._catch_up = CatchUp(
             CatchUpConfig(
-                network,
+                self._peers,
                 lambda: self._core.tip,
                 self._commit_synced,
                 self._core.suspect,
                 self._threads,
                 self._verify,
-                self._config.sync_timeout,
                 self._config.sync_interval,
             )
         )
@@ -168,12 +170,9 @@ class ChainEngine:
         """Answer a sync request; raise `DecodeError` or `Refused`."""
         tip = self._core.tip
         request = decode_request(data, tip.chain_id)
-        if isinstance(request, StatusRequest):
-            if request.height > tip.height:
-                self._hear_of_more(sender)
-            return encode(StatusReply(tip.height, tip.hash, self._files.base))
-        last = min(tip.height, request.first + request.count - 1)
-        return await self._threads.disk(partial(self._files.range, request.first, last))
+        if isinstance(request, StatusRequest) and request.height > tip.height:
+            self._hear_of_more(sender)
+        return await self._server.answer(request)
 
     # Own transactions and what others do.
 
@@ -332,7 +331,9 @@ class ChainEngine:
         steps, refusal = await self._threads.compute(work, is_large=is_large)
         if steps:
             restored = await self._threads.disk(partial(self._files.commit, steps))
-            core.adopt([step.after for step in steps])
+            tips = [step.after for step in steps]
+            core.adopt(tips)
+            self._server.keep(tips)
             for step in steps:
                 self._transactions.adopt(step.final.block, step.executed)
             core.begin(trio.current_time(), restored, self._is_pending())

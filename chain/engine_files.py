@@ -6,8 +6,8 @@ from pathlib import Path
 
 from msgspec import Raw
 
-from chain.blocks import Certificate, Header, ValidatorSet, Vote
-from chain.codec import Record, decode
+from chain.blocks import Certificate, Header, Reason, Refused, ValidatorSet, Vote
+from chain.codec import Record, decode, encode
 from chain.engine_blocks import Step, Tip
 from chain.engine_core import Restored, SignJob
 from chain.evidence import RECENT
@@ -126,6 +126,16 @@ class Files:
     def range(self, first: int, last: int) -> bytes:
         """Return the sync reply with these heights."""
         return pack_range(self.store.raw_blocks(first, last))
+
+    def light(self, height: int) -> bytes:
+        """Return the encoded `chain.light.LightBlock` of a height; raise `Refused`."""
+        for block, certificate in self.store.raw_blocks(height, height):
+            opened: _Opened = decode(_Opened, block)
+            header = opened.header
+            validators = self.store.validators(header.validators_hash)
+            if validators is not None:
+                return encode((header, Raw(certificate), validators))
+        raise Refused(Reason.EMPTY_ANSWER, f"no block {height}")
 
     def receipt(self, tx_id: bytes) -> Receipt | None:
         """Return the receipt of a transaction in the chain."""

@@ -12,16 +12,15 @@ from functools import partial
 import trio
 
 from chain.blocks import Reason, Refused, ValidatorSet, Verifier, verify_certificate
-from chain.codec import DecodeError, encode
+from chain.codec import DecodeError
 from chain.engine_blocks import Tip
+from chain.engine_peers import Peer, Peers
 from chain.engine_ranges import Batch, Lease, Ranges
-from chain.engine_seam import ChainNetwork, RequestFailed
 from chain.engine_threads import Bell, Threads
 from chain.sync import (
     FinalBlock,
     RangeRequest,
     StatusRequest,
-    SyncRequest,
     check_range,
     decode_range,
     decode_status,
@@ -31,21 +30,17 @@ SYNC_PEERS = 4
 """Peers that ranges are fetched from at once."""
 ASKED_PEERS = 16
 """Peers asked for their height in one round."""
-BAN_SECONDS = 600.0
-STALL_SECONDS = 2.0
-"""How long a peer that did not answer is left alone, doubled each time up to `MAX_STALL_SECONDS`."""
-MAX_STALL_SECONDS = 120.0
-MAX_KNOWN = 1024
-"""Peers remembered, banned ones longest."""
+MAX_AHEAD = 1024
+"""Peers remembered for having spoken of a greater height."""
 
 _log = logging.getLogger("tdml.chain")
 
 
 @dataclass(frozen=True)
 class CatchUpConfig:
-    """What catching up is given: the network, the final tip, how to commit, check and compute."""
+    """What catching up is given: the peers, the final tip, how to commit, check and compute."""
 
-    network: ChainNetwork
+    peers: Peers
     tip: Callable[[], Tip]
     commit: Callable[[Sequence[FinalBlock]], Awaitable[None]]
     """Execute and store consecutive blocks; raises `Refused` when one does not follow."""
@@ -53,20 +48,7 @@ class CatchUpConfig:
     """Look for evidence in a block that is not the chain's."""
     threads: Threads
     verify: Verifier
-    timeout: float = 10.0
     interval: float = 5.0
-
-
-@dataclass
-class _Peer:
-    """What is known of a peer: the heights it claims, when it was asked, and until when it is avoided."""
-
-    base: int = 0
-    height: int = 0
-    asked: float = float("-inf")
-    until: float = float("-inf")
-    stalls: int = 0
-    is_busy: bool = False
 
 
 class CatchUp:
@@ -74,29 +56,27 @@ class CatchUp:
 
     def __init__(self, config: CatchUpConfig) -> None:
         self._config = config
-        self._peers: dict[str, _Peer] = {}
+        self._peers = config.peers
         self._ahead: set[str] = set()
         self._ranges: Ranges | None = None
         self._idle = 0
         self._changed, self._arrival = trio.Event(), Bell()
-        self.faults: dict[str, int] = {}
-        """How often peers failed, by reason."""
 
     @property
     def target(self) -> int:
         """The greatest height that a connected peer claims and was not caught lying about."""
-        return max((peer.height for peer in self._usable().values()), default=0)
+        return max((peer.height for peer in self._peers.usable().values()), default=0)
 
     @property
     def is_behind(self) -> bool:
         """Whether a peer is ahead by more than the block under way, or peers are there and none has answered."""
-        connected = self._config.network.peers()
-        unheard = bool(connected) and not any(peer in self._peers for peer in connected)
+        connected = self._peers.connected().values()
+        unheard = bool(connected) and all(peer.asked == float("-inf") for peer in connected)
         return unheard or self.target > self._config.tip().height + 1
 
     def hear_of_more(self, peer: str) -> None:
         """Note that a peer spoke of a greater height."""
-        if len(self._ahead) < MAX_KNOWN:
+        if len(self._ahead) < MAX_AHEAD:
             self._ahead.add(peer)
 
     async def follow(self, *, everyone: bool) -> None:
@@ -116,34 +96,16 @@ class CatchUp:
                 nursery.cancel_scope.cancel()
         finally:
             self._ranges = None
-            for peer in self._peers.values():
-                peer.is_busy = False
+            self._peers.release()
 
     # Heights.
 
-    def _usable(self) -> dict[str, _Peer]:
-        now = trio.current_time()
-        connected = self._config.network.peers()
-        return {name: p for name in connected if (p := self._peers.get(name)) is not None and p.until <= now}
-
     def _choose(self, *, everyone: bool) -> list[str]:
         """Return whom to ask now: who is new or spoke of more, or all; asked longest ago first."""
-        now, ahead = trio.current_time(), self._ahead
-        self._ahead = set()
-        self._forget(now)
-        known = {name: self._peers.get(name, _Peer()) for name in self._config.network.peers()}
-        chosen = [
-            name
-            for name, p in known.items()
-            if p.until <= now and (everyone or name in ahead or p.asked == float("-inf"))
-        ]
-        return sorted(chosen, key=lambda name: (name not in ahead, known[name].asked))[:ASKED_PEERS]
-
-    def _forget(self, now: float) -> None:
-        connected = set(self._config.network.peers())
-        for name, peer in list(self._peers.items()):
-            if name not in connected and (peer.until <= now or len(self._peers) > MAX_KNOWN):
-                del self._peers[name]
+        ahead, self._ahead = self._ahead, set()
+        usable = self._peers.usable()
+        chosen = [name for name, p in usable.items() if everyone or name in ahead or p.asked == float("-inf")]
+        return sorted(chosen, key=lambda name: (name not in ahead, usable[name].asked))[:ASKED_PEERS]
 
     async def _ask_heights(self, *, everyone: bool) -> None:
         async with trio.open_nursery() as nursery:
@@ -151,9 +113,9 @@ class CatchUp:
                 nursery.start_soon(self._ask_height, name)
 
     async def _ask_height(self, name: str) -> None:
-        tip, peer = self._config.tip(), self._peers.setdefault(name, _Peer())
+        tip, peer = self._config.tip(), self._peers[name]
         peer.asked = trio.current_time()
-        data = await self._ask(name, StatusRequest(tip.chain_id, tip.height))
+        data = await self._peers.ask(name, StatusRequest(tip.chain_id, tip.height))
         if data is None:
             return
         try:
@@ -169,7 +131,7 @@ class CatchUp:
 
     async def _look_at_fork(self, name: str, tip: Tip) -> None:
         """Ask a peer for its block of the tip's height, which cannot be final as well unless validators lied."""
-        data = await self._ask(name, RangeRequest(tip.chain_id, tip.height, 1))
+        data = await self._peers.ask(name, RangeRequest(tip.chain_id, tip.height, 1))
         if data is None:
             return
         finals: tuple[FinalBlock, ...] = ()
@@ -185,7 +147,7 @@ class CatchUp:
             return
         if finals[0].block.hash != tip.hash:
             _log.error("sync: %s has another final block %d than this peer", name, tip.height)
-            self._count("fork")
+            self._peers.faults["fork"] += 1
             self._config.suspect(finals[0])
 
     async def _refresh(self) -> None:
@@ -212,10 +174,12 @@ class CatchUp:
 
     def _source(self, ranges: Ranges) -> str | None:
         """Return a peer that has what is missing and that nobody asks yet."""
-        free = {name: p for name, p in self._usable().items() if not p.is_busy and p.base <= ranges.next <= p.height}
+        free = {
+            name: p for name, p in self._peers.usable().items() if not p.is_busy and p.base <= ranges.next <= p.height
+        }
         return min(free, key=lambda name: (free[name].stalls, -free[name].height), default=None)
 
-    async def _drain(self, name: str, peer: _Peer, ranges: Ranges) -> None:
+    async def _drain(self, name: str, peer: Peer, ranges: Ranges) -> None:
         """Fetch from a peer while it answers truly and has what is missing."""
         while peer.base <= ranges.next <= peer.height and peer.until <= trio.current_time():
             lease = ranges.lease(peer.base, peer.height, trio.current_time())
@@ -227,8 +191,8 @@ class CatchUp:
 
     async def _fetch(self, name: str, lease: Lease, ranges: Ranges) -> None:
         chain_id = self._config.tip().chain_id
-        data = await self._ask(name, RangeRequest(chain_id, lease.first, lease.count))
-        if data is None or name not in self._usable():
+        data = await self._peers.ask(name, RangeRequest(chain_id, lease.first, lease.count))
+        if data is None or not self._peers.is_usable(name):
             ranges.give_back(lease)
             return
         finals: tuple[FinalBlock, ...] = ()
@@ -265,48 +229,16 @@ class CatchUp:
             ranges.advance(self._config.tip().height)
         self._ring()
 
-    # Peers.
-
-    async def _ask(self, name: str, request: SyncRequest) -> bytes | None:
-        """Return the answer of a peer; None, and the peer is left alone for a while, when there is none."""
-        try:
-            with trio.fail_after(self._config.timeout):
-                return await self._config.network.request(name, encode(request))
-        except (RequestFailed, trio.TooSlowError) as error:
-            _log.info("sync: %s did not answer: %s", name, error)
-        self._avoid(name, "stalled")
-        return None
-
-    def _avoid(self, name: str, reason: str) -> None:
-        """Leave a peer alone for a while, longer each time, and believe nothing that it claimed."""
-        peer = self._peers.setdefault(name, _Peer())
-        pause = min(STALL_SECONDS * 2**peer.stalls, MAX_STALL_SECONDS)
-        peer.height, peer.stalls = 0, min(peer.stalls + 1, 16)
-        peer.until = max(peer.until, trio.current_time() + pause)
-        self._count(reason)
-        self._ring()
-
     def _blame(self, name: str, error: DecodeError | Refused, served: Sequence[FinalBlock] = ()) -> None:
         """Ban and report a peer for a false answer; an empty one may come of pruning and is left alone."""
         height = self._config.tip().height
         for final in served:
             if final.block.height <= height + 1:
                 self._config.suspect(final)
-        reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
-        if reason is Reason.EMPTY_ANSWER:
-            self._avoid(name, reason)
-            return
-        _log.warning("sync: %s served something false: %s", name, error)
-        peer = self._peers.setdefault(name, _Peer())
-        peer.height, peer.until = 0, trio.current_time() + BAN_SECONDS
+        self._peers.blame(name, error)
         if self._ranges is not None:
             self._ranges.drop(name)
-        self._count(reason)
-        self._config.network.penalize(name, str(error))
         self._ring()
-
-    def _count(self, reason: str) -> None:
-        self.faults[reason] = self.faults.get(reason, 0) + 1
 
     def _ring(self) -> None:
         self._arrival.ring()

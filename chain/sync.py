@@ -17,6 +17,7 @@ from chain.blocks import (
     verify_certificate,
 )
 from chain.codec import MAX_OBJECT_BYTES, Hash, Record, Uint, decode, encode
+from chain.snapshots import MAX_DEPTH
 
 MAX_REQUEST_BYTES = 256
 MAX_RANGE = 256
@@ -39,7 +40,36 @@ class RangeRequest(Record, frozen=True, tag=2):
     count: Annotated[int, Meta(ge=1, le=MAX_RANGE)]
 
 
-SyncRequest = StatusRequest | RangeRequest
+class LightRequest(Record, frozen=True, tag=3):
+    """Ask for the header of a height, its finalization and its validators (`chain.light.LightBlock`)."""
+
+    chain_id: Hash
+    height: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+class SnapshotRequest(Record, frozen=True, tag=4):
+    """Ask which snapshot is served."""
+
+    chain_id: Hash
+
+
+class ChunkRequest(Record, frozen=True, tag=5):
+    """Ask for one chunk of the snapshot of a height (`chain.snapshots.Chunk`)."""
+
+    chain_id: Hash
+    height: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    depth: Annotated[int, Meta(ge=0, le=MAX_DEPTH)]
+    index: Annotated[int, Meta(ge=0, lt=2**MAX_DEPTH)]
+
+
+SyncRequest = StatusRequest | RangeRequest | LightRequest | SnapshotRequest | ChunkRequest
+
+
+class SnapshotInfo(Record, frozen=True):
+    """The height of the newest snapshot (0 for none), in 2^depth chunks."""
+
+    height: Uint
+    depth: Annotated[int, Meta(ge=0, le=MAX_DEPTH)]
 
 
 class StatusReply(Record, frozen=True):
@@ -74,6 +104,11 @@ def decode_request(data: bytes, chain_id: bytes) -> SyncRequest:
 def decode_status(data: bytes) -> StatusReply:
     """Return the status in `data`; raise `DecodeError`."""
     return decode(StatusReply, data, MAX_REQUEST_BYTES)
+
+
+def decode_info(data: bytes) -> SnapshotInfo:
+    """Return the snapshot's place in `data`; raise `DecodeError`."""
+    return decode(SnapshotInfo, data, MAX_REQUEST_BYTES)
 
 
 def decode_range(data: bytes) -> tuple[FinalBlock, ...]:

@@ -25,6 +25,7 @@ from chain.blocks import (
 )
 from chain.codec import DecodeError, encode
 from chain.engine_blocks import Tip
+from chain.engine_peers import Peers
 from chain.engine_ranges import (
     HEDGE_SECONDS,
     MAX_BUFFERED_BYTES,
@@ -211,8 +212,9 @@ class Follower:
         self.taken: list[FinalBlock] = []
         self.batches: list[int] = []
         self.suspects: list[FinalBlock] = []
+        self.peers = Peers(net, 5.0)
         threads, suspect = Threads(offload=False), self.suspects.append
-        self.catch_up = CatchUp(CatchUpConfig(net, self.tip, self.commit, suspect, threads, verify, 5.0, 5.0))
+        self.catch_up = CatchUp(CatchUpConfig(self.peers, self.tip, self.commit, suspect, threads, verify, 5.0))
 
     def tip(self) -> Tip:
         header = self.taken[-1].block.header if self.taken else None
@@ -283,7 +285,7 @@ async def test_a_liar_is_banned_once_and_its_ranges_are_asked_elsewhere(
     await follower.reach(300)
     assert follower.taken == LONG[:300]
     assert net.penalized == ["liar"]
-    assert follower.catch_up.faults == {lie.strip(): 1}
+    assert follower.peers.faults == {lie.strip(): 1}
     asked = len(net.servers["liar"].asked)
     await follower.catch_up.follow(everyone=True)
     assert len(net.servers["liar"].asked) == asked <= 2
@@ -300,7 +302,7 @@ async def test_a_fork_at_the_tip_is_noticed_and_looked_at(autojump_clock: trio.t
     await follower.catch_up.follow(everyone=True)
     net.servers |= {"forked": forked, "forger": forger, "mixer": mixer}
     await follower.catch_up.follow(everyone=True)
-    assert follower.catch_up.faults == {"fork": 1, "bad-signature": 1, "wrong-block": 1}
+    assert follower.peers.faults == {"fork": 1, "bad-signature": 1, "wrong-block": 1}
     assert sorted(net.penalized) == ["forger", "mixer"]
     assert [final.block.hash for final in follower.suspects] == [other.hash] * 3
 
@@ -314,7 +316,7 @@ async def test_a_silent_peer_holds_up_nobody_for_long(autojump_clock: trio.testi
     assert follower.taken == LONG
     assert trio.current_time() - start < 11
     assert net.penalized == []
-    assert follower.catch_up.faults["stalled"] == 3
+    assert follower.peers.faults["stalled"] == 3
 
 
 async def test_peers_that_only_stall_are_asked_less_and_less(autojump_clock: trio.testing.MockClock) -> None:
@@ -336,7 +338,7 @@ async def test_a_false_height_is_believed_only_until_it_must_be_served(
     assert follower.taken == LONG[:10]
     assert follower.catch_up.target == 10
     assert not follower.catch_up.is_behind
-    assert set(follower.catch_up.faults) == {"empty-answer"}
+    assert set(follower.peers.faults) == {"empty-answer"}
 
 
 async def test_short_answers_are_completed_and_pruned_peers_asked_only_for_what_they_have(
@@ -349,7 +351,7 @@ async def test_short_answers_are_completed_and_pruned_peers_asked_only_for_what_
     await follower.catch_up.follow(everyone=True)
     assert follower.taken == LONG[:300]
     assert all(request.first >= 200 for request in pruned.asked)
-    assert follower.catch_up.faults == {}
+    assert follower.peers.faults == {}
 
 
 async def test_nobody_to_follow_is_no_reason_to_wait(autojump_clock: trio.testing.MockClock) -> None:
