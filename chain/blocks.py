@@ -25,6 +25,9 @@ MAX_VOTE_BYTES = 256
 MAX_CERTIFICATE_BYTES = 256 + MAX_VALIDATORS * 66
 MAX_MESSAGE_BYTES = MAX_BLOCK_BYTES + 1024
 
+MAX_CLOCK_DRIFT_MS = 10_000
+"""How far a timestamp may lie ahead of the local clock."""
+
 View = Annotated[int, Meta(ge=1, le=MAX_VIEW)]
 Verifier = Callable[[bytes, bytes, bytes], bool]
 """(account, message, signature) -> whether the signature is the account's."""

@@ -7,8 +7,8 @@ The one file of `chain` that knows trio. What to do is decided in `engine_core`,
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,22 +16,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from chain.blocks import Block, Refused, VerifiedSignatures
-from chain.engine_blocks import Step, assemble, check_proposal, follow
+from chain.engine_blocks import assemble, check_proposal, follow
 from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, ValidateJob
+from chain.engine_feed import Feed
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
+from chain.engine_join import Join, JoinConfig
 from chain.engine_peers import Peers
 from chain.engine_seam import (
     ChainBroken,
     ChainNetwork,
     Committed,
+    Distrusted,
     EngineConfig,
     RequestFailed,
     SubmitRefused,
     TransactionExpired,
 )
 from chain.engine_serve import Server
-from chain.engine_status import describe
+from chain.engine_status import describe, warning
 from chain.engine_sync import CatchUp, CatchUpConfig
 from chain.engine_threads import Bell, Threads
 from chain.engine_transactions import Transactions
@@ -53,6 +56,7 @@ __all__ = [
     "ChainNetwork",
     "Committed",
     "Disposition",
+    "Distrusted",
     "EngineConfig",
     "RequestFailed",
     "SubmitRefused",
@@ -62,7 +66,6 @@ __all__ = [
 T = TypeVar("T")
 _log = logging.getLogger("tdml.chain")
 
-SUBSCRIBER_BUFFER = 1024
 NEW_PEERS_SECONDS = 1.0
 LARGE_BLOCK = 32
 """Transactions from which a block is checked and executed in a thread."""
@@ -100,12 +103,24 @@ class ChainEngine:
                 self._core.suspect,
                 self._threads,
                 self._verify,
+                self._config.trust,
                 self._config.sync_interval,
             )
         )
-        self._subscribers: set[trio.MemorySendChannel[Committed]] = set()
+        self._join = Join(
+            JoinConfig(
+                self._peers,
+                genesis,
+                self._config.trust,
+                self._verify,
+                self._threads,
+                self._config.clock_ms,
+                self._core.witness,
+                lambda: self._core.tip.height == 0,
+            )
+        )
+        self._feed = Feed()
         self._turn = trio.Lock()
-        self._block_passed = trio.Event()
         self._clock, self._signing, self._jobs = Bell(), Bell(), Bell()
         self._publishing, self._sending, self._syncing = Bell(), Bell(), Bell()
 
@@ -131,6 +146,8 @@ class ChainEngine:
         )
         try:
             async with trio.open_nursery() as nursery:
+                if self._config.trust is not None:
+                    self._files.check(self._config.trust)
                 self._core.remember(self._files.recent())
                 restored = self._files.restored(self._core.tip.height + 1)
                 self._core.begin(trio.current_time(), restored, self._is_pending())
@@ -144,8 +161,7 @@ class ChainEngine:
 
     def close(self) -> None:
         """Release the files; `run` does so when it ends."""
-        for subscriber in self._subscribers:
-            subscriber.close()
+        self._feed.close()
         self._files.close()
 
     # What the network delivers.
@@ -199,27 +215,20 @@ class ChainEngine:
                     raise
             if receipt is not None:
                 return receipt
-            await self._block_passed.wait()
+            await self._feed.passed()
 
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[Committed]]:
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Committed]]:
         """Open a channel of the blocks that become final from now on.
 
         A reader that falls 1,024 blocks behind misses blocks; `state` is always the latest.
         """
-        send, receive = trio.open_memory_channel[Committed](SUBSCRIBER_BUFFER)
-        self._subscribers.add(send)
-        try:
-            yield receive
-        finally:
-            self._subscribers.discard(send)
-            send.close()
-            receive.close()
+        return self._feed.subscribe()
 
     def status(self) -> dict[str, Any]:
         """Return where the chain stands, ready for JSON."""
         report = describe(self._core, self._catch_up, self._follows_because, trio.current_time())
-        return report | {"mempool": len(self._transactions.mempool)}
+        said = {"mempool": len(self._transactions.mempool), "joining": self._join.said}
+        return report | said | {"warning": warning(self._core.tip, self._config.trust, self._config.clock_ms())}
 
     # Loops.
 
@@ -264,6 +273,8 @@ class ChainEngine:
                 await self._network.publish("tx", data)
 
     async def _sync_loop(self) -> None:
+        if self._config.snapshot:
+            await self._take_snapshot()
         complete = trio.current_time()
         while True:
             with trio.move_on_after(NEW_PEERS_SECONDS):
@@ -284,7 +295,10 @@ class ChainEngine:
                 executed = await self._validate(job.block)
                 self._core.validated(job, executed, trio.current_time())
             case CommitJob(block, certificate):
-                await self._commit([FinalBlock(block, certificate)])
+                try:
+                    await self._commit([FinalBlock(block, certificate)])
+                except Refused as refusal:
+                    raise Distrusted(f"The validators made block {block.height} final: {refusal}") from None
 
     async def _build(self, job: BuildJob) -> None:
         if job.machine is not self._core.machine or job.view != job.machine.view:
@@ -319,6 +333,19 @@ class ChainEngine:
             _log.warning("block %d of view %d is invalid: %s", block.height, block.header.view, error)
             return None
 
+    async def _take_snapshot(self) -> None:
+        joined = await self._join.fetch()
+        async with self._turn:
+            if joined is None or self._core.tip.height > 0:
+                return
+            restored = await self._threads.disk(partial(self._files.install, joined))
+            tip = joined.tip(self._core.tip.chain_id)
+            self._core.adopt([tip])
+            self._server.keep([tip])
+            self._transactions.mempool.prune(tip.state)
+            self._core.begin(trio.current_time(), restored, self._is_pending())
+        self._pump()
+
     async def _commit_synced(self, finals: Sequence[FinalBlock]) -> None:
         async with self._turn:
             await self._commit(finals)
@@ -327,7 +354,7 @@ class ChainEngine:
     async def _commit(self, finals: Sequence[FinalBlock]) -> None:
         core = self._core
         is_large = len(finals) > 1 or len(finals[0].block.transactions) >= LARGE_BLOCK
-        work = partial(follow, core.tip, finals, core.executed, self._verify)
+        work = partial(follow, core.tip, finals, core.executed, self._verify, self._config.trust)
         steps, refusal = await self._threads.compute(work, is_large=is_large)
         if steps:
             restored = await self._threads.disk(partial(self._files.commit, steps))
@@ -338,21 +365,9 @@ class ChainEngine:
                 self._transactions.adopt(step.final.block, step.executed)
             core.begin(trio.current_time(), restored, self._is_pending())
             self._pursue()
-            self._tell(steps)
+            self._feed.tell(steps)
         if refusal is not None:
             raise refusal
-
-    def _tell(self, steps: Sequence[Step]) -> None:
-        self._block_passed.set()
-        self._block_passed = trio.Event()
-        for step in steps:
-            block, certificate = step.final.block, step.final.certificate
-            committed = Committed(block, certificate, step.executed.receipts, step.executed.events)
-            for subscriber in self._subscribers:
-                try:
-                    subscriber.send_nowait(committed)
-                except trio.WouldBlock:
-                    _log.warning("a subscriber is %d blocks behind and misses one", SUBSCRIBER_BUFFER)
 
     def _is_pending(self) -> bool:
         return len(self._transactions.mempool) > 0 or self.state.is_busy()

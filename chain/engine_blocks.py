@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from chain.blocks import (
+    MAX_CLOCK_DRIFT_MS,
     Block,
     BlockContext,
     Certificate,
@@ -21,13 +22,11 @@ from chain.blocks import (
 from chain.engine_seam import ChainBroken
 from chain.hashing import ZERO
 from chain.ledger import Executed, InvalidBlock, execute
+from chain.light import Trust
 from chain.randomness import next_seed
 from chain.state import State
 from chain.sync import FinalBlock, check_final
 from chain.transactions import Transaction
-
-MAX_CLOCK_DRIFT_MS = 10_000
-"""How far a proposal's timestamp may lie ahead of the local clock."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,16 @@ def check(tip: Tip, block: Block, now_ms: int | None, verify: Verifier) -> Execu
 
 
 def follow(
-    tip: Tip, finals: Sequence[FinalBlock], known: Mapping[bytes, Executed], verify: Verifier
+    tip: Tip,
+    finals: Sequence[FinalBlock],
+    known: Mapping[bytes, Executed],
+    verify: Verifier,
+    trust: Trust | None = None,
 ) -> tuple[list[Step], Refused | None]:
     """Return what the final blocks beyond `tip` do, up to the first that does not follow, and why it does not.
 
-    `known` are blocks executed before, by hash. Raises `ChainBroken` for a final block that does not
-    execute to what its validators signed.
+    `known` are blocks executed before, by hash; `trust` must not be contradicted. Raises `ChainBroken`
+    for a final block that does not execute to what its validators signed.
     """
     steps: list[Step] = []
     for final in finals:
@@ -159,6 +162,8 @@ def follow(
             check_final(final, tip.header, tip.state.validators(), verify)
             if block.header.chain_id != tip.chain_id:
                 raise Refused(Reason.WRONG_CHAIN)
+            if trust is not None and not trust.allows(block.height, block.hash):
+                raise Refused(Reason.WRONG_BLOCK, f"not the trusted block {trust}")
         except Refused as refusal:
             return steps, refusal
         executed = known.get(block.hash)

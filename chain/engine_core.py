@@ -10,7 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import assert_never
 
-from chain.blocks import Block, Certificate, ConsensusMessage, Proposal, Refused, ValidatorSet, Verifier, Vote
+from chain.blocks import (
+    MAX_CLOCK_DRIFT_MS,
+    Block,
+    Certificate,
+    ConsensusMessage,
+    Proposal,
+    Refused,
+    ValidatorSet,
+    Verifier,
+    Vote,
+)
 from chain.codec import encode
 from chain.consensus import (
     Accuse,
@@ -25,12 +35,13 @@ from chain.consensus import (
     Timers,
     Validate,
 )
-from chain.engine_blocks import MAX_CLOCK_DRIFT_MS, Draft, Tip
+from chain.engine_blocks import Draft, Tip
 from chain.engine_gate import Disposition, Gate, Taken
 from chain.engine_pace import Pace
 from chain.evidence import RECENT, Watch
 from chain.keys import PrivateKey
 from chain.ledger import Executed
+from chain.light import LightBlock
 from chain.randomness import onion_of
 from chain.sync import FinalBlock
 
@@ -141,6 +152,11 @@ class Core:
             if certificate is not None:
                 with suppress(Refused):
                     self.watch.examine(certificate)
+
+    def witness(self, block: LightBlock) -> None:
+        """Look for evidence in a served light block that was refused."""
+        with suppress(Refused):
+            self.watch.examine(block.certificate)
 
     def begin(self, now: float, restored: Restored, pending: bool) -> None:
         """Start the height after the tip."""

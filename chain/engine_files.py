@@ -6,17 +6,20 @@ from pathlib import Path
 
 from msgspec import Raw
 
-from chain.blocks import Certificate, Header, Reason, Refused, ValidatorSet, Vote
+from chain.blocks import Certificate, Header, ValidatorSet, Vote
 from chain.codec import Record, decode, encode
 from chain.engine_blocks import Step, Tip
 from chain.engine_core import Restored, SignJob
+from chain.engine_join import Joined
+from chain.engine_seam import Distrusted
 from chain.evidence import RECENT
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
 from chain.ledger import Receipt
+from chain.light import Trust
 from chain.signing import Conflict, RecordMissing, SigningRecord
 from chain.store import Store
-from chain.sync import pack_range
+from chain.sync import NOTHING, pack_range
 
 KEPT_SIGNED_HEIGHTS = 64
 """Heights below the tip whose signing record is kept."""
@@ -95,6 +98,14 @@ class Files:
                 found.append((validators, decode(Certificate, certificate)))
         return found
 
+    def check(self, trust: Trust) -> None:
+        """Raise `Distrusted` when the stored chain contradicts the trusted block."""
+        found = self.store.block(trust.height)
+        if found is not None and found[0].hash != trust.block_hash:
+            raise Distrusted(
+                f"Block {trust.height} of this peer is {found[0].hash.hex()}, not the trusted {trust.block_hash.hex()}"
+            )
+
     def restored(self, height: int) -> Restored:
         """Return what this peer has signed at `height`."""
         if self._record is None:
@@ -123,19 +134,25 @@ class Files:
             self._record.forget(last - KEPT_SIGNED_HEIGHTS)
         return self.restored(last + 1)
 
+    def install(self, joined: Joined) -> Restored:
+        """Take a verified snapshot into an empty store; return what was signed at the next height."""
+        final = joined.final
+        self.store.install(final.block, final.certificate, joined.signers, joined.state)
+        return self.restored(final.block.height + 1)
+
     def range(self, first: int, last: int) -> bytes:
         """Return the sync reply with these heights."""
         return pack_range(self.store.raw_blocks(first, last))
 
     def light(self, height: int) -> bytes:
-        """Return the encoded `chain.light.LightBlock` of a height; raise `Refused`."""
+        """Return the encoded `chain.light.LightBlock` of a height, `NOTHING` if it is not here."""
         for block, certificate in self.store.raw_blocks(height, height):
             opened: _Opened = decode(_Opened, block)
             header = opened.header
             validators = self.store.validators(header.validators_hash)
             if validators is not None:
                 return encode((header, Raw(certificate), validators))
-        raise Refused(Reason.EMPTY_ANSWER, f"no block {height}")
+        return NOTHING
 
     def receipt(self, tx_id: bytes) -> Receipt | None:
         """Return the receipt of a transaction in the chain."""

@@ -8,6 +8,7 @@ from typing import Protocol
 from chain.blocks import Block, Certificate
 from chain.consensus import Timers
 from chain.ledger import Event, Receipt
+from chain.light import Trust
 
 
 class ChainNetwork(Protocol):
@@ -42,6 +43,10 @@ class TransactionExpired(Exception):
     """An own transaction that was not included although it was renewed several times."""
 
 
+class Distrusted(Exception):
+    """A chain whose block at the height that the owner trusts has another hash."""
+
+
 class ChainBroken(Exception):
     """A final block that this software cannot execute to the result that the validators signed."""
 
@@ -73,6 +78,10 @@ class EngineConfig:
     """How long a peer may take for one answer."""
     sync_grace: float = 0.3
     """How long a higher height may be heard of before it is fetched; gossip usually brings it."""
+    trust: Trust | None = None
+    """A recent block that the owner vouches for: a chain without it is refused."""
+    snapshot: bool = False
+    """Whether an empty store takes a verified snapshot instead of every block."""
     gossip_batch: float = 0.05
     offload: bool = True
     """Whether disk and large signature batches go to threads; tests on a virtual clock say no."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from chain.blocks import Reason, Refused
 from chain.codec import encode
 from chain.engine_blocks import Tip
 from chain.engine_files import Files
@@ -11,6 +10,7 @@ from chain.engine_threads import Threads
 from chain.snapshots import Snapshot
 from chain.state import State
 from chain.sync import (
+    NOTHING,
     ChunkRequest,
     LightRequest,
     RangeRequest,
@@ -47,7 +47,7 @@ class Server:
             self._snapshots.pop(old, None)
 
     async def answer(self, request: SyncRequest) -> bytes:
-        """Return the answer; raise `Refused` for what is not here."""
+        """Return the answer, `NOTHING` for a light block or a chunk that is not here."""
         match request:
             case StatusRequest():
                 tip = self._tip()
@@ -65,10 +65,10 @@ class Server:
 
     async def _chunk(self, request: ChunkRequest) -> bytes:
         if request.height not in self._states:
-            raise Refused(Reason.EMPTY_ANSWER, f"no snapshot of height {request.height}")
+            return NOTHING
         snapshot = await self._snapshot(request.height)
         if request.depth != snapshot.depth or request.index >> snapshot.depth:
-            raise Refused(Reason.WRONG_CHUNK, "no such chunk")
+            return NOTHING
         return await self._threads.compute(lambda: encode(snapshot.chunk(request.index)))
 
     async def _snapshot(self, height: int) -> Snapshot:

@@ -2,13 +2,35 @@
 
 from typing import Any
 
+from chain.engine_blocks import Tip
 from chain.engine_core import Core
 from chain.engine_gate import halted_reason
 from chain.engine_sync import CatchUp
 from chain.keys import peer_id
+from chain.light import Trust, trusting_ms
 
 STALLED_SECONDS = 15.0
 """How long a due block may fail to appear before the status says why."""
+
+
+def warning(tip: Tip, trust: Trust | None, now_ms: int) -> str | None:
+    """Return in a sentence that nothing known here is recent enough to tell a true chain from a false one."""
+    period, age = trusting_ms(tip.state.params), now_ms - tip.timestamp
+    if trust is not None or age <= period:
+        return None
+    return (
+        f"The newest block here is {_duration(age)} old, more than the trusting period of {_duration(period)}: "
+        "validators that have left since could show a false chain unpunished. "
+        "Start with --trust HEIGHT:HASH of a recent block that somebody vouches for."
+    )
+
+
+def _duration(milliseconds: int) -> str:
+    seconds = milliseconds // 1000
+    for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} seconds"
 
 
 def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: float) -> dict[str, Any]:

@@ -17,8 +17,11 @@ from chain.engine_blocks import Tip
 from chain.engine_peers import Peer, Peers
 from chain.engine_ranges import Batch, Lease, Ranges
 from chain.engine_threads import Bell, Threads
+from chain.light import Trust, decode_light_block
 from chain.sync import (
+    NOTHING,
     FinalBlock,
+    LightRequest,
     RangeRequest,
     StatusRequest,
     check_range,
@@ -48,6 +51,7 @@ class CatchUpConfig:
     """Look for evidence in a block that is not the chain's."""
     threads: Threads
     verify: Verifier
+    trust: Trust | None = None
     interval: float = 5.0
 
 
@@ -123,11 +127,26 @@ class CatchUp:
         except DecodeError as error:
             self._blame(name, error)
             return
+        tip, trust = self._config.tip(), self._config.trust
+        if trust is not None and tip.height < trust.height <= status.height and not await self._is_trusty(name, trust):
+            return
         peer.height, peer.base = status.height, status.base
         self._ring()
-        tip = self._config.tip()
         if status.height == tip.height and status.block_hash != tip.hash:
             await self._look_at_fork(name, tip)
+
+    async def _is_trusty(self, name: str, trust: Trust) -> bool:
+        """Whether a peer that claims to be beyond the trusted block has that block."""
+        data = await self._peers.ask(name, LightRequest(self._config.tip().chain_id, trust.height))
+        if data is None or data == NOTHING:
+            return False
+        try:
+            if decode_light_block(data).header.hash != trust.block_hash:
+                raise Refused(Reason.WRONG_BLOCK, f"not the trusted block {trust}")
+        except (DecodeError, Refused) as error:
+            self._blame(name, error)
+            return False
+        return True
 
     async def _look_at_fork(self, name: str, tip: Tip) -> None:
         """Ask a peer for its block of the tip's height, which cannot be final as well unless validators lied."""

@@ -11,6 +11,7 @@ of the time that stake takes to unbond at the fastest block rate. Sources: Tende
 from dataclasses import dataclass
 
 from chain.blocks import (
+    MAX_CLOCK_DRIFT_MS,
     Certificate,
     Header,
     Reason,
@@ -21,7 +22,6 @@ from chain.blocks import (
     verify_certificate,
 )
 from chain.codec import MAX_OBJECT_BYTES, Record, decode
-from chain.engine_blocks import MAX_CLOCK_DRIFT_MS
 from chain.genesis import Genesis
 from chain.params import Params
 from chain.state import genesis_state
@@ -58,6 +58,10 @@ class Trust:
 
     def __str__(self) -> str:
         return f"{self.height}:{self.block_hash.hex()}"
+
+    def allows(self, height: int, block_hash: bytes) -> bool:
+        """Whether a block of this height and hash can stand beside the trusted one."""
+        return height != self.height or block_hash == self.block_hash
 
 
 @dataclass(frozen=True)

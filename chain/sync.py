@@ -21,6 +21,8 @@ from chain.snapshots import MAX_DEPTH
 
 MAX_REQUEST_BYTES = 256
 MAX_RANGE = 256
+NOTHING = encode(())
+"""The answer to a request for a light block or a chunk that is not here."""
 RANGE_BYTES = 3 * 1024 * 1024
 """Block bytes in one reply; at least one block is always sent."""
 

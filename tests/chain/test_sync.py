@@ -214,7 +214,7 @@ class Follower:
         self.suspects: list[FinalBlock] = []
         self.peers = Peers(net, 5.0)
         threads, suspect = Threads(offload=False), self.suspects.append
-        self.catch_up = CatchUp(CatchUpConfig(self.peers, self.tip, self.commit, suspect, threads, verify, 5.0))
+        self.catch_up = CatchUp(CatchUpConfig(self.peers, self.tip, self.commit, suspect, threads, verify))
 
     def tip(self) -> Tip:
         header = self.taken[-1].block.header if self.taken else None
