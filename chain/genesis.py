@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from chain.bounds import problem
 from chain.codec import AccountId, Hash, Record, Uint, encode
 from chain.hashing import digest
 from chain.keys import account_of, peer_id
@@ -62,6 +63,8 @@ def check(genesis: Genesis) -> None:
         raise ValueError("more base units are issued than amounts can count")
     if all(validator.stake < genesis.params.min_stake for validator in genesis.validators):
         raise ValueError("no validator has the least stake")
+    if (found := problem(genesis.params)) is not None:
+        raise ValueError(found)
     try:
         genesis.name.decode()
     except UnicodeDecodeError:
@@ -85,32 +88,54 @@ def to_json(genesis: Genesis) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
+class _Allocation(msgspec.Struct):
+    account: str
+    amount: str | int
+
+
+class _Validator(msgspec.Struct):
+    account: str
+    stake: str | int
+    onion_tip: str
+
+
+class _Document(msgspec.Struct):
+    """The JSON form, field by field."""
+
+    name: str
+    timestamp: int
+    params: dict[str, Any]
+    accounts: list[_Allocation]
+    validators: list[_Validator]
+    faucet: str | int
+    chain_id: str | None = None
+
+
 def from_json(text: str) -> Genesis:
     """Return the genesis in `text`; raise `ValueError` saying what is wrong, also for a false chain id."""
     try:
-        document = json.loads(text)
+        document = msgspec.convert(json.loads(text), _Document)
         genesis = _genesis_of(document)
-    except (KeyError, TypeError, OverflowError, msgspec.ValidationError, RecursionError) as error:
+    except (TypeError, KeyError, OverflowError, msgspec.ValidationError, RecursionError) as error:
         raise ValueError(f"a field is missing or wrong: {error}") from None
     check(genesis)
-    if document.get("chain_id", genesis.chain_id.hex()) != genesis.chain_id.hex():
+    if document.chain_id not in (None, genesis.chain_id.hex()):
         raise ValueError("its content does not hash to its chain_id")
     return genesis
 
 
-def _genesis_of(document: dict[str, Any]) -> Genesis:
-    params = dict(document["params"])
-    params["tau"] = tuple(params["tau"])
+def _genesis_of(document: _Document) -> Genesis:
+    tau = tuple(document.params["tau"])
     genesis = Genesis(
-        name=str(document["name"]).encode(),
-        timestamp=int(document["timestamp"]),
-        params=Params(**params),
-        accounts=tuple(Allocation(account_of(a["account"]), int(a["amount"])) for a in document["accounts"]),
+        name=document.name.encode(),
+        timestamp=document.timestamp,
+        params=Params(**document.params | {"tau": tau}),
+        accounts=tuple(Allocation(account_of(a.account), int(a.amount)) for a in document.accounts),
         validators=tuple(
-            GenesisValidator(account_of(v["account"]), int(v["stake"]), bytes.fromhex(v["onion_tip"]))
-            for v in document["validators"]
+            GenesisValidator(account_of(v.account), int(v.stake), bytes.fromhex(v.onion_tip))
+            for v in document.validators
         ),
-        faucet=int(document["faucet"]),
+        faucet=int(document.faucet),
     )
     # a Struct's constructor checks nothing: bounds are checked by reading the encoding back
     return msgspec.msgpack.decode(encode(genesis), type=Genesis)

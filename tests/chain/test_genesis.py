@@ -62,6 +62,28 @@ def changed(**fields: object) -> str:
         changed(params={"tau": [1, 2]}),
         changed(params={"unknown": 1, "tau": [1, 2, 3]}),
         changed(chain_id="00" * 32),
+        changed(accounts=[{"account": 5, "amount": "1"}]),
+        changed(accounts=[{"account": None, "amount": "1"}]),
+        changed(accounts=["nobody"]),
+        changed(accounts={}),
+        changed(validators=[{"account": True, "stake": "1", "onion_tip": "00"}]),
+        changed(validators=[5]),
+        changed(timestamp=1.5),
+        changed(timestamp=True),
+        changed(timestamp=2**80),
+        changed(name=["a"]),
+        changed(faucet=1.5),
+        changed(faucet=None),
+        changed(params=[]),
+        changed(params={"tau": 5}),
+        changed(params={"tau": "abc"}),
+        changed(params={"tau": [1, 2, 3], "free_tasks": "yes"}),
+        changed(params={"tau": [1, 2, 3], "epoch_blocks": 1.5}),
+        changed(params={"tau": [1, 2, 3], "jail_window": 10, "jail_missed": 11}),
+        changed(chain_id=5),
+        "5",
+        '"text"',
+        "NaN",
     ],
 )
 def test_a_genesis_that_cannot_be_read_is_refused_with_a_value_error(text: str) -> None:
@@ -86,10 +108,14 @@ def unreadable(genesis: Genesis) -> Genesis:
     return structs.replace(genesis, name=b"\xff")
 
 
-@pytest.mark.parametrize("change", [twice, too_rich, powerless, unreadable])
+def contradictory(genesis: Genesis) -> Genesis:
+    return structs.replace(genesis, params=structs.replace(genesis.params, jail_missed=200))
+
+
+@pytest.mark.parametrize("change", [twice, too_rich, powerless, unreadable, contradictory])
 def test_a_genesis_that_no_chain_can_start_from_is_refused(change: object) -> None:
     genesis = change(genesis_of())  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"twice|more base units|least stake|UTF-8"):
+    with pytest.raises(ValueError, match=r"twice|more base units|least stake|UTF-8|jail_missed"):
         check(genesis)
     with pytest.raises(ValueError, match=r"."):
         genesis_state(genesis)
