@@ -230,7 +230,7 @@ class Core:
         timestamp = max(now_ms, self.tip.timestamp + 1)
         if timestamp > now_ms + MAX_CLOCK_DRIFT_MS:
             raise LookupError("this machine's clock is behind the chain's time")
-        return Draft(key.account, view, timestamp, onion_of(key).below(validator.onion_tip))
+        return Draft(key.account, view, timestamp, onion_of(key, validator.onion).below(validator.onion_tip))
 
     def build_tip(self) -> Tip:
         """Return the tip with all votes for it that have arrived, so that late ones count as present."""

@@ -17,7 +17,11 @@ class Params(Record, frozen=True):
     epoch_blocks: Count = 20
     min_fee_per_byte: Uint = 0
     min_stake: Count = 1000
-    unbonding_blocks: Count = 200
+    churn_share: Annotated[int, Meta(ge=1, le=3333)] = 2500
+    """Basis points of the validators' power that may come and go in one epoch: under a third, so that the
+    sets before and after always share a quorum's honest member."""
+    unbonding_blocks: Count = 200_000
+    """How long leaving stake can still be slashed; the trusting period of light clients is two thirds of it."""
     jail_window: Count = 100
     jail_missed: Count = 80
     jail_blocks: Count = 60

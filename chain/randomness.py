@@ -27,6 +27,7 @@ class Onion:
 
     def __init__(self, secret: bytes, length: int) -> None:
         self.length = length
+        self._found = length // CHECKPOINT
         self._checkpoints: list[bytes] = []
         layer = digest("onion secret", secret)
         for index in range(length + 1):
@@ -48,22 +49,31 @@ class Onion:
         """Return the preimage to reveal when `used` layers below the tip are public."""
         return self.layer(self.length - 1 - used)
 
-    def below(self, tip: bytes) -> bytes:
-        """Return the preimage of the layer `tip`; raise `LookupError` when no layer below opens it."""
-        for start in range(len(self._checkpoints) - 1, -1, -1):
+    def left(self, tip: bytes) -> int:
+        """Return how many layers lie below the layer `tip`; raise `LookupError` for none or another's tip.
+
+        Looks first where the last one was found: tips move downwards, one layer a proposal.
+        """
+        starts = range(len(self._checkpoints) - 1, -1, -1)
+        for start in sorted(starts, key=lambda start: start not in (self._found, self._found - 1)):
             layer, index = self._checkpoints[start], start * CHECKPOINT
             while index < min(self.length, (start + 1) * CHECKPOINT):
-                above = peel(layer)
-                if above == tip:
-                    return layer
-                layer, index = above, index + 1
+                layer, index = peel(layer), index + 1
+                if layer == tip:
+                    self._found = start
+                    return index
         raise LookupError("the tip is not a layer of this onion, or the onion is used up")
+
+    def below(self, tip: bytes) -> bytes:
+        """Return the preimage of the layer `tip`; raise `LookupError` when no layer below opens it."""
+        return self.layer(self.left(tip) - 1)
 
 
 @lru_cache(maxsize=16)
-def onion_of(key: PrivateKey) -> Onion:
-    """Return the onion of a validator's key, derived from its secret seed."""
-    return Onion(digest("onion of key", key.seed), ONION_LENGTH)
+def onion_of(key: PrivateKey, number: int = 0) -> Onion:
+    """Return one of the onions of a validator's key, derived from its secret seed; they are used in order."""
+    secret = digest("onion of key", key.seed, *([number.to_bytes(8, "big")] if number else []))
+    return Onion(secret, ONION_LENGTH)
 
 
 def next_seed(seed: bytes, reveal: bytes) -> bytes:

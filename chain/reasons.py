@@ -31,6 +31,8 @@ class Reason(StrEnum):
     NO_FAUCET = "no-faucet"  # This network has none, or it is empty.
     ALREADY_GRANTED = "already-granted"  # One grant an account.
     TASK_EXISTS = "task-exists"  # The same task was posted before.
+    TASK_TOO_LARGE = "task-too-large"  # More cells a step, or more seats, than a block could look after.
+    TASK_FULL = "task-full"  # As many have applied as a task may have.
     UNKNOWN_TASK = "unknown-task"  # No such task.
     TASK_CLOSED = "task-closed"  # The task has ended.
     NOT_THE_CLIENT = "not-the-client"  # Only who posted the task may.
@@ -51,6 +53,8 @@ class Reason(StrEnum):
     WRONG_COMMITMENT = "wrong-commitment"  # The reveal is not what was committed to.
     FALSE_OPENING = "false-opening"  # The opening does not lead to the claim's root.
     BAD_EVIDENCE = "bad-evidence"  # The two votes do not conflict, or are not authentic.
+    EVIDENCE_OLD = "evidence-old"  # Its stake may have left since: outside the evidence window.
+    EVIDENCE_EARLY = "evidence-early"  # Votes of a height that is not under decision yet.
     EVIDENCE_KNOWN = "evidence-known"  # That offence is punished already.
 
 

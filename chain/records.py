@@ -6,6 +6,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from chain.codec import AccountId, Hash, Record, Uint
+from chain.params import Params
 from chain.transactions import BasisPoints, Claim, Index, Opening, Reveal
 
 
@@ -25,11 +26,20 @@ class Validator(Record, frozen=True):
 
     onion_tip: Hash
     registered_at: Uint
+    power: Uint = 0
+    """Its weight in the set, which follows its stake from epoch to epoch; 0 outside the set."""
     jailed_until: Uint = 0
     is_jailed: bool = False
     is_tombstoned: bool = False
     missed: tuple[Uint, ...] = ()
     """Heights, within the jail window, whose finalization it did not sign."""
+    onion: Uint = 0
+    """How often it has changed to another onion."""
+    next_tip: Hash | None = None
+    """The tip of its next onion, in force from the first epoch at or after `next_tip_at`."""
+    next_tip_at: Uint = 0
+    wish: Params | None = None
+    """The parameters that it votes for."""
 
     @property
     def is_able(self) -> bool:
@@ -74,6 +84,10 @@ class Task(Record, frozen=True):
     settled: Uint = 0
     reserved: Uint = 0
     """The part of the escrow that claimed cells will cost."""
+    audit_pay: Uint = 0
+    """What the audits of unsettled claims have cost."""
+    applicants: Uint = 0
+    """How many have, or had, a seat or an application."""
 
     @property
     def state(self) -> TaskStatus:
@@ -111,6 +125,8 @@ class Worker(Record, frozen=True):
     settled_cells: Uint = 0
     flagged_until: Uint = 0
     withholdings: Uint = 0
+    engaged: Uint = 0
+    """How many of its claims are unsettled, and audits of them open."""
 
     @property
     def state(self) -> WorkerStatus:

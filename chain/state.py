@@ -1,6 +1,6 @@
 """The ledger's state: immutable tables of records under one Merkle root, and drafts that change them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -26,7 +26,6 @@ from chain.records import (
     Validator,
     Voter,
     Worker,
-    WorkerStatus,
 )
 from chain.tree import SparseTree, TreeProof
 
@@ -55,6 +54,10 @@ class Table(IntEnum):
     """Ids of tasks that are not closed, or that still hold bonds."""
     ENDED = 14
     """Audits and claims that leave the state, by height, table and id."""
+    WAKE = 15
+    """Tasks and audits to look at, by height, table and id."""
+    JOBS = 16
+    """Tasks that an account works or applied in and that are watched, by account and task."""
 
 
 class Marker(Record, frozen=True):
@@ -77,6 +80,8 @@ KINDS: dict[Table, type[Record]] = {
     Table.ACTIVE: Marker,
     Table.OPEN: Marker,
     Table.ENDED: Marker,
+    Table.WAKE: Marker,
+    Table.JOBS: Marker,
 }
 _ONLY = b""
 PREFIX = 32
@@ -91,16 +96,47 @@ class Rows(dict[bytes, Any]):
     """One table: records by key, and the keys grouped by their first 32 bytes."""
 
     @cached_property
-    def groups(self) -> dict[bytes, list[bytes]]:
+    def groups(self) -> dict[bytes, dict[bytes, None]]:
         """Keys by prefix; made on first use, so only from a table that no longer changes."""
-        found: dict[bytes, list[bytes]] = {}
+        found: dict[bytes, dict[bytes, None]] = {}
         for key in self:
-            found.setdefault(key[:PREFIX], []).append(key)
+            found.setdefault(key[:PREFIX], {})[key] = None
         return found
+
+    def changed(self, changes: Mapping[bytes, Any]) -> "Rows":
+        """Return the table with records set, or removed where None; groups are taken over, not made again."""
+        rows = Rows(self)
+        for key, record in changes.items():
+            if record is None:
+                rows.pop(key, None)
+            else:
+                rows[key] = record
+        if "groups" in self.__dict__:
+            rows.groups = _regrouped(self.groups, changes)
+        return rows
 
     def starting(self, prefix: bytes) -> Iterator[tuple[bytes, Any]]:
         """Yield the rows whose keys start with `prefix`, empty or of 32 bytes, in no order."""
         return iter(self.items()) if not prefix else ((key, self[key]) for key in self.groups.get(prefix, ()))
+
+
+def _regrouped(groups: dict[bytes, dict[bytes, None]], changes: Mapping[bytes, Any]) -> dict[bytes, dict[bytes, None]]:
+    """Return new groups after changes; those without changes are shared."""
+    found = dict(groups)
+    copied: set[bytes] = set()
+    for key, record in changes.items():
+        prefix = key[:PREFIX]
+        if prefix not in copied:
+            copied.add(prefix)
+            found[prefix] = dict(found.get(prefix, {}))
+        if record is None:
+            found[prefix].pop(key, None)
+        else:
+            found[prefix][key] = None
+    for prefix in copied:
+        if not found[prefix]:
+            del found[prefix]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +197,13 @@ class State:
 
     @cached_property
     def _validators(self) -> ValidatorSet:
-        least = self.params.min_stake
-        able = (
-            (self.account(account).bonded, account)
-            for account, validator in self.tables[Table.VALIDATORS].items()
-            if validator.is_able and self.account(account).bonded >= least
-        )
+        rows = self.tables[Table.VALIDATORS].items()
+        able = ((validator.power, account) for account, validator in rows if validator.power and validator.is_able)
         strongest = sorted(able, reverse=True)[:MAX_VALIDATORS]
         return ValidatorSet.of((account, power) for power, account in strongest)
 
     def validators(self) -> ValidatorSet:
-        """Return the validators of the next height: those with the most stake."""
+        """Return the validators of the next height: those with the most power."""
         return self._validators
 
     def task(self, task: bytes) -> Task | None:
@@ -212,19 +244,15 @@ class State:
         """Whether blocks are due at full rate: draws, audits, seats to fill or steps to settle."""
         if self.tables[Table.QUEUE] or self.tables[Table.ACTIVE] or self.tables[Table.STEPS]:
             return True
-        return any(self._is_filling(task) for task in self.open_tasks())
-
-    def _is_filling(self, task: Task) -> bool:
-        """Whether an applicant of the task may get a seat in one of the next blocks."""
-        workers = self.workers(task.id)
-        seated = sum(1 for worker in workers if worker.is_seated)
-        return seated < task.stages * task.replicas and any(worker.state is WorkerStatus.SPARE for worker in workers)
+        soon = range(self.height + 1, self.height + self.params.formation_blocks + 1)
+        woken = (self.tables[Table.WAKE].groups.get(height.to_bytes(PREFIX, "big"), ()) for height in soon)
+        return any(key[PREFIX + 1 :] in self.tables[Table.OPEN] for keys in woken for key in keys)
 
     def is_participant(self, account: bytes) -> bool:
         """Whether an account may owe something: it has stake, or works or worked in an open task."""
         if self.account(account).bonded:
             return True
-        return any(self.worker(task, account) is not None for task in self.tables[Table.OPEN])
+        return account in self.tables[Table.JOBS].groups
 
     def prove(self, table: Table, key: bytes) -> TreeProof:
         """Return the proof that a record is, or is not, in the state."""
@@ -284,6 +312,8 @@ class Draft:
     def __init__(self, base: "State | Draft") -> None:
         self._base = base
         self.changes: Changes = {}
+        self._groups: dict[tuple[Table, bytes], dict[bytes, None]] = {}
+        """Changed keys by table and prefix."""
         self.events: list[Any] = []
 
     def get(self, table: Table, key: bytes) -> Any:
@@ -295,13 +325,16 @@ class Draft:
             return self._base.get(table, key)
         return self._base.tables[table].get(key)
 
-    def put(self, table: Table, key: bytes, record: Record) -> None:
-        """Set a record."""
-        self.changes.setdefault(table, {})[key] = record
+    def put(self, table: Table, key: bytes, record: Record | None) -> None:
+        """Set a record, or remove it where None."""
+        changed = self.changes.setdefault(table, {})
+        if key not in changed:
+            self._groups.setdefault((table, key[:PREFIX]), {})[key] = None
+        changed[key] = record
 
     def delete(self, table: Table, key: bytes) -> None:
         """Remove a record."""
-        self.changes.setdefault(table, {})[key] = None
+        self.put(table, key, None)
 
     def items(self, table: Table, prefix: bytes = b"") -> list[tuple[bytes, Any]]:
         """Return the records whose keys start with `prefix`, empty or of 32 bytes, in order of keys."""
@@ -315,7 +348,8 @@ class Draft:
         else:
             found.update(self._base.tables[table].starting(prefix))
         changed = self.changes.get(table, {})
-        found.update((key, record) for key, record in changed.items() if key.startswith(prefix))
+        keys = self._groups.get((table, prefix), ()) if prefix else changed
+        found.update((key, changed[key]) for key in keys)
 
     def fork(self) -> "Draft":
         """Return a draft on top of this one."""
@@ -325,6 +359,8 @@ class Draft:
         """Take over the changes and events of a fork."""
         for table, changed in fork.changes.items():
             self.changes.setdefault(table, {}).update(changed)
+        for place, keys in fork._groups.items():
+            self._groups.setdefault(place, {}).update(keys)
         self.events.extend(fork.events)
 
     def freeze(self, state: State) -> State:
@@ -332,12 +368,8 @@ class Draft:
         tables = dict(state.tables)
         updates: dict[bytes, bytes | None] = {}
         for table, changed in self.changes.items():
-            rows = tables[table] = Rows(tables[table])
+            tables[table] = tables[table].changed(changed)
             for key, record in changed.items():
-                if record is None:
-                    rows.pop(key, None)
-                else:
-                    rows[key] = record
                 updates[state_key(table, key)] = None if record is None else value_hash(record)
         return State(tables, state.tree.update(updates))
 
@@ -363,7 +395,8 @@ def genesis_state(genesis: Genesis) -> State:
         record = Account(balance=balances.get(account, 0), bonded=stakes.get(account, 0))
         draft.put(Table.ACCOUNTS, account, record)
     for validator in genesis.validators:
-        draft.put(Table.VALIDATORS, validator.account, Validator(validator.onion_tip, 0))
+        power = validator.stake if validator.stake >= genesis.params.min_stake else 0
+        draft.put(Table.VALIDATORS, validator.account, Validator(validator.onion_tip, 0, power))
     return draft.freeze(empty_state())
 
 

@@ -36,7 +36,7 @@ from tdml_p2p.listen import listen_addresses
 from tdml_p2p.logs import configure_logs
 from tdml_p2p.metrics import Metrics
 from tdml_p2p.plain_errors import plain_errors
-from tdml_p2p.wallet import Holdings, Wallet
+from tdml_p2p.wallet import Holdings, Wallet, next_onion
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
@@ -61,9 +61,8 @@ class Peer:
         self.genesis = genesis
         self.network = network
         self.metrics = Metrics()
-        self.engine = ChainEngine(
-            home.path, genesis, key, NetworkAdapter(network), EngineConfig(validate=config.validate)
-        )
+        settings = EngineConfig(validate=config.validate, snapshot=config.snapshot)
+        self.engine = ChainEngine(home.path, genesis, key, NetworkAdapter(network), settings)
         self.chain = ChainService(network, self.engine, self.metrics, _now_ms)
         self.invite = invite_line(network.addresses, self.name, genesis.chain_id)
         self.status_url: str | None = None
@@ -164,6 +163,7 @@ class Peer:
             and not validator.is_tombstoned
             and state.height >= validator.jailed_until
             and own.bonded >= state.params.min_stake,
+            next_onion=next_onion(self.key, validator),
             leases=tuple(
                 (worker.task, worker.lease_until)
                 for worker in own_workers(state, account)
@@ -243,7 +243,8 @@ def _services(
     from tdml_p2p.swarm.service import SwarmService
 
     peer.swarm = SwarmService(peer, stage_factory)
-    wallet = Wallet(peer, onion_of(peer.key).tip if peer.config.validate else None)
+    tips = (lambda number: onion_of(peer.key, number).tip) if peer.config.validate else None
+    wallet = Wallet(peer, tips)
     return [peer.chain.run, peer.swarm.run, wallet.run, control.run]
 
 

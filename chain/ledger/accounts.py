@@ -1,4 +1,4 @@
-"""Balances, stake, validators and the one offence of consensus."""
+"""Balances, stake and the one offence of consensus."""
 
 from msgspec.structs import replace
 
@@ -10,7 +10,7 @@ from chain.ledger.book import Book, name
 from chain.reasons import Reason, Refused
 from chain.records import Conviction, Unbonding, Validator
 from chain.state import Table
-from chain.transactions import Bond, Evidence, RegisterValidator, Transfer, Unbond
+from chain.transactions import Bond, Evidence, Transfer, Unbond
 
 
 def transfer(book: Book, sender: bytes, payload: Transfer) -> None:
@@ -61,30 +61,6 @@ def withdraw(book: Book, sender: bytes) -> None:
         book.credit(sender, unbonding.amount)
 
 
-def register(book: Book, sender: bytes, payload: RegisterValidator) -> None:
-    """Register a validator, or give a new onion tip."""
-    known: Validator | None = book.draft.get(Table.VALIDATORS, sender)
-    if known is not None and known.is_tombstoned:
-        raise Refused(Reason.TOMBSTONED)
-    fresh = known or Validator(payload.onion_tip, book.height)
-    book.draft.put(Table.VALIDATORS, sender, replace(fresh, onion_tip=payload.onion_tip))
-
-
-def unjail(book: Book, sender: bytes) -> None:
-    """Return to the set after jailing."""
-    known: Validator | None = book.draft.get(Table.VALIDATORS, sender)
-    if known is None:
-        raise Refused(Reason.NOT_A_VALIDATOR)
-    if known.is_tombstoned:
-        raise Refused(Reason.TOMBSTONED)
-    if not known.is_jailed:
-        raise Refused(Reason.NOT_JAILED)
-    if book.height < known.jailed_until:
-        raise Refused(Reason.STILL_JAILED)
-    book.draft.put(Table.VALIDATORS, sender, replace(known, is_jailed=False, missed=()))
-    book.note("unjailed", validator=name(sender))
-
-
 def faucet(book: Book, sender: bytes) -> None:
     """Give the network's grant, once an account."""
     grant = book.params.faucet_grant
@@ -108,16 +84,22 @@ def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
     known: Validator | None = book.draft.get(Table.VALIDATORS, culprit)
     if known is None or not is_conflict(first, second) or first.chain_id != book.chain.chain_id:
         raise Refused(Reason.BAD_EVIDENCE)
+    if first.height > book.height:
+        raise Refused(Reason.EVIDENCE_EARLY)
+    if first.height + book.params.unbonding_blocks < book.height:
+        raise Refused(Reason.EVIDENCE_OLD)
     if not all(verify(culprit, vote.signing_bytes, vote.signature) for vote in (first, second)):
         raise Refused(Reason.BAD_EVIDENCE)
     if known.is_tombstoned:
         raise Refused(Reason.EVIDENCE_KNOWN)
+    if not book.has_other_validator(culprit):
+        raise Refused(Reason.LAST_VALIDATOR)
     slashed = book.account(culprit).bonded + _take_unbondings(book, culprit)
     reward = slashed * book.params.reporter_share // 10_000 if sender != culprit else 0
     book.set_account(culprit, bonded=0)
     book.credit(sender, reward)
     book.burn(slashed - reward)
-    book.draft.put(Table.VALIDATORS, culprit, replace(known, is_tombstoned=True))
+    book.draft.put(Table.VALIDATORS, culprit, replace(known, power=0, is_tombstoned=True))
     subject = digest("offence", culprit, first.height.to_bytes(8, "big"), first.view.to_bytes(8, "big"))
     book.draft.put(
         Table.CONVICTIONS,

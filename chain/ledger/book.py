@@ -1,11 +1,13 @@
 """The working copy that the rules write on: accounts moved, events noted, value conserved."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from msgspec.structs import replace
 
 from chain.blocks import ValidatorSet
+from chain.hashing import digest
 from chain.keys import peer_id
 from chain.params import Params
 from chain.reasons import Reason, Refused
@@ -28,16 +30,20 @@ class Event:
 class Book:
     """A draft of the state at the height of the block being executed."""
 
-    def __init__(self, draft: Draft, height: int, seed: bytes, validators: ValidatorSet) -> None:
+    def __init__(
+        self, draft: Draft, height: int, seed: bytes, validators: ValidatorSet, touched: set[bytes] | None = None
+    ) -> None:
         self.draft = draft
         self.height = height
         self.seed = seed
         self.validators = validators
+        self.touched = set() if touched is None else touched
+        """Tasks to look at after the transactions of this block."""
         self.params: Params = draft.get(Table.PARAMS, _ONLY)
 
     def fork(self) -> "Book":
         """Return a book whose changes can be thrown away."""
-        return Book(self.draft.fork(), self.height, self.seed, self.validators)
+        return Book(self.draft.fork(), self.height, self.seed, self.validators, self.touched)
 
     def merge(self, fork: "Book") -> None:
         """Take over a fork's changes."""
@@ -96,9 +102,9 @@ class Book:
     def has_other_validator(self, account: bytes) -> bool:
         """Whether somebody else than `account` can validate the next block."""
         return any(
-            validator.is_able and self.account(other).bonded >= self.params.min_stake
-            for other, validator in self.draft.items(Table.VALIDATORS)
-            if other != account
+            validator.is_able and validator.power and self.account(other).bonded >= self.params.min_stake
+            for other in self.validators.powers
+            if other != account and (validator := self.draft.get(Table.VALIDATORS, other))
         )
 
     def task(self, task: bytes) -> Task:
@@ -135,9 +141,11 @@ class Book:
         return [worker for _, worker in self.draft.items(Table.WORKERS, task)]
 
     def set_worker(self, worker: Worker, **changes: Any) -> Worker:
-        """Change a worker and return it."""
+        """Change a worker and return it; a change of its status or of what it owes lets the task be looked at."""
         changed = replace(worker, **changes)
         self.draft.put(Table.WORKERS, worker.task + worker.account, changed)
+        if (changed.status, changed.engaged) != (worker.status, worker.engaged):
+            self.touched.add(worker.task)
         return changed
 
     def claim(self, claim: bytes) -> ClaimRecord:
@@ -156,6 +164,8 @@ class Book:
             changes["status"] = status_of(AuditStatus, state)
         changed = replace(audit, **changes)
         self.draft.put(Table.AUDITS, audit.id, changed)
+        if changed.deadline != audit.deadline:
+            self.wake(changed.deadline + 1, Table.AUDITS, audit.id)
         was_listed = self.draft.get(Table.ACTIVE, audit.id) is not None
         if was_listed and not changed.is_active:
             self.draft.delete(Table.ACTIVE, audit.id)
@@ -165,12 +175,17 @@ class Book:
 
     def retire(self, table: Table, key: bytes) -> None:
         """Let an ended record leave the state after the blocks of history."""
-        self.draft.put(Table.ENDED, retirement(self.height + self.params.history_blocks, table, key), Marker())
+        self.draft.put(Table.ENDED, place_at(self.height + self.params.history_blocks, table, key), Marker())
 
-    def active_audits(self, task: bytes | None = None) -> list[Audit]:
-        """Return the audits, of one task or of all, in which somebody owes something, by id."""
-        found = (self.draft.get(Table.AUDITS, identity) for identity, _ in self.draft.items(Table.ACTIVE))
-        return [audit for audit in found if task in (None, audit.task)]
+    def wake(self, height: int, table: Table, key: bytes) -> None:
+        """Let a task or an audit be looked at after the transactions of a later block."""
+        self.draft.put(Table.WAKE, place_at(height, table, key), Marker())
+
+    def engage(self, task: bytes, account: bytes, change: int) -> None:
+        """Count claims and audits of a worker that are not over."""
+        worker = self.worker(task, account)
+        assert worker is not None  # only a worker's claims are taken
+        self.set_worker(worker, engaged=worker.engaged + change)
 
     def holding(self, record: Any) -> int:
         """Return the base units that a record holds."""
@@ -189,11 +204,22 @@ class Book:
                 return 0
 
 
-def retirement(height: int, table: Table, key: bytes) -> bytes:
-    """Return the key under which a record waits to leave the state at `height`."""
+def place_at(height: int, table: Table, key: bytes) -> bytes:
+    """Return the key under which a record waits for `height`."""
     return height.to_bytes(32, "big") + bytes([table]) + key
 
 
+def step_key(task: bytes, generation: int, step: int) -> bytes:
+    """Return the key of a step's progress."""
+    return task + generation.to_bytes(4, "big") + step.to_bytes(8, "big")
+
+
+def audit_id(record: ClaimRecord, cell: int) -> bytes:
+    """Return the 32-byte id of the audit of a claimed cell."""
+    return digest("audit", record.id, cell.to_bytes(4, "big"))
+
+
+@lru_cache(maxsize=4096)
 def name(account: bytes) -> str:
     """Return an account as events name it."""
     return peer_id(account)

@@ -1,29 +1,47 @@
 """What every block does besides its transactions, in a fixed order."""
 
-from msgspec.structs import replace
+from chain.hashing import digest
+from chain.ledger import audits, claims, seats, settlement, tasks, validators
+from chain.ledger.book import Book
+from chain.ledger.convictions import void_unsettled
+from chain.state import PREFIX, Table
 
-from chain.ledger import audits, claims, seats, settlement, tasks
-from chain.ledger.book import Book, name
-from chain.records import Validator
-from chain.state import Table
+MAX_ROWS = 10_000
+"""Rows of workers and claims that a block looks through for its tasks; tasks beyond wait for the next block."""
 
 
 def before_transactions(book: Book, parent_absent: tuple[bytes, ...]) -> None:
     """Count who of the parent's validators did not sign it; jail those that have vanished."""
-    _count_liveness(book, frozenset(parent_absent))
+    validators.count_presence(book, frozenset(parent_absent))
 
 
 def after_transactions(book: Book) -> None:
-    """Draw audits, end what is overdue, settle steps, fill seats, forget what ended long ago."""
+    """Draw audits, end what is overdue, settle steps, fill seats, forget; turn the epoch."""
     claims.draw_due(book)
-    audits.expire(book)
-    for identity, _ in book.draft.items(Table.OPEN):
-        if book.task(identity).is_open:
-            _keep_up(book, identity)
-        settlement.release_bonds(book, book.task(identity))
-        if not book.task(identity).is_open and not book.active_audits(identity):
-            tasks.forget(book, book.task(identity))
+    woken = _woken(book)
+    audits.expire(book, [key for table, key in woken if table is Table.AUDITS])
+    _look_after(book, {key for table, key in woken if table is Table.TASKS} | book.touched)
     _forget(book)
+    if book.height % book.params.epoch_blocks == 0:
+        validators.begin_epoch(book)
+
+
+def _woken(book: Book) -> list[tuple[Table, bytes]]:
+    """Return what was to be looked at in this block."""
+    rows = book.draft.items(Table.WAKE, book.height.to_bytes(PREFIX, "big"))
+    for key, _ in rows:
+        book.draft.delete(Table.WAKE, key)
+    return [(Table(key[PREFIX]), key[PREFIX + 1 :]) for key, _ in rows]
+
+
+def _look_after(book: Book, due: set[bytes]) -> None:
+    """Look after the tasks in which something may be due, in an order of chance; those beyond the bound wait."""
+    left = MAX_ROWS
+    for identity in sorted(due, key=lambda task: digest("turn", book.seed, task)):
+        if left > 0:
+            left -= _keep_up(book, identity, left)
+        else:
+            book.wake(book.height + 1, Table.TASKS, identity)
 
 
 def _forget(book: Book) -> None:
@@ -37,30 +55,24 @@ def _forget(book: Book) -> None:
             book.draft.delete(table, key)
 
 
-def _keep_up(book: Book, identity: bytes) -> None:
-    """Settle an open task's steps, end its leases and fill its seats, or close it after its deadline."""
-    settlement.settle_due(book, book.task(identity))
+def _keep_up(book: Book, identity: bytes, limit: int) -> int:
+    """Void, settle, end leases, fill seats and close as is due in a task; return how many rows that took."""
+    if book.draft.get(Table.OPEN, identity) is None:
+        return 1
+    rows = void_unsettled(book, book.task(identity), limit)
+    if rows < limit:
+        rows += settlement.settle_due(book, book.task(identity), limit - rows)
+    if rows >= limit:
+        book.wake(book.height + 1, Table.TASKS, identity)
     task = book.task(identity)
-    seats.expire_leases(book, task)
-    if task.deadline >= book.height:
-        seats.fill(book, task)
-    elif not book.draft.items(Table.STEPS, identity):
-        tasks.close(book, task)
-
-
-def _count_liveness(book: Book, absent: frozenset[bytes]) -> None:
-    horizon = book.height - book.params.jail_window
-    for account in book.validators.powers:
-        validator: Validator = book.draft.get(Table.VALIDATORS, account)
-        missed = tuple(height for height in validator.missed if height > horizon)
-        if account in absent:
-            missed = (*missed, book.height)
-        if len(missed) >= book.params.jail_missed and book.has_other_validator(account):
-            book.draft.put(
-                Table.VALIDATORS,
-                account,
-                replace(validator, missed=(), is_jailed=True, jailed_until=book.height + book.params.jail_blocks),
-            )
-            book.note("jailed", validator=name(account))
-        elif missed != validator.missed:
-            book.draft.put(Table.VALIDATORS, account, replace(validator, missed=missed))
+    if task.is_open:
+        seats.expire_leases(book, task)
+        if task.deadline >= book.height:
+            seats.fill(book, task)
+        elif not book.draft.items(Table.STEPS, identity):
+            tasks.close(book, task)
+    settlement.release_bonds(book, book.task(identity))
+    workers = book.workers(identity)
+    if not book.task(identity).is_open and not any(worker.engaged for worker in workers):
+        tasks.forget(book, book.task(identity))
+    return rows + len(workers) + 1

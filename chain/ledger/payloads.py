@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from chain.ledger import accounts, audits, claims, seats, tasks
+from chain.ledger import accounts, audits, claims, seats, tasks, validators
 from chain.ledger.book import Book
 from chain.transactions import (
     Bond,
@@ -39,9 +39,9 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
         case Withdraw():
             accounts.withdraw(book, sender)
         case RegisterValidator():
-            accounts.register(book, sender, payload)
+            validators.register(book, sender, payload)
         case Unjail():
-            accounts.unjail(book, sender)
+            validators.unjail(book, sender)
         case Faucet():
             accounts.faucet(book, sender)
         case Evidence():

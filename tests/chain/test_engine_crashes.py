@@ -16,7 +16,7 @@ from chain.genesis import Genesis
 from chain.keys import PrivateKey, peer_id
 from tests.chain import hub as hubs
 from tests.chain.hub import Hub, Link, genesis_of, keys, running, until_height
-from tests.simulation.oracle import incriminated
+from tests.simulation.oracle import incriminated, said_by
 
 HEIGHTS = 3
 WRITES = range(HEIGHTS * 4)
@@ -100,7 +100,7 @@ async def test_nothing_is_lost_and_nothing_signed_twice(
                 await until_height(engine, HEIGHTS + 1)
     assert deaths == 1
     assert any(vote.validator == members[0].account for vote in said)
-    assert not incriminated(said), peer_id(members[0].account)
+    assert not incriminated((vote.validator, said_by(vote)) for vote in said), peer_id(members[0].account)
     assert hub.refused == []
     assert hub.penalized == []
     assert all(not engine.state.validator(members[0].account).is_tombstoned for engine in others)  # type: ignore[union-attr]

@@ -31,6 +31,14 @@ from tests.chain.ledger_kit import BALANCE, KEYS, ONIONS, STAKE, Ledger, context
 ALICE, BOB, NOBODY = KEYS[6], KEYS[7], KEYS[10]
 
 
+def next_epochs(ledger: Ledger, count: int = 1) -> None:
+    """Execute blocks until `count` epochs have begun."""
+    for _ in range(count):
+        ledger.skip(1)
+        while ledger.state.height % ledger.state.params.epoch_blocks:
+            ledger.skip(1)
+
+
 def test_a_transfer_moves_balance() -> None:
     ledger = Ledger()
     assert ledger.one(ALICE, Transfer(BOB.account, 100)) == ""
@@ -95,9 +103,10 @@ def test_a_new_validator_joins_with_stake_and_leaves_with_it() -> None:
     assert ledger.one(ALICE, RegisterValidator(ONIONS[ALICE.account].tip)) == ""
     assert ALICE.account not in ledger.state.validators()
     assert ledger.one(ALICE, Bond(5000)) == ""
+    next_epochs(ledger, 2)
     assert ledger.state.validators().power(ALICE.account) == 5000
-    ledger.skip(8)
     assert ledger.one(ALICE, Unbond(4500)) == ""
+    next_epochs(ledger)
     assert ALICE.account not in ledger.state.validators()
 
 
@@ -111,7 +120,7 @@ def test_the_set_is_the_strongest_256() -> None:
     for index in range(300):
         account = digest("many", index.to_bytes(4, "big"))
         draft.put(Table.ACCOUNTS, account, Account(bonded=2000 + index))
-        draft.put(Table.VALIDATORS, account, Validator(bytes(32), 0))
+        draft.put(Table.VALIDATORS, account, Validator(bytes(32), 0, 2000 + index))
     members = draft.freeze(state).validators().members
     assert len(members) == 256
     assert min(power for _, power in members) == 2000 + 300 - 255
@@ -120,6 +129,7 @@ def test_the_set_is_the_strongest_256() -> None:
 def test_the_last_validators_cannot_leave_together() -> None:
     ledger = Ledger(genesis_of(validators=2))
     assert ledger.block((KEYS[0], Unbond(STAKE)), (KEYS[1], Unbond(STAKE))) == ("", Reason.LAST_VALIDATOR)
+    next_epochs(ledger, 40)
     assert list(ledger.state.validators().powers) == [KEYS[1].account]
     assert ledger.one(KEYS[1], Unbond(STAKE - 500)) == Reason.LAST_VALIDATOR
 
@@ -162,11 +172,11 @@ def test_an_equivocator_is_slashed_and_out_for_good() -> None:
 
 
 def test_unbonding_does_not_save_an_equivocator() -> None:
-    ledger, culprit = Ledger(), KEYS[0]
+    ledger, culprit = Ledger(genesis_of(unbonding_blocks=30)), KEYS[0]
     assert ledger.one(culprit, Unbond(STAKE)) == ""
     assert ledger.one(ALICE, equivocation(culprit, ledger)) == ""
     assert ledger.happened("equivocation")[0]["slashed"] == str(STAKE)
-    ledger.skip(ledger.state.params.unbonding_blocks)
+    ledger.skip(ledger.state.params.unbonding_blocks + 1)
     assert ledger.one(culprit, Withdraw()) == Reason.NOTHING_RELEASED
 
 
@@ -220,6 +230,7 @@ def test_a_vanished_validator_is_jailed_and_returns() -> None:
     assert ledger.one(gone, Unjail()) == Reason.STILL_JAILED
     ledger.skip(7)
     assert ledger.one(gone, Unjail()) == ""
+    next_epochs(ledger)
     assert gone.account in ledger.state.validators()
     assert ledger.one(gone, Unjail()) == Reason.NOT_JAILED
 

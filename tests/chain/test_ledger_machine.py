@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace
 
-from chain.ledger import accounts, audits, claims, execution, hooks, payloads, seats, settlement
+from chain.ledger import accounts, audits, claims, execution, hooks, payloads, pools, seats, settlement, validators
 from chain.ledger.book import Book
 from chain.reasons import Refused
 from chain.state import Table
@@ -60,7 +60,7 @@ def _returns_every_bond(book: Book, task: Any) -> None:
 def _registers_anybody(book: Book, sender: bytes, payload: Any) -> None:
     known = book.draft.get(Table.VALIDATORS, sender)
     if known is not None:
-        book.draft.put(Table.VALIDATORS, sender, replace(known, is_tombstoned=False))
+        book.draft.put(Table.VALIDATORS, sender, replace(known, is_tombstoned=False, power=1000))
     _REGISTER(book, sender, payload)
 
 
@@ -81,19 +81,19 @@ def _keeps_everything(book: Book) -> None:
     """Forget nothing."""
 
 
-_PAY, _REGISTER, _APPLY = settlement._pay, accounts.register, payloads.apply
+_PAY, _REGISTER, _APPLY = settlement._pay, validators.register, payloads.apply
 
 MUTANTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "pay comes from nowhere": (settlement, "_pay", _pays_for_nothing),
     "work is paid twice": (settlement, "_pay", _pays_twice),
     "a bond returns while its worker is accused": (settlement, "release_bonds", _returns_every_bond),
-    "a tombstoned validator registers again": (accounts, "register", _registers_anybody),
+    "a tombstoned validator registers again": (validators, "register", _registers_anybody),
     "stake is withdrawn before its release": (accounts, "withdraw", _withdraws_all),
     "an ended lease keeps its seat": (seats, "expire_leases", lambda book, task: None),
     "a refused payload leaves a trace": (execution, "apply", _keeps_what_was_refused),
     "a third of the voters convict": (audits, "quorum", lambda total: total // 3 + 1),
     "ended audits stay for good": (hooks, "_forget", _keeps_everything),
-    "anybody may be drawn": (claims, "is_fit", lambda book, account: True),
+    "anybody may be drawn": (pools, "is_fit", lambda book, account: True),
 }
 
 

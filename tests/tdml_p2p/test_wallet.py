@@ -5,11 +5,16 @@ from dataclasses import dataclass, field, replace
 import pytest
 import trio
 import trio.testing
+from msgspec import structs
 
+from chain.keys import PrivateKey
+from chain.randomness import onion_of
+from chain.records import Validator
 from chain.transactions import Bond, Faucet, Payload, RegisterValidator, RenewLease, Unjail
-from tdml_p2p.wallet import RETRY_BLOCKS, Holdings, Wallet, wishes
+from tdml_p2p.wallet import RENEW_LAYERS, RETRY_BLOCKS, Holdings, Wallet, next_onion, wishes
 
 TIP = bytes(range(32))
+TIPS = (TIP, bytes(32))
 TASK = bytes(32)
 NEW = Holdings(
     height=10,
@@ -45,6 +50,8 @@ UNBONDED = replace(BONDED, balance=1000, bonded=0, nonce=5)
         (BONDED, TIP, []),
         (replace(BONDED, may_unjail=True), TIP, [Unjail()]),
         (replace(BONDED, may_unjail=True), None, []),
+        (replace(BONDED, next_onion=1), TIP, [RegisterValidator(TIPS[1])]),
+        (replace(BONDED, next_onion=1), None, []),
         (replace(GRANTED, grant=0), TIP, []),
         (replace(BONDED, leases=((TASK, 21),)), TIP, []),
         (replace(BONDED, leases=((TASK, 20),)), TIP, [RenewLease(TASK)]),
@@ -52,7 +59,24 @@ UNBONDED = replace(BONDED, balance=1000, bonded=0, nonce=5)
     ],
 )
 def test_wishes(own: Holdings, tip: bytes | None, expected: list[Payload]) -> None:
-    assert list(wishes(own, tip)) == expected
+    tips = None if tip is None else lambda number: TIPS[number]
+    assert list(wishes(own, tips)) == expected
+
+
+def test_the_next_onion_is_registered_once_while_the_old_one_lasts() -> None:
+    key = PrivateKey(bytes(range(32)))
+    onion = onion_of(key, 1)
+
+    def asked(index: int, **changes: object) -> int | None:
+        return next_onion(key, structs.replace(Validator(onion.layer(index), 0, 5, onion=1), **changes))
+
+    assert asked(onion.length) is None
+    assert asked(RENEW_LAYERS) is None
+    assert asked(RENEW_LAYERS - 1) == 2
+    assert asked(0) == 2
+    assert asked(5, next_tip=TIP) is None
+    assert asked(5, is_jailed=True) is None
+    assert next_onion(key, None) is None
 
 
 @dataclass
@@ -100,7 +124,7 @@ class FakeChain:
 
 async def run(chain: FakeChain) -> None:
     with trio.move_on_after(1.0):
-        await Wallet(chain, TIP).run()
+        await Wallet(chain, lambda _: TIP).run()
 
 
 @pytest.mark.trio
