@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 from msgspec import structs
 
@@ -13,14 +13,11 @@ from chain.blocks import (
     ConsensusMessage,
     Header,
     Proposal,
-    Refused,
     ValidatorSet,
     Vote,
     VoteKind,
     chain_of,
-    is_conflict,
     transactions_root,
-    verify_message,
 )
 from chain.consensus import (
     Accuse,
@@ -36,11 +33,14 @@ from chain.consensus import (
     Validate,
 )
 from chain.hashing import ZERO, digest
-from tests.simulation.scenario import Scenario
+from tests.simulation.mutants import Mutation
 
 CHAIN_ID = digest("simulated chain")
+SEED = digest("simulated seed")
 INVALID = digest("a state root that no execution reaches")
-TIMERS = Timers(base=1.0, growth=1.5, cap=8.0)
+NO_TRANSACTIONS = transactions_root(())
+TIMERS = Timers(base=1.0, growth=1.5, cap=15.0)
+REQUEST_SECONDS = 0.5
 
 
 def fake_signature(account: bytes, message: bytes) -> bytes:
@@ -48,9 +48,9 @@ def fake_signature(account: bytes, message: bytes) -> bytes:
     return account + message
 
 
-def fake_verify(account: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is the fake one of `account`."""
-    return signature == account + message
+def signed(vote: Vote) -> Vote:
+    """Return `vote` with the fake signature of its validator."""
+    return structs.replace(vote, signature=fake_signature(vote.validator, vote.signing_bytes))
 
 
 @dataclass
@@ -58,18 +58,29 @@ class Disk:
     """What survives a crash."""
 
     chain: list[tuple[Block, Certificate]] = field(default_factory=list)
-    votes: dict[tuple[int, int, VoteKind], Vote] = field(default_factory=dict)
+    votes: dict[tuple[int, int, VoteKind, bytes], Vote] = field(default_factory=dict)
     proposals: dict[tuple[int, int], Proposal] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A vote that became durable; `parent_view` is that of the proposal it speaks for."""
+
+    vote: Vote
+    parent_view: int | None
 
 
 @dataclass
 class Outcome:
-    """What the oracle judges, in the order of events."""
+    """What the oracle judges: (seconds, node, what happened), in the order of events.
 
-    decisions: list[tuple[int, Block, Certificate]] = field(default_factory=list)
-    votes: list[tuple[int, Vote]] = field(default_factory=list)
-    certificates: list[Certificate] = field(default_factory=list)
-    accusations: list[tuple[int, Accuse]] = field(default_factory=list)
+    Votes made durable (`Signed`), messages sent, decisions, accusations, and views entered as
+    (height, view).
+    """
+
+    log: list[tuple[float, int, Signed | ConsensusMessage | Decide | Accuse | tuple[int, int]]] = field(
+        default_factory=list
+    )
 
 
 class Crashed(Exception):
@@ -81,52 +92,58 @@ class Surroundings(Protocol):
 
     now: float
     rng: random.Random
-    scenario: Scenario
-    outcome: Outcome
-    machine_type: type[Consensus]
+    mutation: Mutation
+    nodes: list["Node"]
 
     def broadcast(self, sender: int, message: ConsensusMessage) -> None: ...
+    def send(self, sender: int, target: int, message: ConsensusMessage) -> None: ...
     def request_blocks(self, sender: int, target: int, height: int) -> None: ...
-    def later(self, node: "Node", seconds: float, action: Callable[[], None]) -> None: ...
+    def later(self, node: "Node", seconds: float, action: Callable[..., None], *arguments: Any) -> None: ...
     def maybe_crash(self, node: "Node") -> None: ...
+    def record(self, node: "Node", what: Any) -> None: ...
+    def committed(self, node: "Node") -> None: ...
+    def verify(self, sender: int, message: ConsensusMessage, validators: ValidatorSet) -> bool: ...
+    def set_after(self, validators: ValidatorSet, number: int) -> ValidatorSet: ...
 
 
 class Node:
     """Drives one `Consensus` per height. Time and messages come from the world through callbacks."""
 
-    def __init__(self, index: int, account: bytes, validators: ValidatorSet, world: Surroundings) -> None:
+    def __init__(self, index: int, account: bytes, genesis: ValidatorSet, world: Surroundings) -> None:
         self.index = index
         self.account = account
-        self.validators = validators
         self.world = world
         self.disk = Disk()
-        self.machine_type = world.machine_type
+        self.sets = [genesis]
+        self.height = 1
+        self.life = 0
+        self.is_down = False
         self.previous: Consensus | None = None
         self.last_progress = 0.0
+        self._requested = -REQUEST_SECONDS
         self._position = (0, 0)
-
-    @property
-    def height(self) -> int:
-        """The height under decision."""
-        return len(self.disk.chain) + 1
 
     def boot(self) -> None:
         """Start, or start again, from the disk alone."""
         self.previous = None
+        self._position = (0, 0)
+        self._requested = -REQUEST_SECONDS
         self._begin()
 
     def _begin(self) -> None:
-        height = self.height
-        mine = [vote for (at, _, _), vote in self.disk.votes.items() if at == height]
-        self.consensus = self.machine_type(
+        height = self.height = len(self.disk.chain) + 1
+        del self.sets[height:]
+        for block, _ in self.disk.chain[len(self.sets) - 1 :]:
+            self.sets.append(self.world.set_after(self.sets[-1], block.header.timestamp))
+        self.consensus = self.world.mutation.machine_type(
             HeightConfig(
                 chain_id=CHAIN_ID,
                 height=height,
-                validators=self.validators,
-                leader_seed=digest("simulated seed"),
+                validators=self.sets[-1],
+                leader_seed=SEED,
                 account=self.account,
                 timers=TIMERS,
-                restored_votes=tuple(mine),
+                restored_votes=tuple(vote for key, vote in self.disk.votes.items() if key[0] == height),
                 restored_proposals=tuple(p for (at, _), p in self.disk.proposals.items() if at == height),
             )
         )
@@ -135,32 +152,50 @@ class Node:
     def receive(self, sender: int, message: ConsensusMessage) -> None:
         """Take a message of any height."""
         _, height = chain_of(message)
-        try:
-            verify_message(message, self.validators, fake_verify)
-        except Refused as error:
-            raise AssertionError(f"node {sender} sent something false: {error} {message}") from None
         if height > self.height:
-            self.world.request_blocks(self.index, sender, self.height)
-        elif height == self.height:
-            self.perform(self._feed(self.consensus, message))
-        elif self.previous is not None and height == self.height - 1:
-            self.perform(self._feed(self.previous, message))
-
-    @staticmethod
-    def _feed(consensus: Consensus, message: ConsensusMessage) -> list[Effect]:
+            self.request(sender)
+            return
+        consensus = self.consensus if height == self.height else self.previous
+        if consensus is None or height != consensus.config.height:
+            return
+        if not self.world.verify(sender, message, consensus.config.validators):
+            return
         match message:
             case Proposal():
-                return consensus.on_proposal(message)
+                effects = consensus.on_proposal(message)
             case Vote():
-                return consensus.on_vote(message)
+                effects = consensus.on_vote(message)
             case Certificate():
-                return consensus.on_certificate(message)
+                effects = consensus.on_certificate(message)
+        self.perform(effects)
+        if self.consensus.finalization is not None:
+            self.request(sender)
 
-    def adopt(self, block: Block, certificate: Certificate) -> None:
+    def request(self, sender: int) -> None:
+        """Ask one who is ahead for what it has decided, now and then."""
+        if self.world.now - self._requested >= REQUEST_SECONDS:
+            self._requested = self.world.now
+            self.world.request_blocks(self.index, sender, self.height)
+
+    def adopt(self, sender: int, block: Block, certificate: Certificate) -> None:
         """Take a final block of the next height from another node."""
-        parent = self.disk.chain[-1][0].hash if self.disk.chain else CHAIN_ID
-        if block.height == self.height and block.header.parent == parent:
+        follows = block.height == self.height and block.header.parent == self._tip
+        if follows and self.world.verify(sender, certificate, self.sets[-1]):
             self._commit(block, certificate)
+
+    @property
+    def _tip(self) -> bytes:
+        return self.disk.chain[-1][0].hash if self.disk.chain else CHAIN_ID
+
+    def emit(self, message: ConsensusMessage) -> None:
+        """Send a message to every other node."""
+        self.world.broadcast(self.index, message)
+
+    def standstill(self) -> None:
+        """Nothing has moved for a while: say again what others may lack."""
+        self.perform(self.consensus.on_standstill())
+        if self.disk.chain:
+            self.emit(self.disk.chain[-1][1])
 
     def perform(self, effects: list[Effect]) -> None:
         """Carry out the effects of one event."""
@@ -169,90 +204,85 @@ class Node:
         position = (self.height, self.consensus.view)
         if position != self._position:
             self._position, self.last_progress = position, self.world.now
+            self.world.record(self, position)
 
     def _perform(self, effect: Effect) -> None:
         consensus = self.consensus
         match effect:
             case Broadcast(message):
-                if isinstance(message, Certificate):
-                    self.world.outcome.certificates.append(message)
-                self.world.broadcast(self.index, message)
+                self.emit(message)
             case SetTimer(view, seconds):
-                self.world.later(self, seconds, lambda: self._if_same(consensus, consensus.on_timer, view))
+                self.world.later(self, seconds, self._answer, consensus, consensus.on_timer, view)
             case Build(view):
-                block = self._block(view)
-                self._later(consensus, lambda: consensus.on_built(view, block))
+                self._soon(consensus, consensus.on_built, view, self.block(view))
             case Validate(block):
-                valid = block.header.state_root != INVALID
-                self._later(consensus, lambda: consensus.on_validated(block.hash, valid))
+                self._soon(consensus, consensus.on_validated, block.hash, self._is_valid(block))
             case Sign(vote, proposal):
-                signed = self._sign(vote, proposal)
-                self._later(consensus, lambda: consensus.on_signed(signed), also_late=True)
+                self._soon(consensus, consensus.on_signed, self.sign(vote, proposal))
             case Decide(block, certificate):
                 self._commit(block, certificate)
             case Accuse():
-                self.world.outcome.accusations.append((self.index, effect))
+                self.world.record(self, effect)
             case _:
                 assert_never(effect)
 
-    def _later(self, consensus: Consensus, action: Callable[[], list[Effect]], *, also_late: bool = False) -> None:
-        delay = self.world.rng.uniform(0.0, 0.03)
+    def _soon(self, consensus: Consensus, event: Callable[..., list[Effect]], *arguments: Any) -> None:
+        delay = 0.03 * self.world.rng.random()
+        self.world.later(self, delay, self._answer, consensus, event, *arguments)
 
-        def act() -> None:
-            if consensus is self.consensus or (also_late and consensus is self.previous):
-                self.perform(action())
+    def _answer(self, consensus: Consensus, event: Callable[..., list[Effect]], *arguments: Any) -> None:
+        if consensus is self.consensus or (consensus is self.previous and event == consensus.on_signed):
+            self.perform(event(*arguments))
 
-        self.world.later(self, delay, act)
-
-    def _if_same(self, consensus: Consensus, action: Callable[..., list[Effect]], *arguments: int) -> None:
-        if consensus is self.consensus:
-            self.perform(action(*arguments))
-
-    def _sign(self, vote: Vote, proposal: Proposal | None) -> Vote:
-        key = (vote.height, vote.view, vote.kind)
+    def sign(self, vote: Vote, proposal: Proposal | None) -> Vote:
+        """Return the vote signed, durable like its proposal."""
+        key = (vote.height, vote.view, vote.kind, vote.block_hash)
         self.world.maybe_crash(self)
-        stored = self.disk.votes.get(key)
-        if stored is not None:
-            assert not is_conflict(stored, vote)
-            return stored
-        signed = structs.replace(vote, signature=fake_signature(self.account, vote.signing_bytes))
-        self.disk.votes[key] = signed
-        if proposal is not None:
+        if key in self.disk.votes:
+            return self.disk.votes[key]
+        result = signed(vote)
+        self.disk.votes[key] = result
+        if proposal is not None and self.world.mutation.keeps_proposals:
             if vote.kind == VoteKind.PROPOSE:
-                proposal = structs.replace(proposal, vote=signed)
+                proposal = structs.replace(proposal, vote=result)
             self.disk.proposals.setdefault((vote.height, vote.view), proposal)
-        self.world.outcome.votes.append((self.index, signed))
+        self.world.record(self, Signed(result, proposal.parent_view if proposal else None))
         self.world.maybe_crash(self)
-        return signed
+        return result
 
     def _commit(self, block: Block, certificate: Certificate) -> None:
         self.world.maybe_crash(self)
         self.disk.chain.append((block, certificate))
-        self.world.outcome.decisions.append((self.index, block, certificate))
+        self.world.record(self, Decide(block, certificate))
         self.world.maybe_crash(self)
         self.consensus.close()
         self.previous = self.consensus
+        self.world.committed(self)
         self._begin()
 
-    def _block(self, view: int) -> Block:
-        rng, height = self.world.rng, self.height
-        parent, certificate = self.disk.chain[-1] if self.disk.chain else (None, None)
-        twin = self.world.scenario.owners.count(self.world.scenario.owners[self.index]) > 1
-        invalid = twin and rng.random() < self.world.scenario.invalid_chance
+    def _is_valid(self, block: Block) -> bool:
+        header, own = block.header, self.sets[-1]
+        expected = (self._tip, own.hash, self.world.set_after(own, header.timestamp).hash, ZERO)
+        return expected == (header.parent, header.validators_hash, header.next_validators_hash, header.state_root)
+
+    def block(self, view: int) -> Block:
+        """Return a fresh block of this node for `view`."""
+        number, own = self.world.rng.getrandbits(48), self.sets[-1]
+        certificate = self.disk.chain[-1][1] if self.disk.chain else None
         header = Header(
             CHAIN_ID,
-            height,
-            parent.hash if parent else CHAIN_ID,
+            self.height,
+            self._tip,
             self.account,
             view,
-            rng.getrandbits(48),
-            transactions_root(()),
+            number,
+            NO_TRANSACTIONS,
             certificate.hash if certificate else ZERO,
-            INVALID if invalid else ZERO,
-            self.validators.hash,
-            self.validators.hash,
+            ZERO,
+            own.hash,
+            self.world.set_after(own, number).hash,
             ZERO,
             ZERO,
-            ZERO,
+            SEED,
         )
         return Block(header, (), certificate)
