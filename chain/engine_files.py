@@ -69,7 +69,7 @@ class Files:
     @property
     def base(self) -> int:
         """The lowest height that can be served."""
-        return 1
+        return self.store.base
 
     def close(self) -> None:
         """Close both files."""

@@ -138,6 +138,29 @@ class Store:
                 [(height, place, e.kind, json.dumps(e.data)) for place, e in enumerate(executed.events)],
             )
 
+    def install(self, block: Block, certificate: Certificate, signers: ValidatorSet, state: State) -> None:
+        """Take a verified snapshot, the state after `block`, into a store that is still at genesis.
+
+        Raises `ValueError` when the store has blocks already.
+        """
+        with self.batch():
+            if self.tip() is not None:
+                raise ValueError("a snapshot is for an empty store")
+            row = (block.height, block.hash, encode(block), encode(certificate))
+            self._db.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", row)
+            self._db.execute("INSERT OR IGNORE INTO validator_sets VALUES (?, ?)", (signers.hash, encode(signers)))
+            self._db.execute("DELETE FROM state")
+            for table, rows in state.tables.items():
+                self._db.executemany(
+                    "INSERT INTO state VALUES (?, ?, ?)",
+                    [(int(table), key, encode(record)) for key, record in rows.items()],
+                )
+
+    @property
+    def base(self) -> int:
+        """The lowest height whose block is kept, 1 for an empty store."""
+        return self._rows("SELECT MIN(height) FROM blocks")[0][0] or 1
+
     def _write_state(self, before: State, changes: Changes) -> None:
         for table, changed in changes.items():
             gone = [key for key, record in changed.items() if record is None and key in before.tables[table]]

@@ -21,6 +21,7 @@ class PeerConfig:
     memory: int = _option(0, "Bytes that the tensors of a step may take; 0 sets the usual bound.")
     work: bool = _option(True, "Serve stages of open tasks.")
     validate: bool = _option(True, "Validate blocks when bonded.")
+    snapshot: bool = _option(False, "Fetch a verified snapshot of the chain's state instead of every block.")
     status_port: int = _option(0, "Port of the status page on 127.0.0.1; 0 takes a free one, -1 turns it off.")
     public_name: str = _option("", "Name shown to others.")
     log_level: str = _option("info", "debug, info, warning or error.")

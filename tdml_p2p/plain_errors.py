@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from chain.engine_seam import ChainBroken, Distrusted
 from chain.store import StoreCorrupt
 from tdml_p2p.errors import UserError
 
@@ -44,6 +45,17 @@ def explain(error: BaseException) -> UserError | None:
                 f"The chain database cannot be used: {str(error).rstrip('.')}.",
                 "move chain.db out of the home (keep signing.db and key) and start with --join INVITE: "
                 "the peer fetches the chain again",
+            )
+        case Distrusted():
+            return UserError(
+                f"This chain is not the one that --trust names: {str(error).rstrip('.')}.",
+                "ask again for the hash of that height; if it is right, move chain.db out of the home (keep "
+                "signing.db and key) and start with --join INVITE of peers that have it",
+            )
+        case ChainBroken():
+            return UserError(
+                f"This peer cannot follow the chain: {str(error).rstrip('.')}.",
+                "update tdml to the version that the validators run, then start again",
             )
         case OSError() if error.errno in _FULL:
             return _full()

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import trio
 
+from chain.engine_seam import ChainBroken, Distrusted
 from chain.keys import PrivateKey
 from tdml_p2p.bootstrap import FAUCET_GRANT, find_origin, private_genesis
 from tdml_p2p.config import PeerConfig
@@ -219,6 +220,8 @@ async def test_a_listening_port_in_use_is_one_sentence(tmp_path: Path) -> None:
             "The chain database cannot be used: database disk image is malformed.",
         ),
         (PermissionError(13, "Permission denied", "/x"), "The file /x cannot be used: Permission denied."),
+        (Distrusted("Block 3 is another"), "This chain is not the one that --trust names: Block 3 is another."),
+        (ChainBroken("block 3 is odd"), "This peer cannot follow the chain: block 3 is odd."),
     ],
 )
 def test_system_errors_are_said_plainly_even_out_of_a_group(error: Exception, said: str) -> None:

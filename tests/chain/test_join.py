@@ -1,0 +1,284 @@
+"""Joining by snapshot: verified from the genesis or from a trusted block, from hostile servers too."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from msgspec import structs
+
+from chain import snapshots
+from chain.codec import DecodeError, encode
+from chain.engine import ChainEngine
+from chain.engine_gate import ACCEPTED, Disposition
+from chain.engine_serve import SNAPSHOT_EPOCHS
+from chain.genesis import Genesis
+from chain.light import LightBlock, Trust, decode_light_block
+from chain.snapshots import Chunk, decode_chunk
+from chain.sync import (
+    NOTHING,
+    ChunkRequest,
+    LightRequest,
+    RangeRequest,
+    SnapshotInfo,
+    SnapshotRequest,
+    StatusRequest,
+    SyncRequest,
+    decode_range,
+    decode_request,
+)
+from chain.transactions import Transfer
+from tests.chain.hub import CONFIG, Hub, genesis_of, keys, running, until_height
+
+MEMBERS = keys(5)
+LATE = MEMBERS[4]
+EPOCH = 2
+INTERVAL = SNAPSHOT_EPOCHS * EPOCH
+GENESIS = genesis_of(MEMBERS[:4], [*keys(60)[4:]], epoch_blocks=EPOCH, unbonding_blocks=5000)
+CHAIN = GENESIS.chain_id
+Twist = Callable[[SyncRequest, bytes], bytes]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 1024)
+
+
+@dataclass
+class Hostile:
+    """A peer on the hub that changes what an honest one would serve."""
+
+    engine: ChainEngine
+    twist: Twist
+
+    def deliver(self, topic: str, sender: str, data: bytes) -> Disposition:
+        return ACCEPTED
+
+    async def serve(self, sender: str, data: bytes) -> bytes:
+        answer = self.twist(decode_request(data, CHAIN), await self.engine.serve(sender, data))
+        if answer == b"silence":
+            await trio.sleep_forever()
+        return answer
+
+
+@asynccontextmanager
+async def grown(hub: Hub, folder: Path, height: int, genesis: Genesis = GENESIS) -> AsyncIterator[list[ChainEngine]]:
+    """Run four validators with a chain of some height."""
+    async with AsyncExitStack() as stack:
+        engines = [
+            await stack.enter_async_context(running(hub, folder / str(i), genesis, key))
+            for i, key in enumerate(MEMBERS[:4])
+        ]
+        await until_height(engines[0], height)
+        hub.config = replace(CONFIG, snapshot=True)
+        yield engines
+
+
+async def follows(late: ChainEngine, engines: list[ChainEngine], base: int) -> None:
+    """Check that the joiner has a chain from `base` on and takes part."""
+    with trio.fail_after(90):
+        await until_height(late, engines[0].state.height)
+    assert late.reader.store.base == base
+    assert late.reader.store.block(base - 1) is None
+    assert late.status()["joining"] is None
+    height = late.state.height
+    assert (await late.receipt(await late.submit(Transfer(MEMBERS[0].account, 5)))).ok
+    with trio.fail_after(90):
+        await until_height(late, height + 3)
+        await until_height(engines[0], late.state.height)
+    found, known = late.reader.store.block(height), engines[0].reader.store.block(height)
+    assert found is not None
+    assert known is not None
+    assert found[0].hash == known[0].hash
+
+
+async def test_an_empty_store_takes_the_newest_snapshot_and_goes_on(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, 2 * INTERVAL + 3) as engines:
+        start = trio.current_time()
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await follows(late, engines, 2 * INTERVAL)
+            assert trio.current_time() - start < 60
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            assert late.state.height > 2 * INTERVAL
+            height = late.state.height
+            with trio.fail_after(60):
+                await until_height(late, height + 2)
+    assert hub.penalized == []
+    assert hub.refused == []
+
+
+async def test_the_joiner_serves_what_it_took(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, INTERVAL + 3) as engines, running(hub, tmp_path / "a", GENESIS, LATE) as first:
+        await follows(first, engines, INTERVAL)
+        hub.group = {name: 1 for name, engine in hub.engines.items() if engine in engines}
+        async with running(hub, tmp_path / "b", GENESIS, MEMBERS[0], name="second") as second:
+            with trio.fail_after(60):
+                await until_height(second, first.state.height)
+            assert second.reader.store.base == INTERVAL
+        async with running(hub, tmp_path / "c", GENESIS, MEMBERS[0], name="third") as third:
+            hub.config = CONFIG
+            await trio.sleep(60)
+            assert third.state.height in (0, *range(INTERVAL, 10 * INTERVAL))
+
+
+@pytest.mark.parametrize("below", [False, True])
+async def test_a_trusted_block_above_or_below_the_snapshot(
+    *, below: bool, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, 2 * INTERVAL + 5) as engines:
+        height = INTERVAL if below else 2 * INTERVAL + 3
+        found = engines[0].reader.store.block(height)
+        assert found is not None
+        hub.config = replace(hub.config, trust=Trust(height, found[0].hash))
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await follows(late, engines, 2 * INTERVAL)
+        hub.config = replace(hub.config, trust=Trust(height, bytes(32)))
+        async with running(hub, tmp_path / "wary", GENESIS, LATE) as wary:
+            await trio.sleep(60)
+            assert wary.state.height == 0
+    assert {reason.split(" ")[0] for _, reason in hub.penalized} == {"wrong-block:"}
+
+
+async def test_what_is_too_old_to_trust_is_fetched_block_by_block_and_said(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    genesis = genesis_of(MEMBERS[:4], MEMBERS[4:], epoch_blocks=EPOCH, unbonding_blocks=100)
+    async with grown(hub, tmp_path, INTERVAL + 3, genesis) as engines:
+        async with running(hub, tmp_path / "late", genesis, LATE) as late:
+            with trio.fail_after(60):
+                await until_height(late, engines[0].state.height)
+            assert "--trust HEIGHT:HASH" in str(late.status()["joining"])
+            assert late.reader.store.base == 1
+
+
+async def test_without_snapshots_the_chain_is_fetched_from_its_first_block(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, 5) as engines, running(hub, tmp_path / "late", GENESIS, LATE) as late:
+        with trio.fail_after(90):
+            await until_height(late, engines[0].state.height)
+        assert late.reader.store.base == 1
+
+
+def _chunk(change: Callable[[Chunk], Chunk]) -> Twist:
+    def twist(request: SyncRequest, answer: bytes) -> bytes:
+        if not isinstance(request, ChunkRequest) or answer == NOTHING:
+            return answer
+        return encode(change(decode_chunk(answer)))
+
+    return twist
+
+
+def _light(change: Callable[[LightBlock], LightBlock]) -> Twist:
+    def twist(request: SyncRequest, answer: bytes) -> bytes:
+        return encode(change(decode_light_block(answer))) if isinstance(request, LightRequest) else answer
+
+    return twist
+
+
+def _answer(kind: type[SyncRequest], answer: bytes) -> Twist:
+    return lambda request, honest: answer if isinstance(request, kind) else honest
+
+
+def _richer(chunk: Chunk) -> Chunk:
+    rows = tuple(structs.replace(row, value=row.value[:-1] + b"\x07") for row in chunk.rows)
+    return structs.replace(chunk, rows=rows)
+
+
+def _without_certificate(request: SyncRequest, answer: bytes) -> bytes:
+    if not isinstance(request, RangeRequest):
+        return answer
+    try:
+        finals = decode_range(answer)
+    except DecodeError:
+        return answer
+    changed = (structs.replace(final, block=structs.replace(final.block, parent_certificate=None)) for final in finals)
+    return encode((tuple(changed),))
+
+
+ATTACKS: dict[str, tuple[Twist, set[str]]] = {
+    "a changed row": (_chunk(_richer), {"wrong-chunk"}),
+    "a missing row": (_chunk(lambda c: structs.replace(c, rows=c.rows[1:])), {"wrong-chunk"}),
+    "a row twice": (_chunk(lambda c: structs.replace(c, rows=(*c.rows, *c.rows[-1:]))), {"wrong-chunk"}),
+    "rows reversed": (_chunk(lambda c: structs.replace(c, rows=c.rows[::-1])), {"wrong-chunk"}),
+    "no siblings": (_chunk(lambda c: structs.replace(c, siblings=())), {"wrong-chunk"}),
+    "another place": (_chunk(lambda c: structs.replace(c, index=c.index ^ 1)), {"wrong-chunk"}),
+    "junk for a chunk": (_answer(ChunkRequest, b"\xc1" * 999), {"malformed"}),
+    "a large answer": (_answer(ChunkRequest, bytes(5 << 20)), {"malformed"}),
+    "nothing for a chunk": (_answer(ChunkRequest, NOTHING), {"empty-answer"}),
+    "silence for a chunk": (_answer(ChunkRequest, b"silence"), {"stalled"}),
+    "a false height": (_answer(SnapshotRequest, encode(SnapshotInfo(10**12, 3))), set()),
+    "a false depth": (
+        _answer(SnapshotRequest, encode(SnapshotInfo(2 * INTERVAL, 16))),
+        {"empty-answer"},
+    ),
+    "junk for an offer": (_answer(SnapshotRequest, b"\xc1"), {"malformed"}),
+    "another header": (
+        _light(lambda b: structs.replace(b, header=structs.replace(b.header, state_root=bytes(32)))),
+        {"wrong-block"},
+    ),
+    "another set": (
+        _light(
+            lambda b: structs.replace(b, validators=structs.replace(b.validators, members=b.validators.members[:1]))
+        ),
+        {"wrong-validators"},
+    ),
+    "a light block cut short": (
+        lambda request, answer: answer[:-9] if isinstance(request, LightRequest) else answer,
+        {"malformed"},
+    ),
+    "another body": (_without_certificate, {"wrong-block"}),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+async def test_one_honest_server_among_hostile_ones_is_enough(
+    attack: str, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    twist, reasons = ATTACKS[attack]
+    async with grown(hub, tmp_path, 2 * INTERVAL + 1):
+        honest, *others = hub.engines
+        for name in others:
+            hub.engines[name] = Hostile(hub.engines[name], twist)  # type: ignore[assignment]
+        hub.group = {honest: 1}
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await trio.sleep(5)
+            assert late.state.height == 0
+            hub.group = {}
+            with trio.fail_after(120):
+                await until_height(late, 2 * INTERVAL)
+            assert late.reader.store.base == 2 * INTERVAL
+            assert reasons & late._peers.faults.keys() == reasons
+            assert all(peer != honest for peer, _ in hub.penalized)
+
+
+async def test_an_interrupted_join_begins_anew(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, INTERVAL + 3) as engines:
+        names = dict(hub.engines)
+        served = 0
+
+        def few(request: SyncRequest, answer: bytes) -> bytes:
+            nonlocal served
+            served += isinstance(request, ChunkRequest)
+            return b"silence" if served > 3 and not isinstance(request, StatusRequest) else answer
+
+        hub.engines = {name: Hostile(engine, few) for name, engine in names.items()}  # type: ignore[misc]
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await trio.sleep(5)
+            assert late.state.height == 0
+            assert "chunks are here" in str(late.status()["joining"])
+        hub.engines = names
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await follows(late, engines, INTERVAL)
