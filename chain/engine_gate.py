@@ -173,7 +173,7 @@ class Gate:
         except Refused as refusal:
             return Taken(rejected(refusal.reason))
         self._hear(message, machine.config.validators, now)
-        self.watch.examine(message)
+        self.watch.examine(message, is_verified=True)
         return Taken(ACCEPTED, machine, tuple(feed(machine, message)))
 
     def _hear(self, message: ConsensusMessage, validators: ValidatorSet, now: float) -> None:

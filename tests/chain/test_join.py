@@ -152,12 +152,14 @@ async def test_what_is_too_old_to_trust_is_fetched_block_by_block_and_said(
 ) -> None:
     hub = Hub()
     genesis = genesis_of(MEMBERS[:4], MEMBERS[4:], epoch_blocks=EPOCH, unbonding_blocks=100)
-    async with grown(hub, tmp_path, INTERVAL + 3, genesis) as engines:
-        async with running(hub, tmp_path / "late", genesis, LATE) as late:
-            with trio.fail_after(60):
-                await until_height(late, engines[0].state.height)
-            assert "--trust HEIGHT:HASH" in str(late.status()["joining"])
-            assert late.reader.store.base == 1
+    async with (
+        grown(hub, tmp_path, INTERVAL + 3, genesis) as engines,
+        running(hub, tmp_path / "late", genesis, LATE) as late,
+    ):
+        with trio.fail_after(60):
+            await until_height(late, engines[0].state.height)
+        assert "--trust HEIGHT:HASH" in str(late.status()["joining"])
+        assert late.reader.store.base == 1
 
 
 async def test_without_snapshots_the_chain_is_fetched_from_its_first_block(
