@@ -48,6 +48,7 @@ class Reason(StrEnum):
     WRONG_CHUNK = "wrong-chunk"
     WRONG_VALIDATORS = "wrong-validators"
     WRONG_TIME = "wrong-time"
+    WRONG_PROOF = "wrong-proof"
     NO_TRUST = "no-trust"
     TRUST_EXPIRED = "trust-expired"
     EMPTY_ANSWER = "empty-answer"

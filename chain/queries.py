@@ -13,38 +13,21 @@ from chain.codec import decode, encode
 from chain.genesis import to_json
 from chain.keys import account_of, peer_id
 from chain.records import Account, Audit, ClaimRecord, Conviction, Task, Worker
+from chain.query_errors import BadQuery, NotFound, QueryError
+from chain.query_proofs import proof
 from chain.replay import replay
 from chain.state import State, Table, holdings
 from chain.store import Store
 from chain.transactions import Transaction
 from chain.views import block_line, plain, task_line, transaction_line, validator_line, worker_line
 
+__all__ = ["BadQuery", "NotFound", "QueryError", "Reader", "answer", "open_reader"]
+
 Arguments = dict[str, str]
 _PAGE = 20
 _MOST = 1000
 _DIGITS = 18
 _SAFE_VALIDATORS = 4
-
-
-class QueryError(Exception):
-    """A query without an answer: one sentence, and a hint."""
-
-    is_missing = False
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-
-class NotFound(QueryError):
-    """There is no such thing on this chain."""
-
-    is_missing = True
-
-
-class BadQuery(QueryError):
-    """A query that cannot be understood."""
 
 
 @dataclass
@@ -240,7 +223,7 @@ def _task(reader: Reader, arguments: Arguments) -> Any:
 
 
 def _workers(reader: Reader, arguments: Arguments) -> Any:
-    workers: list[Worker] = list(reader.state.tables[Table.WORKERS].values())
+    workers: list[Worker] = [row for _, row in sorted(reader.state.tables[Table.WORKERS].items())]
     task = _bytes(arguments, "task") if "task" in arguments else None
     chosen = [worker for worker in workers if task in (None, worker.task)]
     return [worker_line(w) for w in sorted(chosen, key=lambda w: (w.task, w.stage, w.account))]
@@ -339,6 +322,10 @@ def _events(reader: Reader, arguments: Arguments) -> Any:
     return [{"height": height, "kind": event.kind, "data": event.data} for height, event in rows]
 
 
+def _proof(reader: Reader, arguments: Arguments) -> Any:
+    return proof(reader.store, reader.state, arguments)
+
+
 def _db_check(reader: Reader, _: Arguments) -> Any:
     return replay(reader.store)
 
@@ -365,5 +352,6 @@ _QUERIES: dict[str, Callable[[Reader, Arguments], Any]] = {
     "mempool": _mempool,
     "genesis": _genesis,
     "events": _events,
+    "proof": _proof,
     "db-check": _db_check,
 }

@@ -14,6 +14,7 @@ from cli import render, render_chain
 from cli.common import default_home, exit_with, new_app, run_app
 from cli.output import Format, show
 from cli.sources import DaemonSource, DatabaseSource, Source
+from cli.verification import TRUSTING_HOURS, verified
 from tdml_p2p.errors import UserError
 
 app = new_app("tdml-chain", "Inspect a TDML chain: on a running peer (--home) or in a database file (--db).")
@@ -178,6 +179,41 @@ def mempool(*, common: Common = _PLAIN) -> None:
 def genesis(*, common: Common = _PLAIN) -> None:
     """The genesis of the network."""
     _show(common, "genesis", {}, lambda data, _: json.dumps(data, indent=2))
+
+
+@app.command
+def proof(
+    kind: Annotated[str, Parameter(help="account, validator, task, worker, claim, audit, evidence, params or chain.")],
+    key: Annotated[str, Parameter(help="A peer id, an id, TASK:PEER for a worker; none for params and chain.")] = "",
+    *,
+    from_: Annotated[
+        int,
+        Parameter(name="--from", help="The height that the verifier trusts; the newest when 0.", validator=_COUNTABLE),
+    ] = 0,
+    common: Common = _PLAIN,
+) -> None:
+    """What the chain's state holds, or that it holds nothing, as a file that anybody can verify."""
+    arguments = {"kind": kind, "id": key} | ({"from": str(from_)} if from_ else {})
+    _show(common, "proof", arguments, lambda data, _: json.dumps(data, indent=1))
+
+
+@app.command
+def verify(
+    file: Annotated[Path, Parameter(help="What tdml-chain proof wrote.")],
+    *,
+    trust: Annotated[str, Parameter(help="HEIGHT:HASH of a block that you trust, from somebody you trust.")],
+    trusting_hours: Annotated[
+        float, Parameter(help="How long after its block a trusted set of validators is believed.", validator=_COUNTABLE)
+    ] = TRUSTING_HOURS,
+    common: Common = _PLAIN,
+) -> None:
+    """Verify a proof file offline: no peer and no database is asked."""
+    show(
+        lambda: verified(file, trust, trusting_hours),
+        common.output,
+        common.field,
+        lambda data: render_chain.proven(data, common.verbose),
+    )
 
 
 @app.command

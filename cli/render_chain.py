@@ -45,6 +45,14 @@ def certificate(data: Answer, verbose: bool) -> str:
     return "\n".join(lines)
 
 
+def proven(data: Answer, verbose: bool) -> str:
+    """Return in a sentence what a verified proof shows, then the record."""
+    what = " ".join(filter(None, (data["kind"], short(data["key"], verbose))))
+    if not data["present"]:
+        return f"✓ There is no {what} at height {data['height']}."
+    return f"✓ This is the {what} at height {data['height']}:\n{fields(data['record'], verbose)}"
+
+
 def task(data: Answer, verbose: bool) -> str:
     """Return a task and its grid of stages × replicas."""
     workers = data.get("workers", [])

@@ -1,0 +1,60 @@
+"""The inspector's proofs: a record of the newest state, and the light blocks that lead to it from an older height."""
+
+from typing import Any
+
+from chain.blocks import Refused
+from chain.keys import verify
+from chain.light import LightBlock, LightClient, NotEnoughTrust, Trust, trusting_ms
+from chain.proofs import KINDS, key_of, prove, to_document
+from chain.query_errors import BadQuery, NotFound
+from chain.state import State
+from chain.store import Store
+
+
+def light_block(store: Store, height: int) -> LightBlock:
+    """Return the light block of a height; raise `NotFound` where the block is not kept."""
+    found = store.block(height)
+    validators = store.validators(found[0].header.validators_hash) if found else None
+    if found is None or validators is None:
+        raise NotFound(f"There is no block {height} here.", "the newest can always be proven from: leave --from out")
+    return LightBlock(found[0].header, found[1], validators)
+
+
+def proof(store: Store, state: State, arguments: dict[str, str]) -> Any:
+    """Return the proof file of what `state` holds of `kind` at `id`, trusted at the tip or at height `from`."""
+    kind = arguments.get("kind", "")
+    if kind not in KINDS:
+        raise BadQuery(f"Nothing is proven of {kind[:40]!r}.", f"kinds: {', '.join(KINDS)}")
+    try:
+        key = key_of(kind, arguments.get("id", ""))
+    except ValueError as error:
+        raise BadQuery(f"{str(error)[:1].upper()}{str(error)[1:]}.", "see tdml-chain proof --help") from None
+    tip = state.height
+    start = arguments.get("from", str(tip))
+    if not start.isdecimal() or not 1 <= int(start[:19]) <= tip:
+        raise BadQuery(f"There is no height {start[:40]} to prove from.", f"heights are from 1 to {tip}")
+    try:
+        path = _path(store, state, int(start))
+    except Refused as error:
+        raise NotFound(f"No proof leads from height {start} to {tip}: {error}.", "prove from a newer height") from None
+    return to_document(prove(state, kind, key, path))
+
+
+def _path(store: Store, state: State, start: int) -> tuple[LightBlock, ...]:
+    """Return the light blocks that take a light client from `start` to the tip, both included."""
+    first, tip = light_block(store, start), state.height
+    if start == tip:
+        return (first,)
+    client = LightClient(state.chain.chain_id, None, Trust(start, first.header.hash), trusting_ms(state.params), verify)
+    now_ms = state.chain.timestamp  # the verifier's clock decides whether the first block is still to be trusted
+    client.update(first, now_ms)
+    path, height = [first], start
+    while height < tip:
+        block = light_block(store, client.wanted(tip))
+        try:
+            client.update(block, now_ms)
+        except NotEnoughTrust:
+            continue
+        path.append(block)
+        height = block.header.height
+    return tuple(path)
