@@ -164,21 +164,21 @@ class ChainEngine:
         self._feed.close()
         self._files.close()
 
-    # What the network delivers.
+    async def take(self, data: bytes) -> Disposition:
+        """Take gossiped transactions and say what gossip should do with them."""
+        disposition = await self._transactions.take(data, lambda: self.state, self._threads)
+        if disposition == ACCEPTED:
+            self._core.pace.hurry(trio.current_time())
+            self._pump()
+        return self._core.gate.count("tx", disposition)
 
     def deliver(self, topic: str, sender: str, data: bytes) -> Disposition:
-        """Take one gossiped message and say what gossip should do with it."""
-        match topic:
-            case "tx":
-                disposition = self._transactions.take(data, self.state)
-                if disposition == ACCEPTED:
-                    self._core.pace.hurry(trio.current_time())
-            case "block" | "vote":
-                disposition = self._core.deliver(data, trio.current_time())
-                if disposition == FUTURE:
-                    self._hear_of_more(sender)
-            case _:
-                disposition = rejected("unknown-topic")
+        """Take one gossiped consensus message and say what gossip should do with it."""
+        disposition = rejected("unknown-topic")
+        if topic in ("block", "vote"):
+            disposition = self._core.deliver(data, trio.current_time())
+            if disposition == FUTURE:
+                self._hear_of_more(sender)
         self._pump()
         return self._core.gate.count(topic, disposition)
 

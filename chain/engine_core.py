@@ -47,6 +47,8 @@ from chain.sync import FinalBlock
 
 MAX_EXECUTED = 8
 """Executed candidates of one height that are kept."""
+PATIENCE = 0.25
+"""Seconds for which a notarized block that is proposed again is held back: its finalization is usually under way."""
 MAX_UNPUBLISHED = 2048
 """Messages that wait for a slow network; the oldest are dropped and come again at a standstill."""
 
@@ -123,6 +125,7 @@ class Core:
         self.began = 0.0
         """When the height under decision began."""
         self._waiting: BuildJob | None = None
+        self._held: tuple[float, Proposal] | None = None
         self.machine = self._machine(Restored())
 
     @property
@@ -163,7 +166,7 @@ class Core:
         self.machine = self._machine(restored)
         self.watch.cover(self.machine.config.height, self.validators)
         self.executed.clear()
-        self._waiting = None
+        self._waiting = self._held = None
         self.began = now
         self.pace.begin(now, pending)
         self._perform(self.machine, self.machine.start(), now)
@@ -205,6 +208,10 @@ class Core:
         if self._waiting is not None and now >= self.pace.due:
             self.jobs.append(self._waiting)
             self._waiting = None
+        if self._held is not None and now >= self._held[0]:
+            held, self._held = self._held[1], None
+            if not self.machine.is_over:
+                self._broadcast(held)
         view = self.pace.expired(now)
         if view is not None:
             self._perform(self.machine, self.machine.on_timer(view), now)
@@ -216,7 +223,8 @@ class Core:
     def deadline(self) -> float:
         """When `tick` has something to do."""
         due = self.pace.due if self._waiting else float("inf")
-        return min(due, self.pace.view_deadline, self.pace.standstill_deadline)
+        held = self._held[0] if self._held else float("inf")
+        return min(due, held, self.pace.view_deadline, self.pace.standstill_deadline)
 
     def draft(self, view: int, now_ms: int) -> Draft:
         """Return the proposer's part of a fresh block.
@@ -266,6 +274,8 @@ class Core:
     def _perform(self, machine: Consensus, effects: Iterable[Effect], now: float) -> None:
         for effect in effects:
             match effect:
+                case Broadcast(Proposal() as message) if message.parent_view:
+                    self._held = (now + PATIENCE, message)
                 case Broadcast(message):
                     self._broadcast(message)
                 case SetTimer(view, seconds):

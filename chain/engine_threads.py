@@ -31,6 +31,7 @@ class Threads:
         self._offload = offload
         self._disk = trio.CapacityLimiter(1)
         self._processor = trio.CapacityLimiter(2)
+        self._verifier = trio.CapacityLimiter(1)
 
     async def disk(self, work: Callable[[], T]) -> T:
         """Run `work` on the databases, one at a time, to its end."""
@@ -44,3 +45,9 @@ class Threads:
         if not self._offload or not is_large:
             return work()
         return await trio.to_thread.run_sync(work, limiter=self._processor)
+
+    async def verify(self, work: Callable[[], T], *, is_large: bool) -> T:
+        """Run `work` that checks signatures, in a thread of its own when it is large: no block waits for it."""
+        if not self._offload or not is_large:
+            return work()
+        return await trio.to_thread.run_sync(work, limiter=self._verifier)

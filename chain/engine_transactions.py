@@ -1,7 +1,8 @@
-"""Transactions at work: the mempool behind gossip, and this peer's own until they have receipts. Pure."""
+"""Transactions at work: the mempool behind gossip, and this peer's own until they have receipts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from msgspec import Meta
@@ -11,6 +12,7 @@ from chain.codec import DecodeError, decode, encode
 from chain.engine_gate import ACCEPTED, Disposition, ignored, rejected
 from chain.engine_outbox import Outbox, Own, Position
 from chain.engine_seam import SubmitRefused, TransactionExpired
+from chain.engine_threads import Threads
 from chain.keys import PrivateKey
 from chain.ledger import Executed, Reason, Receipt
 from chain.mempool import Mempool
@@ -20,6 +22,8 @@ from chain.transactions import MAX_TRANSACTION_BYTES, Evidence, Payload, Transac
 BATCH = 128
 BATCH_BYTES = 256 * 1024
 MAX_BATCH_BYTES = BATCH_BYTES + MAX_TRANSACTION_BYTES + 1024
+LARGE_BATCH = 8
+"""Transactions from which signatures are checked in a thread."""
 KEPT_RECEIPTS = 4096
 FALSE = frozenset((Reason.WRONG_CHAIN, Reason.TOO_LARGE))
 """Refusals that no honest peer's state can explain."""
@@ -42,6 +46,11 @@ def pack(transactions: Iterable[Transaction]) -> Iterator[bytes]:
         yield encode(tuple(batch))
 
 
+def _are_signed(transactions: Iterable[Transaction]) -> bool:
+    """Whether all signatures are their senders'; the first false one ends the check."""
+    return all(transaction.is_signed() for transaction in transactions)
+
+
 @dataclass
 class _Sent:
     """An own transaction; `receipt` once it is included, `lost` when it was given up."""
@@ -59,27 +68,42 @@ class Transactions:
         self.outbox = Outbox(key, chain_id) if key else None
         self._sent: dict[bytes, _Sent] = {}
 
-    def take(self, data: bytes, state: State) -> Disposition:
+    async def take(self, data: bytes, state: Callable[[], State], threads: Threads) -> Disposition:
         """Take a gossiped batch: a false transaction condemns it, a new one makes it worth passing on."""
+        fresh, refused, disposition = self._sift(data, state())
+        checked = fresh or refused[:1]  # whoever sends what is useless signs it at least
+        if not await threads.verify(partial(_are_signed, checked), is_large=len(checked) >= LARGE_BATCH):
+            return rejected(Reason.BAD_SIGNATURE)
+        if not fresh:
+            return disposition
+        reasons = [self.mempool.add(state(), transaction) for transaction in fresh]
+        return ACCEPTED if None in reasons else ignored(reasons[-1] or "known")
+
+    def _sift(self, data: bytes, state: State) -> tuple[list[Transaction], list[Transaction], Disposition]:
+        """Return what of a gossiped batch would be taken if signed, what would not, and what the batch is without it.
+
+        What the mempool would refuse, or has already, is not worth a check of its signature.
+        """
         try:
             batch: tuple[bytes, ...] = decode(Batch, data, MAX_BATCH_BYTES)
             transactions = [decode_transaction(encoded) for encoded in batch]
         except DecodeError:
-            return rejected("malformed")
+            return [], [], rejected("malformed")
+        fresh: list[Transaction] = []
+        refused: list[Transaction] = []
         disposition = ignored("known")
         for transaction in transactions:
             if transaction.tx_id in self.mempool:
                 continue
-            if not transaction.is_signed():
-                return rejected(Reason.BAD_SIGNATURE)
-            reason = self.mempool.add(state, transaction)
+            reason = self.mempool.refusal(state, transaction)
             if reason in FALSE:
-                return rejected(reason)
+                return [], [], rejected(reason)
             if reason is None:
-                disposition = ACCEPTED
-            elif disposition != ACCEPTED:
+                fresh.append(transaction)
+            else:
+                refused.append(transaction)
                 disposition = ignored(reason)
-        return disposition
+        return fresh, refused, disposition
 
     def select(self, state: State) -> tuple[Transaction, ...]:
         """Return the transactions of the next block."""
@@ -110,7 +134,7 @@ class Transactions:
     def adopt(self, block: Block, executed: Executed) -> None:
         """Take what a final block did: receipts, and own transactions that must be signed again."""
         self.mempool.remove(block.transactions)
-        self.mempool.prune(executed.state)
+        self.mempool.prune(executed.state, {transaction.body.sender for transaction in block.transactions})
         if self.outbox is None:
             return
         receipts = {receipt.tx_id: receipt for receipt in executed.receipts}

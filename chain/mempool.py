@@ -2,16 +2,18 @@
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from chain.ledger import check_envelope
 from chain.reasons import Reason
 from chain.state import State
 from chain.transactions import DUTIES, Bond, Payload, PostTask, TopUp, Transaction, Transfer
 
-DEFAULT_BYTES = 16 << 20
+DEFAULT_BYTES = 64 << 20
 DUTY_SHARE = 4
 """One part in four of the bytes is kept for duties."""
+OVERHEAD = 1280
+"""Bytes of memory that a waiting transaction takes beside its encoding (*measured*)."""
 MAX_QUEUE = 256
 """Transactions of one account."""
 ACCOUNT_SHARE = 16
@@ -20,17 +22,48 @@ ACCOUNT_SHARE = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A waiting transaction with its size and whether it is a duty."""
+    """A waiting transaction: its encoded size, whether it is a duty, and its fee per byte."""
 
     transaction: Transaction
-    tx_id: bytes
     size: int
     is_duty: bool
+    price: float
+
+    @classmethod
+    def of(cls, transaction: Transaction) -> "Entry":
+        """Return the entry of a transaction."""
+        size = len(transaction.encoded)
+        return cls(transaction, size, isinstance(transaction.body.payload, DUTIES), transaction.body.fee / size)
 
     @property
-    def price(self) -> float:
-        """Fee per byte."""
-        return self.transaction.body.fee / self.size
+    def tx_id(self) -> bytes:
+        """The id of the transaction."""
+        return self.transaction.tx_id
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory."""
+        return self.size + OVERHEAD
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What waits of one account, by nonce, and its weight by lane."""
+
+    entries: dict[int, Entry] = field(default_factory=dict)
+    held: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+
+    def put(self, entry: Entry) -> None:
+        self.entries[entry.transaction.body.nonce] = entry
+        self.held[entry.is_duty] += entry.weight
+
+    def drop(self, entry: Entry) -> None:
+        del self.entries[entry.transaction.body.nonce]
+        self.held[entry.is_duty] -= entry.weight
+
+    def rank(self) -> tuple[bool, float]:
+        """Return where the account stands in line: the least comes first."""
+        return not self.held[True], -max(entry.price for entry in self.entries.values())
 
 
 class Mempool:
@@ -39,10 +72,12 @@ class Mempool:
     def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
         self._max = {True: max_bytes // DUTY_SHARE, False: max_bytes - max_bytes // DUTY_SHARE}
         self._held = {True: 0, False: 0}
-        self._queues: dict[bytes, dict[int, Entry]] = {}
+        self._queues: dict[bytes, _Queue] = {}
         self._by_id: dict[bytes, Entry] = {}
         self._cheapest: dict[bool, list[tuple[float, bytes]]] = {True: [], False: []}
         """Heaps of (price, id) by lane; ids that have gone are skipped when they surface."""
+        self._ending: list[tuple[float, bytes]] = []
+        """A heap of (last height, id), likewise."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -55,90 +90,107 @@ class Mempool:
 
     def add(self, state: State, transaction: Transaction) -> Reason | None:
         """Take a transaction; return why not, or None. The signature is the caller's to check."""
-        body = transaction.body
-        entry = Entry(transaction, transaction.tx_id, len(transaction.encoded), isinstance(body.payload, DUTIES))
-        nonce = state.account(body.sender).nonce
-        if entry.tx_id in self._by_id:
+        if transaction.tx_id in self._by_id:
             return None
+        checked = self._checked(state, transaction)
+        if isinstance(checked, Reason):
+            return checked
+        self._place(checked)
+        return None
+
+    def refusal(self, state: State, transaction: Transaction) -> Reason | None:
+        """Return why a transaction that is not here would not be taken, whatever its signature; None if it would."""
+        checked = self._checked(state, transaction)
+        return checked if isinstance(checked, Reason) else None
+
+    def _checked(self, state: State, transaction: Transaction) -> Entry | Reason:
+        body = transaction.body
+        nonce = state.account(body.sender).nonce
         if not nonce <= body.nonce < nonce + MAX_QUEUE:
             return Reason.WRONG_NONCE
         reason = check_envelope(state, transaction, max(state.height + 1, body.valid_from), body.nonce)
         if reason is not None:
             return reason
-        return self._place(entry)
+        entry, queue, taken = Entry.of(transaction), self._queues.get(body.sender), 0
+        if queue is not None:
+            present = queue.entries.get(body.nonce)
+            if present is not None and body.fee <= present.transaction.body.fee:
+                return Reason.LOW_FEE
+            replaced = present.weight if present is not None and present.is_duty == entry.is_duty else 0
+            taken = queue.held[entry.is_duty] - replaced
+        is_too_much = (taken + entry.weight) * ACCOUNT_SHARE > self._max[entry.is_duty]
+        return Reason.MEMPOOL_FULL if is_too_much or not self._has_room(entry) else entry
 
-    def _place(self, entry: Entry) -> Reason | None:
-        body = entry.transaction.body
-        queue = self._queues.get(body.sender, {})
-        present = queue.get(body.nonce)
-        if present is not None and body.fee <= present.transaction.body.fee:
-            return Reason.LOW_FEE
-        own = sum(other.size for other in queue.values() if other.is_duty == entry.is_duty and other is not present)
-        if (own + entry.size) * ACCOUNT_SHARE > self._max[entry.is_duty] or not self._make_room(entry):
-            return Reason.MEMPOOL_FULL
-        if present is not None:
-            self._drop(present)
-        self._queues.setdefault(body.sender, {})[body.nonce] = entry
-        self._by_id[entry.tx_id] = entry
-        self._held[entry.is_duty] += entry.size
-        heapq.heappush(self._cheapest[entry.is_duty], (entry.price, entry.tx_id))
-        return None
-
-    def _make_room(self, entry: Entry) -> bool:
-        """Evict the cheapest of the entry's lane, each cheaper than it, until it fits."""
-        heap = self._cheapest[entry.is_duty]
+    def _has_room(self, entry: Entry) -> bool:
+        """Whether the entry fits, or would once cheaper ones of its lane have been evicted."""
         room = self._max[entry.is_duty] - self._held[entry.is_duty]
+        if room >= entry.weight:
+            return True
+        return self._evict(entry, room, really=False)
+
+    def _evict(self, entry: Entry, room: int, *, really: bool) -> bool:
+        """Drop the cheapest of the entry's lane, each cheaper than it, until it fits; or only say whether it would."""
+        heap = self._cheapest[entry.is_duty]
         victims: dict[bytes, Entry] = {}
-        while room < entry.size and heap and heap[0][0] < entry.price:
+        while room < entry.weight and heap and heap[0][0] < entry.price:
             victim = self._by_id.get(heapq.heappop(heap)[1])
             if victim is not None and victim.tx_id not in victims:
                 victims[victim.tx_id] = victim
-                room += victim.size
-        if room < entry.size:
-            for victim in victims.values():
-                heapq.heappush(heap, (victim.price, victim.tx_id))
-            return False
+                room += victim.weight
         for victim in victims.values():
-            self._drop(victim)
-        return True
+            if really:
+                self._drop(victim)
+            else:
+                heapq.heappush(heap, (victim.price, victim.tx_id))
+        return room >= entry.weight
+
+    def _place(self, entry: Entry) -> None:
+        self._evict(entry, self._max[entry.is_duty] - self._held[entry.is_duty], really=True)
+        body = entry.transaction.body
+        queue = self._queues.setdefault(body.sender, _Queue())
+        present = queue.entries.get(body.nonce)
+        if present is not None:
+            self._drop(present)
+            self._queues[body.sender] = queue
+        queue.put(entry)
+        self._by_id[entry.tx_id] = entry
+        self._held[entry.is_duty] += entry.weight
+        heapq.heappush(self._cheapest[entry.is_duty], (entry.price, entry.tx_id))
+        heapq.heappush(self._ending, (body.valid_until, entry.tx_id))
 
     def _drop(self, entry: Entry) -> None:
-        body = entry.transaction.body
-        if self._by_id.pop(entry.tx_id, None) is None:
-            return
-        self._held[entry.is_duty] -= entry.size
-        queue = self._queues.get(body.sender, {})
-        if queue.get(body.nonce) is entry:
-            del queue[body.nonce]
-        if not queue:
-            self._queues.pop(body.sender, None)
+        sender = entry.transaction.body.sender
+        del self._by_id[entry.tx_id]
+        self._held[entry.is_duty] -= entry.weight
+        queue = self._queues[sender]
+        queue.drop(entry)
+        if not queue.entries:
+            del self._queues[sender]
 
     def select(self, state: State, max_bytes: int, max_count: int) -> tuple[Transaction, ...]:
         """Return transactions for the next block: duties first, then by fee per byte, nonces in order."""
-        ready = [self._runnable(state, sender) for sender in sorted(self._queues)]
-        ready.sort(key=lambda run: (-any(e.is_duty for e in run), -max((e.price for e in run), default=0.0)))
+        line = [(queue.rank(), sender) for sender, queue in self._queues.items()]
+        heapq.heapify(line)
         chosen: list[Transaction] = []
-        for run in ready:
-            for entry in run:
-                if entry.size > max_bytes or len(chosen) >= max_count:
+        while line and len(chosen) < max_count:
+            for entry in self._runnable(state, heapq.heappop(line)[1]):
+                if entry.size > max_bytes or len(chosen) == max_count:
                     break
                 chosen.append(entry.transaction)
                 max_bytes -= entry.size
         return tuple(chosen)
 
-    def _runnable(self, state: State, sender: bytes) -> list[Entry]:
-        queue = self._queues[sender]
+    def _runnable(self, state: State, sender: bytes) -> Iterator[Entry]:
+        entries = self._queues[sender].entries
         nonce = state.account(sender).nonce
         balance = state.account(sender).balance
-        run = []
-        while (entry := queue.get(nonce)) is not None:
+        while (entry := entries.get(nonce)) is not None:
             body = entry.transaction.body
             if body.fee > balance or check_envelope(state, entry.transaction, state.height + 1, nonce) is not None:
-                break
+                return
             balance = max(0, balance - body.fee - _spent(body.payload))
-            run.append(entry)
+            yield entry
             nonce += 1
-        return run
 
     def remove(self, transactions: Iterable[Transaction]) -> None:
         """Drop transactions that a block has included."""
@@ -147,16 +199,23 @@ class Mempool:
             if entry is not None:
                 self._drop(entry)
 
-    def prune(self, state: State) -> None:
-        """Drop what can no longer be included: old nonces and ended windows."""
-        for entry in list(self._by_id.values()):
-            body = entry.transaction.body
-            if body.nonce < state.account(body.sender).nonce or body.valid_until <= state.height:
+    def prune(self, state: State, senders: Iterable[bytes] | None = None) -> None:
+        """Drop what can no longer be included: ended windows, and old nonces of `senders`, or of all."""
+        for sender in set(self._queues if senders is None else senders):
+            queue, nonce = self._queues.get(sender), state.account(sender).nonce
+            for entry in [e for n, e in queue.entries.items() if n < nonce] if queue is not None else ():
                 self._drop(entry)
-        for is_duty, heap in self._cheapest.items():
-            if len(heap) > 2 * len(self._by_id) + 64:
-                self._cheapest[is_duty] = [item for item in heap if item[1] in self._by_id]
-                heapq.heapify(self._cheapest[is_duty])
+        while self._ending and self._ending[0][0] <= state.height:
+            ended = self._by_id.get(heapq.heappop(self._ending)[1])
+            if ended is not None:
+                self._drop(ended)
+        for heap in (*self._cheapest.values(), self._ending):
+            self._forget_gone(heap)
+
+    def _forget_gone(self, heap: list[tuple[float, bytes]]) -> None:
+        if len(heap) > 2 * len(self._by_id) + 64:
+            heap[:] = [item for item in heap if item[1] in self._by_id]
+            heapq.heapify(heap)
 
 
 def _spent(payload: Payload) -> int:

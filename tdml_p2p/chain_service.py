@@ -12,6 +12,7 @@ import trio
 
 from chain.blocks import Block
 from chain.engine import Action, ChainEngine, Committed
+from chain.engine import Disposition as Verdict
 from chain.engine import RequestFailed as SyncFailed
 from chain.keys import peer_id
 from chain.ledger import Event
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("tdml.chain")
 
-TOPICS = ("block", "vote", "tx")
+TOPICS = ("block", "vote")
 SYNC_PROTOCOL = "/tdml/sync/1"
 SYNC_REQUEST_BYTES = 4096
 SYNC_REPLY_BYTES = 8 * 1024 * 1024
@@ -138,6 +139,7 @@ class ChainService:
         """Run the engine and follow it until cancelled."""
         for topic in TOPICS:
             self._network.on_topic(topic, partial(self._deliver, topic))
+        self._network.on_slow_topic("tx", self._take)
         self._network.on_request(SYNC_PROTOCOL, self._engine.serve, SYNC_REQUEST_BYTES)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._follow)
@@ -145,7 +147,12 @@ class ChainService:
             task_status.started()
 
     def _deliver(self, topic: str, sender: str, data: bytes) -> Disposition:
-        found = self._engine.deliver(topic, sender, data)
+        return self._counted(self._engine.deliver(topic, sender, data))
+
+    async def _take(self, _sender: str, data: bytes) -> Disposition:
+        return self._counted(await self._engine.take(data))
+
+    def _counted(self, found: Verdict) -> Disposition:
         if found.action is Action.REJECT:
             self._metrics.refused.labels(found.reason).inc()
         return Disposition(str(found.action))

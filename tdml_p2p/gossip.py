@@ -5,7 +5,7 @@ must arrive is asked for again by whoever misses it.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 from functools import partial
@@ -34,6 +34,8 @@ _QUEUED_RPCS = 512
 _READ_BYTES = 64 << 10
 _SEEN_SECONDS = 6.0
 _MAX_SEEN = 65536
+_MAX_WAITING = 64
+_MAX_WAITING_BYTES = 8 << 20
 
 
 class Disposition(StrEnum):
@@ -45,6 +47,7 @@ class Disposition(StrEnum):
 
 
 TopicHandler = Callable[[str, bytes], Disposition]
+SlowTopicHandler = Callable[[str, bytes], Awaitable[Disposition]]
 
 
 class Gossip:
@@ -56,10 +59,13 @@ class Gossip:
         self._limits = limits
         self._self = host.get_id()
         self._handlers: dict[str, TopicHandler] = {}
+        self._slow: dict[str, SlowTopicHandler] = {}
         self._joined: dict[str, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
         self.router = _router()
         self._pubsub = _Pubsub(host, self.router, limits)
+        self._pubsub.defer = self._defer
+        self._waiting = _Waiting()
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
@@ -82,6 +88,14 @@ class Gossip:
         self._handlers[topic] = handler
         if is_new and self._nursery is not None:
             self._nursery.start_soon(self._join, topic)
+
+    def on_slow_topic(self, topic: str, handler: SlowTopicHandler) -> None:
+        """Join `topic`, whose messages take their handler long: other topics' do not wait for them.
+
+        Where too many wait, further ones are dropped and counted.
+        """
+        self._slow[self._name(topic)] = handler
+        self.on_topic(topic, lambda _sender, _data: Disposition.ACCEPT)
 
     async def publish(self, topic: str, data: bytes) -> None:
         """Send `data` to the topic's other members; raise `ValueError` when it is too large."""
@@ -109,8 +123,40 @@ class Gossip:
             # The handler has already had the message; the queue only must not fill up.
             await subscription.get()
 
+    def _defer(self, forwarder: Any, message: Any) -> bool:
+        """Whether the message is of a slow topic, and so is judged, and passed on, in a task of its own."""
+        if len(message.topicIDs) != 1 or message.topicIDs[0] not in self._slow or self._nursery is None:
+            return False
+        key = _message_id(message)
+        if self._pubsub.seen_messages.has(key) or key in self._waiting.sizes:
+            return True
+        if self._waiting.put(key, len(message.data)):
+            self._nursery.start_soon(self._judge_slowly, key, forwarder, message)
+        else:
+            self.counts["dropped"] += 1
+        return True
+
+    async def _judge_slowly(self, key: bytes, forwarder: Any, message: Any) -> None:
+        try:
+            verdict = await self._slow[message.topicIDs[0]](str(forwarder), message.data)
+        except Exception:
+            # As for the other topics: one message must not stop the peer.
+            log.exception("a gossip handler failed", topic=message.topicIDs[0], sender=str(forwarder))
+            verdict = Disposition.IGNORE
+            self.counts["failed"] += 1
+        finally:
+            self._waiting.drop(key)
+        self._note(verdict, str(forwarder))
+        if verdict == Disposition.ACCEPT:
+            await self._pubsub.push_msg(forwarder, message)
+
+    def _note(self, verdict: Disposition, sender: str) -> None:
+        self.counts[verdict] += 1
+        if verdict == Disposition.REJECT:
+            self._limits.charge(sender, Offence.INVALID_MESSAGE)
+
     def _judge(self, topic: str, forwarder: Any, message: Any) -> bool:
-        if forwarder == self._self:
+        if forwarder == self._self or self._name(topic) in self._slow:
             return True
         sender = str(forwarder)
         try:
@@ -120,10 +166,28 @@ class Gossip:
             log.exception("a gossip handler failed", topic=topic, sender=sender)
             self.counts["failed"] += 1
             return False
-        self.counts[verdict] += 1
-        if verdict == Disposition.REJECT:
-            self._limits.charge(sender, Offence.INVALID_MESSAGE)
+        self._note(verdict, sender)
         return verdict == Disposition.ACCEPT
+
+
+class _Waiting:
+    """Messages of slow topics that are being judged, bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[bytes, int] = {}
+        self._bytes = 0
+
+    def put(self, key: bytes, size: int) -> bool:
+        """Count a message in; whether there is room for it."""
+        if len(self.sizes) >= _MAX_WAITING or self._bytes + size > _MAX_WAITING_BYTES:
+            return False
+        self.sizes[key] = size
+        self._bytes += size
+        return True
+
+    def drop(self, key: bytes) -> None:
+        """Count it out."""
+        self._bytes -= self.sizes.pop(key)
 
 
 class _Pubsub(Pubsub):
@@ -135,6 +199,7 @@ class _Pubsub(Pubsub):
 
     def __init__(self, host: Any, router: GossipSub, limits: PeerLimits) -> None:
         self._limits = limits
+        self.defer: Callable[[Any, Any], bool] = lambda _forwarder, _message: False
         super().__init__(
             _Unrecorded(host),
             router,
@@ -161,7 +226,7 @@ class _Pubsub(Pubsub):
 
     async def _handle(self, peer: Any, rpc: Any) -> None:
         for message in rpc.publish:
-            if self._is_subscribed_to_msg(message):
+            if self._is_subscribed_to_msg(message) and not self.defer(peer, message):
                 await self.push_msg(peer, message)
         for subscription in rpc.subscriptions[: self.max_subscriptions_per_rpc]:
             self.handle_subscription(peer, subscription)

@@ -17,7 +17,7 @@ from chain.keys import PrivateKey, peer_id
 from tdml_p2p.blobs import Blobs
 from tdml_p2p.discovery import Discovery
 from tdml_p2p.errors import UserError
-from tdml_p2p.gossip import Gossip, TopicHandler
+from tdml_p2p.gossip import Gossip, SlowTopicHandler, TopicHandler
 from tdml_p2p.limits import LimitConfig, Offence, PeerLimits
 from tdml_p2p.p2p_host import build_host
 from tdml_p2p.peers import Upkeep, UpkeepConfig
@@ -116,6 +116,10 @@ class Network:
     def on_topic(self, topic: str, handler: TopicHandler) -> None:
         """Join `topic`; `handler` decides about every new message before it travels on."""
         self.gossip.on_topic(topic, handler)
+
+    def on_slow_topic(self, topic: str, handler: SlowTopicHandler) -> None:
+        """Join `topic`; other topics do not wait for its `handler`."""
+        self.gossip.on_slow_topic(topic, handler)
 
     async def request(self, peer: str, protocol: str, data: bytes, *, limit: int, timeout: float) -> bytes:
         """Return the peer's reply of up to `limit` bytes; raise `RequestFailed`."""

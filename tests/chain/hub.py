@@ -9,11 +9,14 @@ from random import Random
 import trio
 from msgspec import structs
 
-from chain.engine import Action, ChainEngine, EngineConfig, RequestFailed
+from chain.engine import Action, ChainEngine, Disposition, EngineConfig, RequestFailed
+from chain.engine_threads import Threads
+from chain.engine_transactions import Transactions
 from chain.genesis import Allocation, Genesis, GenesisValidator
 from chain.keys import PrivateKey, peer_id
 from chain.params import Params
 from chain.randomness import onion_of
+from chain.state import State
 
 START_MS = 1_700_000_000_000
 DELAY = 0.01
@@ -83,14 +86,14 @@ class Link:
         await trio.sleep(DELAY)
         for peer, engine in list(self.hub.engines.items()):
             if peer != self.peer and self.hub.reaches(peer, self.peer):
-                self._deliver(engine, topic, peer, data)
+                await self._deliver(engine, topic, peer, data)
 
-    def _deliver(self, engine: ChainEngine, topic: str, peer: str, data: bytes) -> None:
+    async def _deliver(self, engine: ChainEngine, topic: str, peer: str, data: bytes) -> None:
         twist = self.hub.twists.get(self.peer)
         changed = twist(topic, peer, data) if twist else data
         if changed is None or self.hub.dice.random() < self.hub.loss:
             return
-        disposition = engine.deliver(topic, self.peer, changed)
+        disposition = await engine.take(changed) if topic == "tx" else engine.deliver(topic, self.peer, changed)
         if disposition.action == Action.REJECT:
             self.hub.refused.append((topic, disposition.reason))
 
@@ -141,3 +144,8 @@ async def until_height(engine: ChainEngine, height: int) -> None:
     async with engine.subscribe() as blocks:
         while engine.state.height < height:
             await blocks.receive()
+
+
+async def take(transactions: Transactions, data: bytes, state: State) -> Disposition:
+    """Give a gossiped batch to a mempool, its signatures checked at once."""
+    return await transactions.take(data, lambda: state, Threads(offload=False))

@@ -13,7 +13,7 @@ from chain.keys import PrivateKey
 from chain.ledger import Executed
 from chain.state import Table, genesis_state
 from chain.transactions import SubmitClaims, Transfer, sign
-from tests.chain.hub import genesis_of, keys
+from tests.chain.hub import genesis_of, keys, take
 
 KEY = PrivateKey(bytes([7]) * 32)
 CHAIN = b"c" * 32
@@ -122,7 +122,7 @@ def test_gossip_batches_are_bounded() -> None:
     assert list(pack([])) == []
 
 
-def test_gossip_takes_the_new_ignores_the_known_and_rejects_the_false() -> None:
+async def test_gossip_takes_the_new_ignores_the_known_and_rejects_the_false() -> None:
     members = keys(2)
     genesis = genesis_of(members, [])
     state = genesis_state(genesis)
@@ -130,8 +130,8 @@ def test_gossip_takes_the_new_ignores_the_known_and_rejects_the_false() -> None:
     receiver = Transactions(None, genesis.chain_id)
     sender.submit(Transfer(members[1].account, 5), state)
     (batch,) = sender.to_gossip(0.0)
-    assert receiver.take(batch, state) == ACCEPTED
-    assert receiver.take(batch, state).reason == "known"
+    assert await take(receiver, batch, state) == ACCEPTED
+    assert (await take(receiver, batch, state)).reason == "known"
     body = sender.select(state)[0].body
     forged = sign(members[1], body)
     false = {
@@ -140,10 +140,10 @@ def test_gossip_takes_the_new_ignores_the_known_and_rejects_the_false() -> None:
         "wrong-chain": encode((encode(sign(members[0], structs.replace(body, chain_id=bytes(32)))),)),
     }
     for reason, data in false.items():
-        answer = receiver.take(data, state)
+        answer = await take(receiver, data, state)
         assert (answer.action, answer.reason) == (Action.REJECT, reason)
     late = encode((encode(sign(members[0], structs.replace(body, nonce=10_000))),))
-    assert receiver.take(late, state).action == Action.IGNORE
+    assert (await take(receiver, late, state)).action == Action.IGNORE
     assert len(receiver.select(state)) == 1
 
 

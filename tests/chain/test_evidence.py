@@ -317,6 +317,9 @@ class Liar:
     def deliver(self, topic: str, sender: str, data: bytes) -> Disposition:
         return ACCEPTED
 
+    async def take(self, data: bytes) -> Disposition:
+        return ACCEPTED
+
     async def serve(self, sender: str, data: bytes) -> bytes:
         if isinstance(decode_request(data, CHAIN), StatusRequest):
             return encode(StatusReply(self.final.block.height, self.final.block.hash, 1))

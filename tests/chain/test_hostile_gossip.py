@@ -39,7 +39,7 @@ from chain.keys import PrivateKey, verify
 from chain.mempool import DEFAULT_BYTES
 from chain.state import genesis_state
 from chain.transactions import VERSION, Transaction, Transfer, Unsigned, sign
-from tests.chain.hub import Hub, genesis_of, keys, running, until_height
+from tests.chain.hub import Hub, genesis_of, keys, running, take, until_height
 from tests.chain.test_blocks import block
 
 MEMBERS = keys(4)
@@ -239,7 +239,7 @@ def junk(total: int, of: Transaction) -> Iterator[bytes]:
         yield encode(tuple(encode(Transaction(body, of.signature)) for body in bodies))
 
 
-def test_a_hundred_thousand_junk_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hundred_thousand_junk_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is dropped at its first false transaction: one check a message, nothing kept."""
     checked = 0
     honest = Transaction.is_signed
@@ -253,13 +253,13 @@ def test_a_hundred_thousand_junk_transactions(monkeypatch: pytest.MonkeyPatch) -
     transactions = Transactions(None, CHAIN)
     batches = list(junk(100_000, transfer(MEMBERS[0], 1)))
     assert len(batches) == -(-100_000 // BATCH)
-    answers = {transactions.take(batch, STATE) for batch in batches}
+    answers = {await take(transactions, batch, STATE) for batch in batches}
     assert answers == {Disposition(Action.REJECT, "bad-signature")}
     assert checked <= len(batches)
     assert len(transactions.mempool) == 0
 
 
-def test_transactions_that_break_the_form_are_refused_by_name() -> None:
+async def test_transactions_that_break_the_form_are_refused_by_name() -> None:
     transactions, good = Transactions(None, CHAIN), transfer(MEMBERS[0], 0)
     raw = encode(good)
     cases: dict[str, list[bytes]] = {
@@ -279,18 +279,18 @@ def test_transactions_that_break_the_form_are_refused_by_name() -> None:
     assert raw.count(b"\x00\x64") >= 1
     for reason, messages in cases.items():
         for data in messages:
-            answer = transactions.take(data, STATE)
+            answer = await take(transactions, data, STATE)
             assert (answer.action, answer.reason) == (Action.REJECT, reason)
     assert len(transactions.mempool) == 0
 
 
-def test_a_flood_of_signed_transactions_stays_within_the_mempool(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_of_signed_transactions_stays_within_the_mempool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transaction, "is_signed", lambda self: True)
     transactions = Transactions(None, CHAIN)
     for account in range(8):
         sender = PrivateKey(bytes([200 + account]) * 32)
         for batch in junk(2000, transfer(sender, 0)):
-            transactions.take(batch, STATE)
+            await take(transactions, batch, STATE)
     assert len(transactions.mempool) <= 8 * 256
     assert sum(len(encode(each)) for each in transactions.mempool) <= DEFAULT_BYTES
 
@@ -302,8 +302,9 @@ async def test_an_engine_under_fire_goes_on(tmp_path: Path, autojump_clock: trio
         for round_ in range(5):
             for message, _ in ATTACKS.values():
                 data = message if isinstance(message, bytes) else encode(message)
-                for topic in ("vote", "block", "tx"):
+                for topic in ("vote", "block"):
                     assert engine.deliver(topic, "hostile", data).action != Action.ACCEPT
+                assert (await engine.take(data)).action != Action.ACCEPT
             await until_height(engine, round_ + 1)
         counts = engine.status()["messages"]
         assert counts["vote reject malformed"] >= 5

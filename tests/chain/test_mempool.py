@@ -4,7 +4,7 @@ import pytest
 
 from chain.codec import encode
 from chain.ledger import InvalidBlock
-from chain.mempool import ACCOUNT_SHARE, MAX_QUEUE, Mempool
+from chain.mempool import ACCOUNT_SHARE, MAX_QUEUE, OVERHEAD, Mempool
 from chain.reasons import Reason
 from chain.transactions import Bond, Commit, Commitment, Payload, RenewLease, Transaction, Transfer
 from tests.chain.ledger_kit import BALANCE, KEYS, Ledger, Sent, genesis_of
@@ -77,7 +77,7 @@ def test_the_free_lane_is_for_those_who_may_owe_something() -> None:
 
 
 def small(entries: int) -> Mempool:
-    size = len(encode(Ledger().sign(ALICE, pay(), fee=99)))
+    size = len(encode(Ledger().sign(ALICE, pay(), fee=99))) + OVERHEAD
     return Mempool(max_bytes=entries * size * 4 // 3 + 8)
 
 
@@ -105,7 +105,7 @@ def test_a_full_lane_of_transfers_leaves_room_for_duties(monkeypatch: pytest.Mon
 
 def test_no_account_fills_a_lane_alone() -> None:
     ledger = Ledger()
-    size = len(encode(ledger.sign(ALICE, pay())))
+    size = len(encode(ledger.sign(ALICE, pay()))) + OVERHEAD
     pool = Mempool(max_bytes=2 * size * ACCOUNT_SHARE * 4 // 3 + 64)
     assert pool.add(ledger.state, ledger.sign(ALICE, pay())) is None
     assert pool.add(ledger.state, ledger.sign(ALICE, pay(), ahead=1)) is None
@@ -120,7 +120,7 @@ def test_bytes_are_counted_through_every_change() -> None:
         for transaction in sent:
             pool.add(ledger.state, transaction)
         assert len(pool) == 8
-        assert pool._held == {True: 0, False: sum(len(encode(t)) for t in pool)}
+        assert pool._held == {True: 0, False: sum(len(encode(t)) + OVERHEAD for t in pool)}
     pool.remove(list(pool))
     assert len(pool) == 0
     assert pool._held == {True: 0, False: 0}
