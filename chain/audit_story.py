@@ -13,8 +13,7 @@ from chain.verdicts import (
     Deviations,
     ballot,
     deviations,
-    is_fraud,
-    is_match,
+    finding,
     quorum,
     tally,
     thresholds,
@@ -85,14 +84,15 @@ def audit_story(reader: Chronicle, audit: Audit) -> dict[str, Any]:
     if opening and reveal:
         found = deviations(opening.sketch, reveal.shared)
         story["deviations"] = _by_tensor(found)
-        story["finding"] = _finding(state, found)
+        story["finding"] = finding(found, state.params)
         story["contradiction"] = reveal.contradiction
-    story["votes"] = [_vote(state, audit, "third", audit.third)] if audit.third else []
-    story["votes"] += [_vote(state, audit, "voter", voter) for voter in audit.voters]
+    story["timeline"] = _timeline(reader, audit, claim)
+    ballots = {e["data"]["by"]: e["data"] for e in story["timeline"] if e["kind"] == "ballot"}
+    story["votes"] = [_opinion(state, audit, audit.third)] if audit.third else []
+    story["votes"] += [_vote("voter", voter, ballots.get(peer_id(voter.account))) for voter in audit.voters]
     story["tally"] = _tally(state, audit)
     story["convictions"] = [plain(conviction) for conviction in convictions if conviction.subject == audit.id]
     story["slashed"] = str(sum(conviction.slashed for conviction in convictions if conviction.subject == audit.id))
-    story["timeline"] = _timeline(reader, audit, claim)
     return story
 
 
@@ -112,35 +112,42 @@ def _by_tensor(values: Deviations) -> dict[str, float | str]:
     return {name: value if value < float("inf") else "inf" for name, value in zip(TENSORS, values, strict=True)}
 
 
-def _finding(state: State, found: Deviations) -> str:
-    if is_match(found, state.params):
-        return "match"
-    return "fraud" if is_fraud(found, state.params) else "fault"
-
-
-def _vote(state: State, audit: Audit, role: str, voter: Voter) -> dict[str, Any]:
+def _vote(role: str, voter: Voter, said: dict[str, Any] | None) -> dict[str, Any]:
     """Return what a third peer or voter did; its ballot and deviations once it has revealed."""
     told: dict[str, Any] = {
         "role": role,
         "peer": peer_id(voter.account),
         "power": str(voter.power),
         "committed": voter.commitment is not None,
-        "revealed": voter.reveal is not None,
+        "revealed": voter.has_revealed,
         "ballot": None,
     }
-    if audit.opening and audit.reveal and voter.reveal:
-        found = deviations(audit.opening.sketch, voter.reveal.shared)
-        said = ballot(voter.reveal, audit.opening.sketch, audit.reveal.shared, state.params)
-        told |= {"ballot": str(said), "deviations": _by_tensor(found), "finding": _finding(state, found)}
-        told["contradiction"] = voter.reveal.contradiction
+    if said is not None:
+        found = dict(zip(TENSORS, said["deviations"], strict=True))
+        told |= {"ballot": said["ballot"], "deviations": found, "finding": said["finding"]}
+        told["contradiction"] = said["contradiction"]
     return told
+
+
+def _opinion(state: State, audit: Audit, third: Voter) -> dict[str, Any]:
+    """Return what the third peer did."""
+    if not audit.opening or not audit.reveal or not third.reveal:
+        return _vote("third", third, None)
+    found = deviations(audit.opening.sketch, third.reveal.shared)
+    said = {
+        "ballot": str(ballot(third.reveal, audit.opening.sketch, audit.reveal.shared, state.params)),
+        "deviations": list(_by_tensor(found).values()),
+        "finding": finding(found, state.params),
+        "contradiction": third.reveal.contradiction,
+    }
+    return _vote("third", third, said)
 
 
 def _tally(state: State, audit: Audit) -> dict[str, str] | None:
     """Return the stake that voted and what a verdict needs; None before any vote."""
     if not audit.voters or not audit.opening or not audit.reveal:
         return None
-    against = tally(audit.voters, audit.opening.sketch, audit.reveal.shared, state.params)
+    against = tally(audit.voters)
     total = sum(voter.power for voter in audit.voters)
     return {
         "stake": str(total),

@@ -219,11 +219,12 @@ def _task(reader: Reader, arguments: Arguments) -> Any:
     task = reader.state.task(_bytes(arguments))
     if task is None:
         raise NotFound(f"There is no task {arguments.get('id', '')}.", "see tasks")
-    return {**task_line(task), "workers": [worker_line(w) for w in reader.state.workers(task.id)]}
+    workers = sorted(reader.state.workers(task.id), key=lambda worker: (worker.stage, worker.account))
+    return {**task_line(task), "workers": [worker_line(worker) for worker in workers]}
 
 
 def _workers(reader: Reader, arguments: Arguments) -> Any:
-    workers: list[Worker] = [row for _, row in sorted(reader.state.tables[Table.WORKERS].items())]
+    workers: list[Worker] = list(reader.state.tables[Table.WORKERS].values())
     task = _bytes(arguments, "task") if "task" in arguments else None
     chosen = [worker for worker in workers if task in (None, worker.task)]
     return [worker_line(w) for w in sorted(chosen, key=lambda w: (w.task, w.stage, w.account))]

@@ -55,6 +55,11 @@ class Reason(StrEnum):
     BAD_EVIDENCE = "bad-evidence"  # The two votes do not conflict, or are not authentic.
     EVIDENCE_OLD = "evidence-old"  # Its stake may have left since: outside the evidence window.
     EVIDENCE_EARLY = "evidence-early"  # Votes of a height that is not under decision yet.
+    CLOSED = "closed"  # Its key was rotated: the account acts, and is paid, under its successor.
+    KEY_IN_USE = "key-in-use"  # The successor must be a key that was never used.
+    BAD_PROOF = "bad-proof"  # The successor has not signed that it succeeds the sender.
+    OBLIGED = "obliged"  # A client, worker or auditor finishes first.
+    BAD_PARAMS = "bad-params"  # No network can run on them, or no vote can lead there.
     EVIDENCE_KNOWN = "evidence-known"  # That offence is punished already.
 
 

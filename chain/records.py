@@ -1,5 +1,6 @@
 """The records of the ledger's state, table by table."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
@@ -45,6 +46,15 @@ class Validator(Record, frozen=True):
     def is_able(self) -> bool:
         """Whether it may validate, given stake."""
         return not self.is_jailed and not self.is_tombstoned
+
+
+class Rotation(Record, frozen=True):
+    """The place of an account in a line of successors; the row of the first says who is the last now."""
+
+    first: AccountId
+    last: AccountId
+    closed_at: Uint = 0
+    """Height of its own rotation, 0 for the last of the line."""
 
 
 class Unbonding(Record, frozen=True):
@@ -196,12 +206,19 @@ ACTIVE = (
 
 
 class Voter(Record, frozen=True):
-    """A third opinion or a voter: its stake, commitment and reveal."""
+    """A third opinion, with its reveal, or a voter, of whose reveal only the ballot stays in the state."""
 
     account: AccountId
     power: Uint
     commitment: Hash | None = None
     reveal: Reveal | None = None
+    said: Annotated[int, Meta(ge=0, le=3)] | None = None
+    """The place of the voter's ballot in `verdicts.Ballot`."""
+
+    @property
+    def has_revealed(self) -> bool:
+        """Whether it has revealed what it committed to."""
+        return self.reveal is not None or self.said is not None
 
 
 class Audit(Record, frozen=True):
@@ -269,6 +286,18 @@ class Chain(Record, frozen=True):
     issued: Uint
     burned: Uint
     faucet: Uint
+
+
+def heir(rotation: Callable[[bytes], Rotation | None], account: bytes) -> bytes:
+    """Return the last successor of an account, itself if its key was never rotated."""
+    row = rotation(account)
+    first = None if row is None else rotation(row.first)
+    return account if first is None else first.last
+
+
+def is_closed(row: Rotation | None) -> bool:
+    """Whether a row of the rotations is that of an account which has a successor."""
+    return row is not None and row.closed_at > 0
 
 
 def status_of(kind: type[StrEnum], value: StrEnum) -> int:

@@ -8,24 +8,26 @@ from typing import Any
 
 from blake3 import blake3
 
-from chain.blocks import MAX_VALIDATORS, ValidatorSet
+from chain.blocks import ValidatorSet
 from chain.codec import Record, decode, encode
+from chain.duties import Duty, duties_of, parties
 from chain.genesis import Genesis, check
-from chain.hashing import ZERO, digest
+from chain.hashing import digest
 from chain.params import Params
 from chain.records import (
     Account,
     Audit,
-    AuditStatus,
     Chain,
     ClaimRecord,
     Conviction,
+    Rotation,
     StepProgress,
     Task,
     Unbonding,
     Validator,
-    Voter,
     Worker,
+    heir,
+    is_closed,
 )
 from chain.tree import SparseTree, TreeProof
 
@@ -58,6 +60,7 @@ class Table(IntEnum):
     """Tasks and audits to look at, by height, table and id."""
     JOBS = 16
     """Tasks that an account works or applied in and that are watched, by account and task."""
+    ROTATIONS = 17
 
 
 class Marker(Record, frozen=True):
@@ -82,6 +85,7 @@ KINDS: dict[Table, type[Record]] = {
     Table.ENDED: Marker,
     Table.WAKE: Marker,
     Table.JOBS: Marker,
+    Table.ROTATIONS: Rotation,
 }
 _ONLY = b""
 PREFIX = 32
@@ -139,17 +143,6 @@ def _regrouped(groups: dict[bytes, dict[bytes, None]], changes: Mapping[bytes, A
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Duty:
-    """What an account owes now: commit, open or reveal a re-execution by `deadline`, with its sketch key."""
-
-    kind: str
-    audit: bytes
-    round: int
-    key: bytes
-    deadline: int
-
-
 @dataclass(frozen=True)
 class State:
     """The state after one block."""
@@ -195,15 +188,31 @@ class State:
         """Return a registered validator."""
         return self.tables[Table.VALIDATORS].get(account)
 
+    def heir(self, account: bytes) -> bytes:
+        """Return the account that answers for `account` now: itself, or the last successor of its key."""
+        return heir(self.tables[Table.ROTATIONS].get, account)
+
+    def is_closed(self, account: bytes) -> bool:
+        """Whether the account's key was rotated."""
+        return is_closed(self.tables[Table.ROTATIONS].get(account))
+
+    @cached_property
+    def obliged(self) -> frozenset[bytes]:
+        """Clients of watched tasks and parties of open audits: accounts that others wait for, or will pay."""
+        clients = {self.tables[Table.TASKS][task].client for task in self.tables[Table.OPEN]}
+        audits = self.tables[Table.AUDITS]
+        return frozenset(clients.union(*(parties(audits[audit]) for audit in self.tables[Table.ACTIVE])))
+
+    def power(self, account: bytes) -> int:
+        """Return an account's weight in the set of the next height."""
+        return getattr(self.validator(account), "power", 0)
+
     @cached_property
     def _validators(self) -> ValidatorSet:
-        rows = self.tables[Table.VALIDATORS].items()
-        able = ((validator.power, account) for account, validator in rows if validator.power and validator.is_able)
-        strongest = sorted(able, reverse=True)[:MAX_VALIDATORS]
-        return ValidatorSet.of((account, power) for power, account in strongest)
+        return ValidatorSet.of((key, row.power) for key, row in self.tables[Table.VALIDATORS].items() if row.power)
 
     def validators(self) -> ValidatorSet:
-        """Return the validators of the next height: those with the most power."""
+        """Return the validators of the next height: those with power, at most `blocks.MAX_VALIDATORS`."""
         return self._validators
 
     def task(self, task: bytes) -> Task | None:
@@ -212,8 +221,7 @@ class State:
 
     def open_tasks(self) -> tuple[Task, ...]:
         """Return the tasks that are not closed."""
-        found = (self.tables[Table.TASKS][task] for task in sorted(self.tables[Table.OPEN]))
-        return tuple(task for task in found if task.is_open)
+        return tuple(task for key in sorted(self.tables[Table.OPEN]) if (task := self.tables[Table.TASKS][key]).is_open)
 
     def workers(self, task: bytes) -> tuple[Worker, ...]:
         """Return the applicants and workers of a task, also those who left, by account."""
@@ -233,12 +241,11 @@ class State:
 
     def active_audits(self) -> Iterator[Audit]:
         """Yield the audits in which somebody owes something, by id."""
-        for audit in sorted(self.tables[Table.ACTIVE]):
-            yield self.tables[Table.AUDITS][audit]
+        return (self.tables[Table.AUDITS][audit] for audit in sorted(self.tables[Table.ACTIVE]))
 
     def duties(self, account: bytes) -> tuple[Duty, ...]:
         """Return what `account` owes now."""
-        return tuple(duty for audit in self.active_audits() for duty in _duties(audit, account))
+        return tuple(duty for audit in self.active_audits() for duty in duties_of(audit, account))
 
     def is_busy(self) -> bool:
         """Whether blocks are due at full rate: draws, audits, seats to fill or steps to settle."""
@@ -250,45 +257,11 @@ class State:
 
     def is_participant(self, account: bytes) -> bool:
         """Whether an account may owe something: it has stake, or works or worked in an open task."""
-        if self.account(account).bonded:
-            return True
-        return account in self.tables[Table.JOBS].groups
+        return self.account(account).bonded > 0 or account in self.tables[Table.JOBS].groups
 
     def prove(self, table: Table, key: bytes) -> TreeProof:
         """Return the proof that a record is, or is not, in the state."""
         return self.tree.prove(state_key(table, key))
-
-
-def _duties(audit: Audit, account: bytes) -> Iterator[Duty]:
-    match audit.state:
-        case AuditStatus.DRAWN if audit.auditor == account:
-            yield Duty("commit", audit.id, 0, audit.key, audit.deadline)
-        case AuditStatus.COMMITTED if audit.worker == account:
-            yield Duty("open", audit.id, 0, audit.key, audit.deadline)
-        case AuditStatus.OPENED if audit.auditor == account:
-            yield Duty("reveal", audit.id, 0, audit.key, audit.deadline)
-        case AuditStatus.OPINION if audit.third is not None and audit.third.account == account:
-            yield from _voter_duties(audit, audit.third, 1)
-        case AuditStatus.VOTING:
-            for voter in audit.voters:
-                if voter.account == account:
-                    yield from _voter_duties(audit, voter, 2)
-        case _:
-            pass
-
-
-def _voter_duties(audit: Audit, voter: Voter, round_: int) -> Iterator[Duty]:
-    key = digest("sketch key", audit.dispute_seed or ZERO, voter.account, audit.id)
-    if voter.commitment is None:
-        if round_ == 1 or not has_commit_phase_ended(audit):
-            yield Duty("commit", audit.id, round_, key, audit.deadline)
-    elif voter.reveal is None and (round_ == 1 or has_commit_phase_ended(audit)):
-        yield Duty("reveal", audit.id, round_, key, audit.deadline)
-
-
-def has_commit_phase_ended(audit: Audit) -> bool:
-    """Whether the voters reveal now: all have committed, or the commit window is over."""
-    return audit.is_revealing or all(voter.commitment is not None for voter in audit.voters)
 
 
 def state_key(table: Table, key: bytes) -> bytes:
@@ -351,6 +324,17 @@ class Draft:
         keys = self._groups.get((table, prefix), ()) if prefix else changed
         found.update((key, changed[key]) for key in keys)
 
+    @property
+    def origin(self) -> State:
+        """The state that it all stands on."""
+        return self._base.origin if isinstance(self._base, Draft) else self._base
+
+    def changed(self, table: Table) -> Iterator[Any]:
+        """Yield the records set since the state, in no order; one that was set again may come twice."""
+        yield from (record for record in self.changes.get(table, {}).values() if record is not None)
+        if isinstance(self._base, Draft):
+            yield from self._base.changed(table)
+
     def fork(self) -> "Draft":
         """Return a draft on top of this one."""
         return Draft(self)
@@ -371,7 +355,11 @@ class Draft:
             tables[table] = tables[table].changed(changed)
             for key, record in changed.items():
                 updates[state_key(table, key)] = None if record is None else value_hash(record)
-        return State(tables, state.tree.update(updates))
+        frozen = State(tables, state.tree.update(updates))
+        moved = self.changes.get(Table.VALIDATORS, {})
+        if all(getattr(row, "power", 0) == state.power(account) for account, row in moved.items()):
+            frozen.__dict__["_validators"] = state.validators()  # the same set keeps its digest, too
+        return frozen
 
 
 def empty_state() -> State:
@@ -392,8 +380,7 @@ def genesis_state(genesis: Genesis) -> State:
         balances[allocation.account] = balances.get(allocation.account, 0) + allocation.amount
     stakes = {validator.account: validator.stake for validator in genesis.validators}
     for account in sorted(balances.keys() | stakes.keys()):
-        record = Account(balance=balances.get(account, 0), bonded=stakes.get(account, 0))
-        draft.put(Table.ACCOUNTS, account, record)
+        draft.put(Table.ACCOUNTS, account, Account(balances.get(account, 0), bonded=stakes.get(account, 0)))
     for validator in genesis.validators:
         power = validator.stake if validator.stake >= genesis.params.min_stake else 0
         draft.put(Table.VALIDATORS, validator.account, Validator(validator.onion_tip, 0, power))

@@ -57,6 +57,13 @@ def is_fraud(found: Deviations, params: Params) -> bool:
     return any(value > params.fraud_factor * tau for value, tau in zip(found, limits, strict=True))
 
 
+def finding(found: Deviations, params: Params) -> str:
+    """Return what deviations mean: match, fault or fraud."""
+    if is_match(found, params):
+        return "match"
+    return "fraud" if is_fraud(found, params) else "fault"
+
+
 def thresholds(params: Params) -> Deviations:
     """Return τ of y, gx and gw."""
     y, gx, gw = (tau / 1e9 for tau in params.tau)
@@ -72,13 +79,13 @@ def ballot(reveal: Reveal, opened: Sketch, audited: Sketch, params: Params) -> B
     return Ballot.AGAINST_AUDITOR if auditor else Ballot.AGAINST_NEITHER
 
 
-def tally(voters: Iterable[Voter], opened: Sketch, audited: Sketch, params: Params) -> dict[Ballot, int]:
-    """Return the stake whose reveals speak against the worker, and that against the auditor."""
+def tally(voters: Iterable[Voter]) -> dict[Ballot, int]:
+    """Return the stake whose ballots speak against the worker, and that against the auditor."""
     against = {Ballot.AGAINST_WORKER: 0, Ballot.AGAINST_AUDITOR: 0}
     for voter in voters:
-        if voter.reveal is None:
+        if voter.said is None:
             continue
-        said = ballot(voter.reveal, opened, audited, params)
+        said = tuple(Ballot)[voter.said]
         for side in against:
             against[side] += voter.power if said in (side, Ballot.AGAINST_BOTH) else 0
     return against

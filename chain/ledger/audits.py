@@ -3,17 +3,22 @@
 from msgspec.structs import replace
 
 from chain.commitment import is_member, leaf
+from chain.duties import has_commit_phase_ended
 from chain.hashing import digest
 from chain.ledger.book import Book, name
-from chain.ledger.claims import eligible, start_audit
+from chain.ledger.claims import start_audit
 from chain.ledger.convictions import convict, evict_without_slash
+from chain.ledger.pools import Pools
 from chain.ledger.settlement import end_audit
-from chain.randomness import weighted_draw
 from chain.reasons import Reason, Refused
-from chain.records import Audit, AuditStatus, ClaimRecord, Voter
-from chain.state import Table, has_commit_phase_ended
+from chain.records import Audit, AuditStatus, ClaimRecord, Voter, status_of
+from chain.state import Table
 from chain.transactions import Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
-from chain.verdicts import Ballot, ballot, deviations, is_fraud, is_match, quorum, tally
+from chain.verdicts import Ballot, ballot, deviations, finding, is_fraud, is_match, quorum, tally
+
+MAX_EXPIRED = 2048
+"""Audits that a block ends or draws anew because their deadline has passed."""
+_AUDITOR_OWES = (AuditStatus.DRAWN, AuditStatus.OPENED)
 
 
 def commit(book: Book, sender: bytes, payload: Commit) -> None:
@@ -97,10 +102,10 @@ def _reveal(book: Book, sender: bytes, entry: Reveal) -> None:
             assert audit.third is not None
             _judge_opinion(book, book.set_audit(audit, third=replace(audit.third, reveal=entry)))
         case _:
-            voters = tuple(replace(v, reveal=entry) if v.account == sender else v for v in audit.voters)
-            note_ballot(book, audit, sender, entry)
+            said = status_of(Ballot, note_ballot(book, audit, sender, entry))
+            voters = tuple(replace(v, said=said) if v.account == sender else v for v in audit.voters)
             changed = book.set_audit(audit, voters=voters)
-            if all(v.reveal is not None for v in voters if v.commitment is not None):
+            if all(v.said is not None for v in voters if v.commitment is not None):
                 decide(book, changed)
 
 
@@ -112,7 +117,7 @@ def _owed(audit: Audit, sender: bytes, round_: int) -> bytes | None:
     if round_ == 1 and state is AuditStatus.OPINION and third is not None and third.account == sender:
         return third.commitment
     if round_ == 2 and state is AuditStatus.VOTING and has_commit_phase_ended(audit):
-        return next((v.commitment for v in audit.voters if v.account == sender and v.reveal is None), None)
+        return next((v.commitment for v in audit.voters if v.account == sender and v.said is None), None)
     return None
 
 
@@ -144,13 +149,12 @@ def _shown(value: float) -> float | str:
 def _ask_third(book: Book, audit: Audit) -> None:
     """Draw a third peer; without one the voters decide at once."""
     record: ClaimRecord = book.claim(audit.claim)
-    pool = eligible(book, record, audit.cell, (audit.auditor,))
-    drawn = weighted_draw(pool, digest("third", book.seed, audit.id), 1)
+    drawn = Pools(book).draw(record, audit.cell, digest("third", book.seed, audit.id), (audit.auditor,))
     changed = book.set_audit(audit, dispute_seed=book.seed)
-    if not drawn:
+    if drawn is None:
         open_vote(book, changed)
         return
-    third = Voter(drawn[0], book.account(drawn[0]).bonded)
+    third = Voter(drawn, book.account(drawn).bonded)
     deadline = book.height + book.params.commit_window + book.params.reveal_window
     book.set_audit(changed, AuditStatus.OPINION, third=third, deadline=deadline)
 
@@ -188,8 +192,8 @@ def open_vote(book: Book, audit: Audit) -> None:
         end_audit(book, changed, AuditStatus.UNDECIDED)
 
 
-def note_ballot(book: Book, audit: Audit, sender: bytes, entry: Reveal) -> None:
-    """Record what a voter's re-execution says."""
+def note_ballot(book: Book, audit: Audit, sender: bytes, entry: Reveal) -> Ballot:
+    """Record and return what a voter's re-execution says."""
     assert audit.opening is not None
     assert audit.reveal is not None
     said = ballot(entry, audit.opening.sketch, audit.reveal.shared, book.params)
@@ -200,14 +204,15 @@ def note_ballot(book: Book, audit: Audit, sender: bytes, entry: Reveal) -> None:
         by=name(sender),
         ballot=str(said),
         deviations=list(map(_shown, found)),
+        finding=finding(found, book.params),
+        contradiction=entry.contradiction,
     )
+    return said
 
 
 def decide(book: Book, audit: Audit) -> None:
     """Count the stake of the ballots and carry out the verdict."""
-    assert audit.opening is not None
-    assert audit.reveal is not None
-    against = tally(audit.voters, audit.opening.sketch, audit.reveal.shared, book.params)
+    against = tally(audit.voters)
     least = quorum(sum(voter.power for voter in audit.voters))
     if against[Ballot.AGAINST_WORKER] >= least:
         convict(book, audit)
@@ -226,19 +231,29 @@ def _acquit(book: Book, audit: Audit) -> None:
     end_audit(book, audit, AuditStatus.ACQUITTED)
 
 
-def expire(book: Book) -> None:
-    """End or redraw the audits whose deadline has passed."""
-    for listed in book.active_audits():
-        audit: Audit = book.draft.get(Table.AUDITS, listed.id)
-        if audit.is_active and audit.deadline < book.height:
-            _expire(book, audit)
+def expire(book: Book, woken: list[bytes]) -> None:
+    """End or redraw the audits whose deadline has passed, in an order of chance; those beyond the bound wait."""
+    overdue: list[Audit] = []
+    for identity in sorted(woken, key=lambda one: digest("turn", book.seed, one)):
+        audit: Audit | None = book.draft.get(Table.AUDITS, identity)
+        if audit is None or not audit.is_active or audit.deadline >= book.height:
+            continue
+        if len(overdue) < MAX_EXPIRED:
+            overdue.append(audit)
+        else:
+            book.wake(book.height + 1, Table.AUDITS, identity)
+    for audit in overdue:
+        _expire(book, audit)
+    pools = Pools(book)  # nobody becomes absent or loses a seat from here on
+    for audit in overdue:
+        if audit.state in _AUDITOR_OWES:
+            _redraw(pools, audit)
 
 
 def _expire(book: Book, audit: Audit) -> None:
     match audit.state:
         case AuditStatus.DRAWN | AuditStatus.OPENED:
             _mark_absent(book, audit, audit.auditor)
-            _redraw(book, audit)
         case AuditStatus.COMMITTED:
             _withhold(book, audit)
         case AuditStatus.OPINION:
@@ -257,7 +272,7 @@ def _expire_vote(book: Book, audit: Audit) -> None:
         book.set_audit(audit, is_revealing=True, deadline=deadline)
         return
     for voter in audit.voters:
-        if voter.reveal is None:
+        if voter.said is None:
             _mark_absent(book, audit, voter.account)
     decide(book, audit)
 
@@ -268,14 +283,13 @@ def _mark_absent(book: Book, audit: Audit, account: bytes) -> None:
     book.note("absent", audit=audit.id.hex(), peer=name(account))
 
 
-def _redraw(book: Book, audit: Audit) -> None:
+def _redraw(pools: Pools, audit: Audit) -> None:
     """Give the audit to another auditor, a few times; then it ends."""
-    record: ClaimRecord = book.claim(audit.claim)
-    book.draft.delete(Table.ACTIVE, audit.id)
-    if audit.redraws >= book.params.redraws or not start_audit(
-        book, record, audit.cell, audit.id, (audit.auditor,), audit.redraws + 1
+    record: ClaimRecord = pools.book.claim(audit.claim)
+    if audit.redraws >= pools.book.params.redraws or not start_audit(
+        pools, record, audit.cell, audit.id, (audit.auditor,), audit.redraws + 1
     ):
-        end_audit(book, audit, AuditStatus.ABSENT)
+        end_audit(pools.book, audit, AuditStatus.ABSENT)
 
 
 def _withhold(book: Book, audit: Audit) -> None:

@@ -1,7 +1,7 @@
 """The working copy that the rules write on: accounts moved, events noted, value conserved."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -11,7 +11,19 @@ from chain.hashing import digest
 from chain.keys import peer_id
 from chain.params import Params
 from chain.reasons import Reason, Refused
-from chain.records import Account, Audit, AuditStatus, Chain, ClaimRecord, Task, Unbonding, Worker, status_of
+from chain.records import (
+    Account,
+    Audit,
+    AuditStatus,
+    Chain,
+    ClaimRecord,
+    Task,
+    Unbonding,
+    Validator,
+    Worker,
+    heir,
+    status_of,
+)
 from chain.state import Draft, Marker, Table
 
 EVIDENCE = (AuditStatus.CONVICTED, AuditStatus.WITHHELD)
@@ -70,8 +82,13 @@ class Book:
         """Change an account."""
         self.draft.put(Table.ACCOUNTS, account, replace(self.account(account), **changes))
 
+    def heir(self, account: bytes) -> bytes:
+        """Return the account that answers for `account` now: itself, or the last successor of its key."""
+        return heir(partial(self.draft.get, Table.ROTATIONS), account)
+
     def credit(self, account: bytes, amount: int) -> None:
-        """Add to a balance."""
+        """Add to a balance, to that of the heir where the account's key was rotated."""
+        account = self.heir(account)
         self.set_account(account, balance=self.account(account).balance + amount)
 
     def debit(self, account: bytes, amount: int) -> None:
@@ -92,7 +109,21 @@ class Book:
             elif part:
                 self.draft.put(Table.UNBONDINGS, key, replace(leaving, amount=leaving.amount - part))
             taken += part
+        self.weaken(account, taken)
         return taken
+
+    def release(self, account: bytes, amount: int, height: int) -> None:
+        """Let stake that is bonded no more be withdrawn from a height on."""
+        key = account + height.to_bytes(8, "big")
+        before: Unbonding | None = self.draft.get(Table.UNBONDINGS, key)
+        self.draft.put(Table.UNBONDINGS, key, Unbonding(amount + (before.amount if before else 0), height))
+
+    def weaken(self, account: bytes, lost: int) -> None:
+        """Take slashed stake out of a validator's power at once, unless nobody would be left."""
+        known: Validator | None = self.draft.get(Table.VALIDATORS, account)
+        if known is not None and known.power and lost:
+            least = 0 if self.has_other_validator(account) else 1
+            self.draft.put(Table.VALIDATORS, account, replace(known, power=max(least, known.power - lost)))
 
     def burn(self, amount: int) -> None:
         """Count an amount, taken from somewhere, as burned."""

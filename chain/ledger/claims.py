@@ -3,8 +3,9 @@
 from msgspec.structs import replace
 
 from chain.hashing import digest
-from chain.ledger.book import Book, name
-from chain.randomness import chance, weighted_draw
+from chain.ledger.book import Book, audit_id, name, step_key
+from chain.ledger.pools import Pools
+from chain.randomness import chance
 from chain.reasons import Reason, Refused
 from chain.records import Audit, ClaimRecord, StepProgress, Task, TaskStatus, Worker
 from chain.state import Marker, Table
@@ -23,11 +24,6 @@ def claim_id(claim: Claim, worker: bytes) -> bytes:
     return digest("claim", claim.task, place, worker)
 
 
-def step_key(task: bytes, generation: int, step: int) -> bytes:
-    """Return the key of a step's progress."""
-    return task + generation.to_bytes(4, "big") + step.to_bytes(8, "big")
-
-
 def _take(book: Book, sender: bytes, claim: Claim) -> None:
     task = book.task(claim.task)
     worker = book.worker(claim.task, sender)
@@ -35,9 +31,10 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
     if task.reserved + len(claim.cells) * task.price > task.escrow:
         raise Refused(Reason.ESCROW_TOO_SMALL)
     key = step_key(task.id, claim.generation, claim.step)
-    progress: StepProgress = book.draft.get(Table.STEPS, key) or StepProgress(
-        book.height, (bytes((task.microbatches + 7) // 8),) * task.stages
-    )
+    progress: StepProgress | None = book.draft.get(Table.STEPS, key)
+    if progress is None:
+        progress = StepProgress(book.height, (bytes((task.microbatches + 7) // 8),) * task.stages)
+        book.wake(book.height + book.params.claim_window + 1, Table.TASKS, task.id)
     identity = claim_id(claim, sender)
     if book.draft.get(Table.CLAIMS, identity) is not None:
         raise Refused(Reason.CELL_CLAIMED)
@@ -46,6 +43,7 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
     changed = replace(progress, covered=tuple(covered), claims=(*progress.claims, identity))
     book.draft.put(Table.STEPS, key, changed)
     book.reserve(task.id, len(claim.cells))
+    book.engage(task.id, sender, 1)
     book.draft.put(Table.CLAIMS, identity, ClaimRecord(identity, claim, sender, book.height))
     book.draft.put(Table.QUEUE, book.height.to_bytes(8, "big") + identity, Marker())
     book.note(
@@ -88,28 +86,33 @@ def draw_due(book: Book) -> None:
     """
     due = max(0, book.height - book.params.draw_delay).to_bytes(8, "big")
     left = book.params.max_drawn_cells
+    pools = Pools(book)
     for key, _ in book.draft.items(Table.QUEUE):
         record: ClaimRecord | None = book.draft.get(Table.CLAIMS, key[8:])
-        if key[:8] > due or left <= 0:
+        if key[:8] > due or left <= pools.cost // 16:
             break
         book.draft.delete(Table.QUEUE, key)
         if record is not None and not record.is_void:
             left -= len(record.claim.cells)
-            _draw(book, record)
+            _draw(book, record, pools)
 
 
-def _draw(book: Book, record: ClaimRecord) -> None:
+def _draw(book: Book, record: ClaimRecord, pools: Pools) -> None:
     claim = record.claim
     task = book.task(claim.task)
+    book.touched.add(task.id)
+    if claim.generation != task.generation:
+        return
     worker = book.worker(claim.task, record.worker)
     assert worker is not None  # a claim is only taken from a worker
     rate = audit_rate(book, task, worker)
     count = 0
     for cell in claim.cells:
-        identity = digest("audit", record.id, cell.to_bytes(4, "big"))
+        identity = audit_id(record, cell)
         if chance(book.seed, identity, rate):
-            count += start_audit(book, record, cell, identity, ())
+            count += start_audit(pools, record, cell, identity)
     book.set_claim(record, drawn=True, open_audits=count)
+    book.engage(claim.task, record.worker, count)
 
 
 def audit_rate(book: Book, task: Task, worker: Worker) -> int:
@@ -122,16 +125,14 @@ def audit_rate(book: Book, task: Task, worker: Worker) -> int:
 
 
 def start_audit(
-    book: Book, record: ClaimRecord, cell: int, identity: bytes, excluded: tuple[bytes, ...], redraws: int = 0
+    pools: Pools, record: ClaimRecord, cell: int, identity: bytes, excluded: tuple[bytes, ...] = (), redraws: int = 0
 ) -> int:
     """Draw an auditor and open the audit; return 1, or 0 with an event when nobody is eligible."""
-    claim = record.claim
-    pool = eligible(book, record, cell, excluded)
-    drawn = weighted_draw(pool, digest("auditor", book.seed, identity), 1)
-    if not drawn:
+    book, claim = pools.book, record.claim
+    auditor = pools.draw(record, cell, digest("auditor", book.seed, identity), excluded)
+    if auditor is None:
         book.note("unaudited", claim=record.id.hex(), cell=cell, worker=name(record.worker))
         return 0
-    auditor = drawn[0]
     audit = Audit(
         id=identity,
         claim=record.id,
@@ -149,6 +150,7 @@ def start_audit(
     )
     book.draft.put(Table.AUDITS, identity, audit)
     book.draft.put(Table.ACTIVE, identity, Marker())
+    book.wake(audit.deadline + 1, Table.AUDITS, identity)
     book.note(
         "drawn",
         audit=identity.hex(),
@@ -160,39 +162,3 @@ def start_audit(
         auditor=name(auditor),
     )
     return 1
-
-
-def eligible(book: Book, record: ClaimRecord, cell: int, excluded: tuple[bytes, ...]) -> list[tuple[bytes, int]]:
-    """Return who may re-execute a cell, with stake: not the worker, nor its neighbours in the pipeline."""
-    claim = record.claim
-    workers = book.workers(claim.task)
-    seated = {w.account: w.stage for w in workers if w.is_seated}
-    everyone = set(book.validators.powers) | set(seated)
-    pool = [
-        (account, book.account(account).bonded)
-        for account in sorted(everyone)
-        if account not in excluded and account != record.worker and is_fit(book, account)
-    ]
-    beside = {a for a, stage in seated.items() if abs(stage - claim.stage) == 1}
-    far = [entry for entry in pool if entry[0] not in beside]
-    if any(weight for _, weight in far):
-        return far
-    touching = _touching(book, claim, cell)
-    return [entry for entry in pool if entry[0] not in touching]
-
-
-def is_fit(book: Book, account: bytes) -> bool:
-    """Whether an account may be drawn: neither barred nor absent, and with stake."""
-    record = book.account(account)
-    return not record.barred and record.absent_until <= book.height and record.bonded > 0
-
-
-def _touching(book: Book, claim: Claim, cell: int) -> set[bytes]:
-    """Return the workers whose claims cover the cell in an adjacent stage."""
-    progress: StepProgress | None = book.draft.get(Table.STEPS, step_key(claim.task, claim.generation, claim.step))
-    found = set()
-    for identity in progress.claims if progress else ():
-        other: ClaimRecord = book.claim(identity)
-        if abs(other.claim.stage - claim.stage) == 1 and cell in other.claim.cells:
-            found.add(other.worker)
-    return found

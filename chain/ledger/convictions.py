@@ -2,9 +2,9 @@
 
 from chain.hashing import digest
 from chain.ledger import seats
-from chain.ledger.book import Book, name
+from chain.ledger.book import Book, audit_id, name, step_key
 from chain.ledger.settlement import end_audit
-from chain.records import Audit, AuditStatus, Conviction, Task, Worker, WorkerStatus, status_of
+from chain.records import Audit, AuditStatus, ClaimRecord, Conviction, Task, Worker, WorkerStatus, status_of
 from chain.state import Table
 
 _UNDISPUTED = (AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED)
@@ -12,9 +12,14 @@ _UNDISPUTED = (AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED)
 
 def convict(book: Book, audit: Audit) -> None:
     """Evict and slash the worker, and roll the task back; its bond makes good what audits of voided work cost."""
-    end_audit(book, audit, AuditStatus.CONVICTED)
     worker = book.worker(audit.task, audit.worker)
     assert worker is not None  # audits are of workers' claims only
+    if worker.state is WorkerStatus.EVICTED:
+        end_audit(book, audit, AuditStatus.VOID)
+        return
+    end_audit(book, audit, AuditStatus.CONVICTED)
+    worker = book.worker(audit.task, audit.worker)
+    assert worker is not None
     slashed = worker.bond + worker.withheld
     reward = slashed * book.params.reporter_share // 10_000
     book.credit(audit.auditor, reward)
@@ -29,7 +34,6 @@ def convict(book: Book, audit: Audit) -> None:
         "step": audit.step,
         "evidence": audit.id.hex(),
     }
-    _end_other_audits(book, audit)
     _vacate_other_seats(book, audit)
     if was_seated:
         book.note("evicted", **place, stage=audit.stage, reason="convicted")
@@ -37,21 +41,16 @@ def convict(book: Book, audit: Audit) -> None:
     task = book.task(audit.task)
     made_good = 0
     if task.is_open:
-        made_good = min(void_unsettled(book, task), slashed - reward)
-        task = book.task(task.id)
-        book.set_task(task, generation=task.generation + 1, escrow=task.escrow + made_good)
+        made_good = min(task.audit_pay, slashed - reward)
+        escrow = task.escrow + made_good
+        book.set_task(task, generation=task.generation + 1, escrow=escrow, reserved=0, audit_pay=0)
+        book.touched.add(task.id)
     book.burn(slashed - reward - made_good)
 
 
-def _end_other_audits(book: Book, audit: Audit) -> None:
-    """End the other audits of a convicted worker in the task: there is nothing left to decide."""
-    for other in book.active_audits(audit.task):
-        if other.worker == audit.worker:
-            end_audit(book, other, AuditStatus.VOID)
-
-
 def _vacate_other_seats(book: Book, audit: Audit) -> None:
-    for task, _ in book.draft.items(Table.OPEN):
+    for key, _ in book.draft.items(Table.JOBS, audit.worker):
+        task = key[32:]
         worker = book.worker(task, audit.worker)
         if task != audit.task and worker is not None and worker.is_present:
             seats.leave(book, worker)
@@ -78,17 +77,30 @@ def _remember(book: Book, audit: Audit, kind: int, slashed: int) -> None:
     book.draft.put(Table.CONVICTIONS, identity, conviction)
 
 
-def void_unsettled(book: Book, task: Task) -> int:
-    """Void all unsettled claims of a task and the audits that nobody disputes yet; return what audits had cost."""
-    cost = 0
+def void_unsettled(book: Book, task: Task, limit: int) -> int:
+    """Void claims of generations that a rollback has ended, with the audits that nobody disputes yet.
+
+    Return how many; what is beyond about `limit` waits for a later block.
+    """
+    count = 0
+    now = step_key(task.id, task.generation, 0)
     for key, progress in book.draft.items(Table.STEPS, task.id):
+        if key >= now or count >= limit:
+            break
         for identity in progress.claims:
-            record = book.set_claim(book.claim(identity), is_void=True)
-            book.reserve(task.id, -len(record.claim.cells))
-            cost += record.audit_pay
-            book.retire(Table.CLAIMS, identity)
+            _void(book, book.claim(identity))
         book.draft.delete(Table.STEPS, key)
-    for audit in book.active_audits(task.id):
-        if audit.state in _UNDISPUTED:
+        count += len(progress.claims)
+    return count
+
+
+def _void(book: Book, record: ClaimRecord) -> None:
+    book.set_claim(record, is_void=True)
+    book.retire(Table.CLAIMS, record.id)
+    book.engage(record.claim.task, record.worker, -1)
+    worker = book.worker(record.claim.task, record.worker)
+    is_out = worker is not None and worker.state is WorkerStatus.EVICTED
+    for cell in record.claim.cells if record.open_audits else ():
+        audit: Audit | None = book.draft.get(Table.AUDITS, audit_id(record, cell))
+        if audit is not None and audit.is_active and (is_out or audit.state in _UNDISPUTED):
             end_audit(book, audit, AuditStatus.VOID)
-    return cost

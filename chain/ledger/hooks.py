@@ -1,12 +1,14 @@
 """What every block does besides its transactions, in a fixed order."""
 
 from chain.hashing import digest
-from chain.ledger import audits, claims, seats, settlement, tasks, validators
+from chain.ledger import audits, claims, governance, seats, settlement, tasks, validators
 from chain.ledger.book import Book
 from chain.ledger.convictions import void_unsettled
 from chain.state import PREFIX, Table
 
-MAX_ROWS = 10_000
+ROWS_A_TASK = 4
+"""What a task without workers counts for."""
+MAX_ROWS = 8192
 """Rows of workers and claims that a block looks through for its tasks; tasks beyond wait for the next block."""
 
 
@@ -23,6 +25,7 @@ def after_transactions(book: Book) -> None:
     _look_after(book, {key for table, key in woken if table is Table.TASKS} | book.touched)
     _forget(book)
     if book.height % book.params.epoch_blocks == 0:
+        governance.enact(book)
         validators.begin_epoch(book)
 
 
@@ -59,6 +62,7 @@ def _keep_up(book: Book, identity: bytes, limit: int) -> int:
     """Void, settle, end leases, fill seats and close as is due in a task; return how many rows that took."""
     if book.draft.get(Table.OPEN, identity) is None:
         return 1
+    fixed = len(book.workers(identity)) + ROWS_A_TASK
     rows = void_unsettled(book, book.task(identity), limit)
     if rows < limit:
         rows += settlement.settle_due(book, book.task(identity), limit - rows)
@@ -75,4 +79,4 @@ def _keep_up(book: Book, identity: bytes, limit: int) -> int:
     workers = book.workers(identity)
     if not book.task(identity).is_open and not any(worker.engaged for worker in workers):
         tasks.forget(book, book.task(identity))
-    return rows + len(workers) + 1
+    return rows + fixed

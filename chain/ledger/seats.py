@@ -6,7 +6,11 @@ from chain.hashing import digest
 from chain.ledger.book import Book, name
 from chain.reasons import Reason, Refused
 from chain.records import Task, TaskStatus, Worker, WorkerStatus, status_of
+from chain.state import Marker, Table
 from chain.transactions import LeaveSeat, RenewLease, TakeSeat
+
+MAX_APPLICANTS = 4096
+"""Accounts with a seat or an application in one task, those who have left a seat included."""
 
 
 def take_seat(book: Book, sender: bytes, payload: TakeSeat) -> None:
@@ -18,15 +22,24 @@ def take_seat(book: Book, sender: bytes, payload: TakeSeat) -> None:
     if known is not None and known.is_present:
         raise Refused(Reason.ALREADY_APPLIED)
     lease = book.height + book.params.lease_blocks
+    if known is None:
+        if task.applicants >= MAX_APPLICANTS:
+            raise Refused(Reason.TASK_FULL)
+        book.set_task(task, applicants=task.applicants + 1)
+        book.draft.put(Table.JOBS, sender + task.id, Marker())
     fresh = known or Worker(task.id, sender, payload.kernel, book.height, lease)
     applied = replace(fresh, kernel=payload.kernel, applied_at=book.height, lease_until=lease, stage=-1)
     book.set_worker(applied, status=status_of(WorkerStatus, WorkerStatus.SPARE))
+    book.wake(lease + 1, Table.TASKS, task.id)
+    book.wake(max(book.height + 1, task.posted_at + book.params.formation_blocks), Table.TASKS, task.id)
 
 
 def renew_lease(book: Book, sender: bytes, payload: RenewLease) -> None:
     """Keep a seat or an application."""
     worker = _present(book, payload.task, sender)
-    book.set_worker(worker, lease_until=book.height + book.params.lease_blocks)
+    lease = book.height + book.params.lease_blocks
+    book.set_worker(worker, lease_until=lease)
+    book.wake(lease + 1, Table.TASKS, worker.task)
 
 
 def leave_seat(book: Book, sender: bytes, payload: LeaveSeat) -> None:
@@ -36,8 +49,18 @@ def leave_seat(book: Book, sender: bytes, payload: LeaveSeat) -> None:
 
 def leave(book: Book, worker: Worker) -> None:
     """End a worker's seat or application without blame; its bond returns when its claims have settled."""
-    book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
+    left = book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
+    if left == Worker(left.task, left.account, left.kernel, left.applied_at, left.lease_until, status=left.status):
+        _strike(book, left)
     book.note("left", task=worker.task.hex(), worker=name(worker.account), stage=worker.stage)
+
+
+def _strike(book: Book, worker: Worker) -> None:
+    """Forget an applicant who never had a seat."""
+    task = book.task(worker.task)
+    book.set_task(task, applicants=task.applicants - 1)
+    book.draft.delete(Table.WORKERS, worker.task + worker.account)
+    book.draft.delete(Table.JOBS, worker.account + worker.task)
 
 
 def _present(book: Book, task: bytes, account: bytes) -> Worker:
@@ -70,6 +93,8 @@ def fill(book: Book, task: Task) -> None:
 
 def _seat(book: Book, task: Task, worker: Worker, stage: int) -> None:
     """Seat a worker; it bonds what it has, the rest of the bond is withheld from its earnings."""
+    lease = book.height + book.params.lease_blocks
+    book.wake(lease + 1, Table.TASKS, task.id)
     missing = max(0, task.worker_bond - worker.bond - worker.withheld)
     bond = min(missing, book.account(worker.account).balance)
     book.debit(worker.account, bond)
@@ -78,7 +103,7 @@ def _seat(book: Book, task: Task, worker: Worker, stage: int) -> None:
         stage=stage,
         bond=worker.bond + bond,
         status=status_of(WorkerStatus, WorkerStatus.SEATED),
-        lease_until=book.height + book.params.lease_blocks,
+        lease_until=lease,
     )
     book.note("seated", task=task.id.hex(), worker=name(worker.account), stage=stage)
 

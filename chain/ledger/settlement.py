@@ -1,7 +1,6 @@
 """What follows from finished work: audits ended, steps settled and paid, bonds returned."""
 
-from chain.ledger.book import Book, name
-from chain.ledger.claims import step_key
+from chain.ledger.book import Book, name, step_key
 from chain.records import (
     Audit,
     AuditStatus,
@@ -23,6 +22,10 @@ def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
     cost = _pay_auditor(book, audit) if state in _PAID_AUDIT else 0
     unpaid = (*record.unpaid, audit.cell) if state in _UNPAID else record.unpaid
     book.set_claim(record, open_audits=max(0, record.open_audits - 1), unpaid=unpaid, audit_pay=record.audit_pay + cost)
+    task = book.task(audit.task)
+    if cost and audit.generation == task.generation and not record.is_void:
+        book.set_task(task, audit_pay=task.audit_pay + cost)
+    book.engage(audit.task, audit.worker, -1)
     if state is AuditStatus.FAULTED:
         _flag(book, audit)
     book.note(
@@ -65,31 +68,45 @@ def _pay(book: Book, task: Task, account: bytes, amount: int) -> None:
     book.credit(account, amount - withheld)
 
 
-def settle_due(book: Book, task: Task) -> None:
-    """Settle the task's steps in order, as far as they are resolved."""
-    while True:
+def settle_due(book: Book, task: Task, limit: int) -> int:
+    """Settle the task's steps in order, as far as they are resolved; return how many claims were looked at.
+
+    What is beyond about `limit` waits for a later block.
+    """
+    count = 0
+    while count < limit:
         task = book.task(task.id)
         key = step_key(task.id, task.generation, task.settled + 1)
         progress: StepProgress | None = book.draft.get(Table.STEPS, key)
-        if progress is None and _is_skipped(book, task):
-            progress = StepProgress(book.height, ())
-        elif progress is None or not _is_resolved(book, task, progress):
-            return
+        if progress is None:
+            later = [found for _, found in book.draft.items(Table.STEPS, task.id)]
+            count += len(later) + 1
+            if not later or not _is_late(book, task.id, min(found.first_height for found in later)):
+                return count
+            progress = StepProgress(book.height, ())  # nobody claims this step, although a later one is late
+        else:
+            count += len(progress.claims) + 1
+            if not _is_resolved(book, task, progress):
+                return count
         _settle(book, task, progress, key)
+    return count
 
 
-def _is_skipped(book: Book, task: Task) -> bool:
-    """Whether nobody claimed the next step although a later one was first claimed a claim window ago."""
-    later = (progress for _, progress in book.draft.items(Table.STEPS, task.id))
-    return any(book.height > progress.first_height + book.params.claim_window for progress in later)
+def _is_late(book: Book, task: bytes, first_height: int) -> bool:
+    """Whether the claim window that began at a height is over; if not, the task is looked at when it is."""
+    end = first_height + book.params.claim_window + 1
+    if end > book.height:
+        book.wake(end, Table.TASKS, task)
+    return end <= book.height
 
 
 def _is_resolved(book: Book, task: Task, progress: StepProgress) -> bool:
     full = (1 << task.microbatches) - 1
     is_covered = all(int.from_bytes(bitmap, "little") == full for bitmap in progress.covered)
-    is_late = book.height > progress.first_height + book.params.claim_window
     claims = [book.claim(identity) for identity in progress.claims]
-    return (is_covered or is_late) and all(c.drawn and c.open_audits == 0 for c in claims)
+    return (is_covered or _is_late(book, task.id, progress.first_height)) and all(
+        c.drawn and c.open_audits == 0 for c in claims
+    )
 
 
 def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
@@ -98,6 +115,9 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
         book.set_claim(record, is_settled=True)
         book.retire(Table.CLAIMS, identity)
         book.reserve(task.id, -len(record.claim.cells))
+        book.engage(task.id, record.worker, -1)
+        task = book.task(task.id)
+        book.set_task(task, audit_pay=task.audit_pay - record.audit_pay)
         paid = len(set(record.claim.cells) - set(record.unpaid))
         worker = book.worker(task.id, record.worker)
         if worker is None or worker.state is WorkerStatus.EVICTED:
@@ -111,16 +131,7 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
 
 def release_bonds(book: Book, task: Task) -> None:
     """Return the bonds of workers that left, once nothing of theirs can be disputed any more."""
-    gone = [w for w in book.workers(task.id) if w.state is WorkerStatus.LEFT and w.bond + w.withheld]
-    if not gone:
-        return
-    accused = {audit.worker for audit in book.active_audits(task.id)}
-    claimed = {
-        book.claim(identity).worker
-        for _, progress in book.draft.items(Table.STEPS, task.id)
-        for identity in progress.claims
-    }
-    for worker in gone:
-        if worker.account not in accused | claimed:
+    for worker in book.workers(task.id):
+        if worker.state is WorkerStatus.LEFT and worker.bond + worker.withheld and not worker.engaged:
             book.set_worker(worker, bond=0, withheld=0)
             book.credit(worker.account, worker.bond + worker.withheld)

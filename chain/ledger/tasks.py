@@ -2,7 +2,7 @@
 
 from chain.codec import encode
 from chain.hashing import digest
-from chain.ledger.book import Book, name
+from chain.ledger.book import Book, name, place_at
 from chain.params import Params
 from chain.reasons import Reason, Refused
 from chain.records import Task, TaskStatus, WorkerStatus, status_of
@@ -10,6 +10,9 @@ from chain.state import Marker, Table
 from chain.transactions import CloseTask, PostTask, TopUp
 
 BASIS = 10_000
+MAX_CELLS = 16_384
+"""Cells of a task in one step: micro-batches times stages."""
+MAX_SEATS = 1024
 
 
 def post(book: Book, sender: bytes, payload: PostTask) -> None:
@@ -37,13 +40,17 @@ def post(book: Book, sender: bytes, payload: PostTask) -> None:
     )
     book.draft.put(Table.TASKS, task_id, task)
     book.draft.put(Table.OPEN, task_id, Marker())
+    book.wake(task.deadline + 1, Table.TASKS, task_id)
     book.note("posted", task=task_id.hex(), client=name(sender), manifest=payload.manifest.hex())
 
 
 def _check(params: Params, payload: PostTask) -> None:
     if payload.price == 0 and not params.free_tasks:
         raise Refused(Reason.PRICE_TOO_SMALL)
-    cells = payload.steps * payload.stages * payload.microbatches
+    per_step = payload.stages * payload.microbatches
+    if per_step > MAX_CELLS or payload.stages * payload.replicas > MAX_SEATS:
+        raise Refused(Reason.TASK_TOO_LARGE)
+    cells = payload.steps * per_step
     if payload.escrow < 2 * cells * payload.price:
         raise Refused(Reason.ESCROW_TOO_SMALL)
     if payload.audit_rate < params.floor_rate:
@@ -80,6 +87,7 @@ def close_by_client(book: Book, sender: bytes, payload: CloseTask) -> None:
         raise Refused(Reason.NOT_THE_CLIENT)
     if book.draft.items(Table.STEPS, task.id):
         book.set_task(task, deadline=book.height)
+        book.wake(book.height + 1, Table.TASKS, task.id)
     else:
         close(book, task)
 
@@ -91,6 +99,7 @@ def close(book: Book, task: Task) -> None:
     for worker in book.workers(task.id):
         if worker.is_present:
             book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
+    book.touched.add(task.id)
     book.note("closed", task=task.id.hex(), settled=task.settled)
 
 
@@ -99,3 +108,6 @@ def forget(book: Book, task: Task) -> None:
     book.credit(task.client, task.escrow)
     book.set_task(task, escrow=0)
     book.draft.delete(Table.OPEN, task.id)
+    book.draft.delete(Table.WAKE, place_at(task.deadline + 1, Table.TASKS, task.id))
+    for worker in book.workers(task.id):
+        book.draft.delete(Table.JOBS, worker.account + task.id)

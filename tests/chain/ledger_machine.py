@@ -5,6 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from msgspec import structs
 
 from chain.hashing import digest
 from chain.keys import PrivateKey
@@ -16,11 +17,14 @@ from chain.transactions import (
     Payload,
     RegisterValidator,
     RenewLease,
+    RotateKey,
     TopUp,
     Transfer,
     Unbond,
     Unjail,
+    VoteParams,
     Withdraw,
+    rotation_bytes,
 )
 from tests.chain.ledger_kit import BALANCE, KEYS, ONIONS, STAKE
 from tests.chain.ledger_players import FRAUD, SMALL, Players, quick_genesis
@@ -113,6 +117,20 @@ class Machine(RuleBasedStateMachine):
         for _ in range(blocks):
             self.players.block()
         self.players.send(key, Withdraw())
+
+    @rule(key=EVERYBODY, successor=EVERYBODY)
+    def rotate(self, key: PrivateKey, successor: PrivateKey) -> None:
+        """Go on under another key."""
+        chain_id = self.players.genesis.chain_id
+        proof = successor.sign(rotation_bytes(chain_id, key.account))
+        self.players.send(key, RotateKey(successor.account, ONIONS[successor.account].tip, proof))
+
+    @rule(keys=st.sets(VALIDATORS, min_size=3), changes=st.sampled_from([{"draw_delay": 3}, {"claim_window": 9}]))
+    def vote(self, keys: set[PrivateKey], changes: dict[str, int]) -> None:
+        """Stand for other parameters."""
+        wish = structs.replace(self.players.state.params, **changes)
+        for key in sorted(keys, key=lambda one: one.account):
+            self.players.send(key, VoteParams(wish))
 
     @rule(culprit=VALIDATORS, reporter=EVERYBODY, view=st.integers(1, 2), is_real=st.booleans(), again=st.booleans())
     def accuse(self, culprit: PrivateKey, reporter: PrivateKey, view: int, is_real: bool, again: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from chain.state import State
 from chain.transactions import Unbond, Withdraw
-from tests.chain.ledger_view import Block, T, claims_of, ended, rows
+from tests.chain.ledger_view import Block, T, claims_of, ended, owner, rows
 
 PAID = {"passed", "convicted", "faulted", "withheld"}
 
@@ -158,36 +158,61 @@ def everybody_gets_theirs(block: Block) -> None:
         returned = (known.escrow if known else 0) + escrow[identity] - task.escrow
         assert returned == 0 or str(task.state) == "closed", f"escrow {task.escrow} lacks {returned}"
         change[task.client] += returned
-    before, after = wealth(block.before), wealth(block.after)
-    for account in before.keys() | after.keys() | change.keys():
-        gained = after[account] - before[account]
-        assert gained == change[account], f"{account.hex()[:8]} gained {gained} instead of {change[account]}"
+    gained: Counter[bytes] = Counter()
+    for sign, counted in ((1, wealth(block.after)), (-1, wealth(block.before)), (-1, change)):
+        for account, amount in counted.items():
+            gained[owner(block.after, account)] += sign * amount
+    assert not any(gained.values()), {account.hex()[:8]: amount for account, amount in gained.items() if amount}
+
+
+def _stakes(block: Block, state: State) -> Counter[bytes]:
+    found: Counter[bytes] = Counter()
+    for account, record in rows(state, T.ACCOUNTS).items():
+        found[owner(block.after, account)] += record.bonded
+    return found
+
+
+def _punished(block: Block) -> set[bytes]:
+    """Return who may lose stake in the block: offenders and false accusers."""
+    offenders = {c.account for c in rows(block.after, T.CONVICTIONS).values() if c.height == block.height}
+    accusers = {audit.auditor for audit in ended(block) if str(audit.state) == "acquitted"}
+    return {owner(block.after, account) for account in offenders | accusers}
 
 
 def stake_stays(block: Block) -> None:
     """Stake falls only by its owner's unbonding, an offence, or a false accusation."""
-    offenders = {c.account for c in rows(block.after, T.CONVICTIONS).values() if c.height == block.height}
-    accusers = {audit.auditor for audit in ended(block) if str(audit.state) == "acquitted"}
     unbonded: Counter[bytes] = Counter()
     for sender, payload in block.applied():
         if isinstance(payload, Unbond):
-            unbonded[sender] += payload.amount
-    for account, record in rows(block.before, T.ACCOUNTS).items():
-        lost = record.bonded - rows(block.after, T.ACCOUNTS)[account].bonded
-        if lost > unbonded[account]:
-            assert account in offenders | accusers, f"{account.hex()[:8]} lost {lost} of stake"
+            unbonded[owner(block.after, sender)] += payload.amount
+    after = _stakes(block, block.after)
+    for account, stake in _stakes(block, block.before).items():
+        lost = stake - after[account]
+        assert lost <= unbonded[account] or account in _punished(block), f"{account.hex()[:8]} lost {lost} of stake"
 
 
 def released_in_time(block: Block) -> None:
-    """An unbonding leaves only to its owner, and only after its release, or to the burner."""
-    params = rows(block.before, T.PARAMS)[b""]
-    withdrew = {sender for sender, payload in block.applied() if isinstance(payload, Withdraw)}
-    offenders = {c.account for c in rows(block.after, T.CONVICTIONS).values() if c.height == block.height}
-    accusers = {audit.auditor for audit in ended(block) if str(audit.state) == "acquitted"}
+    """Leaving stake stays for the whole unbonding period: it leaves to its owner later, or is slashed."""
+    period = rows(block.before, T.PARAMS)[b""].unbonding_blocks
+    least: Counter[bytes] = Counter()
     for key, unbonding in rows(block.before, T.UNBONDINGS).items():
-        if key not in rows(block.after, T.UNBONDINGS) and key[:32] not in offenders | accusers:
-            assert key[:32] in withdrew
-            assert unbonding.release_at <= block.height
+        if unbonding.release_at > block.height:
+            least[owner(block.after, key[:32])] += unbonding.amount
+    for sender, payload in block.applied():
+        if isinstance(payload, Unbond):
+            least[owner(block.after, sender)] += payload.amount
+    held: Counter[bytes] = Counter()
     for key, unbonding in rows(block.after, T.UNBONDINGS).items():
-        if key not in rows(block.before, T.UNBONDINGS):
-            assert unbonding.release_at == block.height + params.unbonding_blocks
+        held[key[:32]] += unbonding.amount
+        fresh = key not in rows(block.before, T.UNBONDINGS) and owner(block.after, key[:32]) == key[:32]
+        assert not fresh or unbonding.release_at >= min(block.height + period, _latest(block, key[:32]))
+    withdrew = {owner(block.after, sender) for sender, payload in block.applied() if isinstance(payload, Withdraw)}
+    for account, amount in least.items():
+        assert held[account] >= amount or account in _punished(block), "stake left before its release"
+        assert account in withdrew or held[account] >= amount or account in _punished(block)
+
+
+def _latest(block: Block, account: bytes) -> int:
+    """Return the earliest release among what the account, or who it succeeds, had waiting."""
+    before = rows(block.before, T.UNBONDINGS).items()
+    return min((u.release_at for k, u in before if owner(block.after, k[:32]) == account), default=2**63)

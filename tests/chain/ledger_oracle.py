@@ -14,8 +14,9 @@ import msgspec
 from blake3 import blake3
 
 from chain.state import KINDS, State
+from chain.transactions import RevealAll
 from tests.chain.ledger_money import conserved, escrow_covers, everybody_gets_theirs, released_in_time, stake_stays
-from tests.chain.ledger_view import LIVE, Block, T, claims_of, ended, rows
+from tests.chain.ledger_view import LIVE, Block, T, claims_of, ended, owner, rows
 
 _KEY = blake3(derive_key_context="tdml 1 state key")
 
@@ -144,21 +145,32 @@ def _apart(claimed: bytes, own: bytes) -> list[float]:
     return found
 
 
-def verdicts_have_two_thirds(block: Block) -> None:
+def ballots_are_what_was_revealed(block: Block) -> None:
+    """What stays of a voter's reveal is whether it speaks against the worker, the auditor, both or neither."""
     params = rows(block.before, T.PARAMS)[b""]
     limits = [params.fraud_factor * tau / 1e9 for tau in params.tau]
+    for sender, payload in block.applied():
+        for entry in payload.entries if isinstance(payload, RevealAll) else ():
+            audit = rows(block.after, T.AUDITS)[entry.audit]
+            if entry.round != 2 or audit.state not in (*LIVE, "convicted", "acquitted", "undecided"):
+                continue
+            voter = next(v for v in audit.voters if v.account == sender)
+            off = [
+                any(v > m for v, m in zip(_apart(sketch, entry.shared), limits, strict=True))
+                for sketch in (audit.opening.sketch, audit.reveal.shared)
+            ]
+            against = (off[0] or entry.contradiction, off[1])
+            assert voter.said == [(True, False), (False, True), (True, True), (False, False)].index(against)
+
+
+def verdicts_have_two_thirds(block: Block) -> None:
     for audit in ended(block):
         if str(audit.state) not in ("convicted", "acquitted"):
             continue
         against = 0
         for voter in audit.voters:
             assert voter.account not in (audit.worker, audit.auditor)
-            if voter.reveal is None:
-                continue
-            told = voter.reveal.contradiction and str(audit.state) == "convicted"
-            claimed = audit.opening.sketch if str(audit.state) == "convicted" else audit.reveal.shared
-            off = [v > m for v, m in zip(_apart(claimed, voter.reveal.shared), limits, strict=True)]
-            against += voter.power if told or any(off) else 0
+            against += voter.power if voter.said in ((0, 2) if str(audit.state) == "convicted" else (1, 2)) else 0
         assert 3 * against > 2 * sum(v.power for v in audit.voters), f"{audit.state} with {against}"
 
 
@@ -169,7 +181,8 @@ def convicted_by_verdict(block: Block) -> None:
         named[conviction.kind].add(conviction.account)
     verdicts = {a.worker for a in rows(block.after, T.AUDITS).values() if str(a.state) == "convicted"}
     assert named[0] <= verdicts
-    assert {key for key, account in rows(block.after, T.ACCOUNTS).items() if account.barred} == named[0]
+    barred = {key for key, account in rows(block.after, T.ACCOUNTS).items() if account.barred}
+    assert {owner(block.after, key) for key in barred} == {owner(block.after, key) for key in named[0]}
     assert {key for key, v in rows(block.after, T.VALIDATORS).items() if v.is_tombstoned} == named[1]
     out = named[1] | {key for key, v in rows(block.after, T.VALIDATORS).items() if v.is_jailed}
     assert not out & set(block.after.validators().powers)
@@ -188,8 +201,7 @@ def tables_agree(block: Block) -> None:
     audits, claims = rows(state, T.AUDITS), rows(state, T.CLAIMS)
     live = {key for key, audit in audits.items() if audit.state in LIVE}
     assert {key[-32:] for key in rows(state, T.ACTIVE)} == live
-    waiting = {key for key, c in claims.items() if not c.drawn and not c.is_void}
-    assert waiting <= {key[-32:] for key in rows(state, T.QUEUE)}
+    assert {c.id for c in claims_of(state) if not c.drawn} <= {key[-32:] for key in rows(state, T.QUEUE)}
     opened = Counter(audits[key].claim for key in live)
     for key, claim in claims.items():
         assert claim.open_audits == opened[key], f"{claim.open_audits} open audits, {opened[key]} found"
@@ -197,6 +209,7 @@ def tables_agree(block: Block) -> None:
     busy |= {audits[key].task for key in live}
     busy |= {w.task for w in rows(state, T.WORKERS).values() if w.bond + w.withheld and str(w.state) == "left"}
     assert busy <= set(rows(state, T.OPEN))
+    _watched(state)
     for key, progress in rows(state, T.STEPS).items():
         own = [claims[identity] for identity in progress.claims]
         task = rows(state, T.TASKS)[key[:32]]
@@ -204,6 +217,22 @@ def tables_agree(block: Block) -> None:
             cells = sorted(cell for c in own if c.claim.stage == stage for cell in c.claim.cells)
             assert len(set(cells)) == len(cells)
             assert sum(1 << cell for cell in cells) == int.from_bytes(progress.covered[stage], "little")
+
+
+def _watched(state: State) -> None:
+    """Whoever works is known by account too, and counts what it still answers for; what has a time is woken."""
+    workers, opened = rows(state, T.WORKERS), rows(state, T.OPEN)
+    assert {key[32:] + key[:32] for key in rows(state, T.JOBS)} == {key for key in workers if key[:32] in opened}
+    engaged = Counter((c.claim.task, c.worker) for c in rows(state, T.CLAIMS).values() if not c.is_settled)
+    engaged -= Counter((c.claim.task, c.worker) for c in rows(state, T.CLAIMS).values() if c.is_void)
+    engaged += Counter((a.task, a.worker) for a in rows(state, T.AUDITS).values() if a.state in LIVE)
+    woken = {(int.from_bytes(key[:32], "big"), key[33:]) for key in rows(state, T.WAKE)}
+    for worker in workers.values():
+        assert worker.engaged == engaged[worker.task, worker.account], f"{worker.engaged} counted"
+        assert not worker.is_present or (worker.lease_until + 1, worker.task) in woken
+    for audit in rows(state, T.AUDITS).values():
+        assert audit.state not in LIVE or audit.deadline + 1 <= state.height or (audit.deadline + 1, audit.id) in woken
+    assert all(height > state.height for height, _ in woken)
 
 
 def _subtree(leaves: list[tuple[bytes, bytes]], depth: int) -> bytes:
@@ -242,6 +271,7 @@ RULES = (
     drawn_when_final,
     seated_by_the_rules,
     bonds_stay_while_disputed,
+    ballots_are_what_was_revealed,
     verdicts_have_two_thirds,
     convicted_by_verdict,
     nonces_count,

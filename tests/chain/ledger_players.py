@@ -24,6 +24,7 @@ from chain.transactions import (
     Payload,
     Reveal,
     RevealAll,
+    RotateKey,
     SubmitClaims,
     TakeSeat,
     Transaction,
@@ -32,7 +33,7 @@ from chain.transactions import (
 )
 from tests.chain import ledger_oracle as oracle
 from tests.chain.ledger_kit import KEYS, Ledger, Sent, Swarm, context_on, genesis_of, post_task
-from tests.chain.ledger_view import KEPT, Block
+from tests.chain.ledger_view import KEPT, Block, owner
 
 FRAUD, SMALL = -2.0, 1e-4
 QUICK = {
@@ -170,7 +171,8 @@ class Players:
         """Return two votes of a validator that conflict, or the same vote twice."""
         votes = []
         for side in (b"a", b"b" if is_real else b"a"):
-            named = (VoteKind.NOTARIZE, self.genesis.chain_id, 1, view, digest("block", side))
+            height = max(1, self.state.height - view)
+            named = (VoteKind.NOTARIZE, self.genesis.chain_id, height, view, digest("block", side))
             votes.append(encode(Vote(*named, key.account, key.sign(vote_bytes(*named)))))
         return Evidence(*votes)
 
@@ -204,9 +206,9 @@ class Players:
             body = Unsigned(1, self.genesis.chain_id, key.account, nonce, *window, 0, b"", payload)
             size = len(encode(Transaction(body, bytes(64)))) + ROOM
             fee = fee_per_byte * size
-            if fee > left.get(key.account, record.balance):
+            if fee > left.get(key.account, record.balance) or owner(self.state, key.account) != key.account:
                 continue
-            spent = getattr(payload, "amount", getattr(payload, "escrow", 0))
+            spent = getattr(payload, "amount", getattr(payload, "escrow", isinstance(payload, RotateKey)))
             left[key.account] = 0 if fee_per_byte and spent else left.get(key.account, record.balance) - fee
             found.append(Transaction(structs.replace(body, fee=fee), bytes(64)))
             nonces[key.account] = nonce + 1

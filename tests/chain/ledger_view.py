@@ -45,8 +45,16 @@ def rows(state: State, table: Table) -> Mapping[bytes, Any]:
 
 
 def claims_of(state: State) -> Iterable[Any]:
-    """Return the claims that still await pay."""
-    return (c for c in rows(state, T.CLAIMS).values() if not c.is_settled and not c.is_void)
+    """Return the claims that still await pay: not settled, and of their task's present generation."""
+    now = {key: task.generation for key, task in rows(state, T.TASKS).items()}
+    claims = rows(state, T.CLAIMS).values()
+    return (c for c in claims if not c.is_settled and not c.is_void and c.claim.generation == now[c.claim.task])
+
+
+def owner(state: State, account: bytes) -> bytes:
+    """Return the account that has what was another's before its key was rotated."""
+    lines = rows(state, T.ROTATIONS)
+    return lines[lines[account].first].last if account in lines else account
 
 
 def ended(block: Block) -> list[Any]:

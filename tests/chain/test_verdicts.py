@@ -87,11 +87,11 @@ def test_what_a_ballot_says(opened: bytes, audited: bytes, own: bytes, contradic
 
 def test_the_stake_of_revealed_ballots_is_counted() -> None:
     voters = [
-        Voter(b"a" * 32, 5, None, reveal(TRUE)),
-        Voter(b"b" * 32, 7, None, reveal(scaled(2))),
-        Voter(b"c" * 32, 11, None, None),
+        Voter(b"a" * 32, 5, said=tuple(Ballot).index(Ballot.AGAINST_WORKER)),
+        Voter(b"b" * 32, 7, said=tuple(Ballot).index(Ballot.AGAINST_AUDITOR)),
+        Voter(b"c" * 32, 11),
     ]
-    assert tally(voters, scaled(2), TRUE, PARAMS) == {Ballot.AGAINST_WORKER: 5, Ballot.AGAINST_AUDITOR: 7}
+    assert tally(voters) == {Ballot.AGAINST_WORKER: 5, Ballot.AGAINST_AUDITOR: 7}
 
 
 @pytest.mark.parametrize(("total", "least"), [(1, 1), (2, 2), (3, 3), (4, 3), (6, 5), (100, 67)])

@@ -1,0 +1,414 @@
+"""States and blocks that hostile accounts can bring about: each shape is as bad as its number says.
+
+States are written record by record, as the transactions that lead to them would have left them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from msgspec import structs
+
+from chain.blocks import BlockContext, Vote, VoteKind, vote_bytes
+from chain.codec import Record, encode
+from chain.commitment import claim_root, leaf
+from chain.genesis import Allocation, Genesis, GenesisValidator
+from chain.hashing import digest
+from chain.keys import PrivateKey
+from chain.ledger.book import place_at, step_key
+from chain.ledger.claims import claim_id
+from chain.params import Params
+from chain.randomness import Onion, next_seed
+from chain.records import (
+    Account,
+    Audit,
+    AuditStatus,
+    ClaimRecord,
+    StepProgress,
+    Task,
+    TaskStatus,
+    Unbonding,
+    Validator,
+    Voter,
+    Worker,
+    WorkerStatus,
+    status_of,
+)
+from chain.state import Draft, Marker, State, Table, genesis_state
+from chain.transactions import (
+    Claim,
+    Commit,
+    Commitment,
+    Evidence,
+    Opening,
+    Payload,
+    PostTask,
+    RenewLease,
+    Reveal,
+    RevealAll,
+    SubmitClaims,
+    TakeSeat,
+    Trace,
+    Transaction,
+    Transfer,
+    Unbond,
+    Unsigned,
+    Withdraw,
+    reveal_commitment,
+    sign,
+)
+
+HEIGHT = 1000
+"""The height that a shape's state stands at."""
+RICH = 10**12
+SKETCH = bytes(384)
+TRACE = Trace(*(bytes(32) for _ in Trace.__struct_fields__))
+LONG = 10**6
+
+
+def key_of(index: int) -> PrivateKey:
+    """Return the same key in every run."""
+    return PrivateKey(digest("bench key", index.to_bytes(8, "big")))
+
+
+def name_of(*parts: object) -> bytes:
+    """Return 32 bytes that nothing else is called."""
+    return digest("bench name", repr(parts).encode())
+
+
+@dataclass
+class Shape:
+    """A state under construction and the block that is executed on it."""
+
+    validators: int = 4
+    params: Params = field(default_factory=Params)
+    sent: list[tuple[PrivateKey, Payload]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.keys = [key_of(index) for index in range(self.validators)]
+        self.onion = Onion(self.keys[0].seed, 4)
+        members = tuple(GenesisValidator(key.account, 10**6, self.onion.tip) for key in self.keys)
+        allocations = (Allocation(key_of(-1 % 2**32).account, RICH * 1000),)
+        self.genesis = Genesis(b"worst", 1_700_000_000_000, self.params, allocations, members)
+        self._base = genesis_state(self.genesis)
+        self._draft = Draft(self._base)
+        self.put(Table.CHAIN, b"", structs.replace(self._base.chain, height=HEIGHT))
+
+    def put(self, table: Table, key: bytes, record: Record) -> None:
+        """Write a record into the state."""
+        self._draft.put(table, key, record)
+
+    def account(self, key: PrivateKey | bytes, **changes: int) -> None:
+        """Give an account money."""
+        account = key if isinstance(key, bytes) else key.account
+        self.put(Table.ACCOUNTS, account, Account(**{"balance": RICH, **changes}))
+
+    def state(self) -> State:
+        """Return the state."""
+        return self._draft.freeze(self._base)
+
+    def context(self, state: State) -> BlockContext:
+        """Return the context of the block, proposed by the first validator."""
+        reveal = self.onion.below(self.onion.tip)
+        seed = next_seed(state.seed, reveal)
+        proposer = self.keys[0].account
+        time = state.chain.timestamp + 1000
+        return BlockContext(self.genesis.chain_id, HEIGHT + 1, time, proposer, reveal, seed, ())
+
+    def transactions(self, state: State) -> tuple[Transaction, ...]:
+        """Return the signed transactions of the block, as many as fit."""
+        nonces: dict[bytes, int] = {}
+        found: list[Transaction] = []
+        left = self.params.max_block_bytes
+        for key, payload in self.sent[: self.params.max_block_transactions]:
+            nonce = nonces.get(key.account, state.account(key.account).nonce)
+            nonces[key.account] = nonce + 1
+            body = Unsigned(1, self.genesis.chain_id, key.account, nonce, 0, 2 * HEIGHT, 0, b"", payload)
+            signed = sign(key, body)
+            left -= len(encode(signed))
+            if left < 0:
+                break
+            found.append(signed)
+        return tuple(found)
+
+    def task(self, index: int, **changes: object) -> Task:
+        """Open a task that runs."""
+        plain = Task(
+            id=name_of("task", index), client=key_of(10**6).account, manifest=bytes(32), stages=1, replicas=1,
+            steps=1000, microbatches=4, price=1, escrow=10**7, worker_bond=100, audit_rate=10_000, depth=4,
+            posted_at=1, deadline=LONG, status=status_of(TaskStatus, TaskStatus.RUNNING),
+        )  # fmt: skip
+        task = structs.replace(plain, **changes)
+        self.put(Table.TASKS, task.id, task)
+        self.put(Table.OPEN, task.id, Marker())
+        return task
+
+    def wake(self, height: int, table: Table, key: bytes) -> None:
+        """Let something be due at a height."""
+        self.put(Table.WAKE, place_at(height, table, key), Marker())
+
+    def worker(self, task: Task, account: bytes, stage: int = -1, **changes: object) -> Worker:
+        """Let an account wait in a task, or sit in a stage of it."""
+        status = status_of(WorkerStatus, WorkerStatus.SPARE if stage < 0 else WorkerStatus.SEATED)
+        plain = Worker(task.id, account, bytes(32), 1, LONG, stage=stage, status=status)
+        worker = structs.replace(plain, **changes)
+        self.put(Table.WORKERS, task.id + account, worker)
+        self.put(Table.JOBS, account + task.id, Marker())
+        return worker
+
+    def _engage(self, task: bytes, account: bytes) -> None:
+        worker: Worker = self._draft.get(Table.WORKERS, task + account)
+        self.put(Table.WORKERS, task + account, structs.replace(worker, engaged=worker.engaged + 1))
+
+    def claim(self, task: Task, worker: Worker, step: int, cells: tuple[int, ...], drawn: bool = False) -> ClaimRecord:
+        """Record a claim, waiting for its draw or drawn."""
+        root = claim_root([leaf(bytes(32), TRACE) for _ in cells])
+        claim = Claim(task.id, task.generation, step, worker.stage, cells, root, bytes(32), bytes(32))
+        identity = claim_id(claim, worker.account)
+        height = HEIGHT - 1 - 2 * drawn
+        record = ClaimRecord(identity, claim, worker.account, height, drawn=drawn, open_audits=len(cells) * drawn)
+        self.put(Table.CLAIMS, identity, record)
+        self._engage(task.id, worker.account)
+        if not drawn:
+            self.put(Table.QUEUE, height.to_bytes(8, "big") + identity, Marker())
+        key = step_key(task.id, task.generation, step)
+        progress = self._draft.get(Table.STEPS, key) or StepProgress(height, (bytes(128),) * task.stages)
+        self.put(Table.STEPS, key, structs.replace(progress, claims=(*progress.claims, identity)))
+        return record
+
+    def audit(self, record: ClaimRecord, cell: int, auditor: bytes, state: AuditStatus, **changes: object) -> Audit:
+        """Record an audit in a state of its life."""
+        claim = record.claim
+        plain = Audit(
+            name_of("audit", record.id, cell), record.id, claim.task, claim.generation, claim.step, claim.stage, cell,
+            record.worker, auditor, bytes(32), HEIGHT, HEIGHT + 100, status=status_of(AuditStatus, state),
+        )  # fmt: skip
+        audit = structs.replace(plain, **changes)
+        self.put(Table.AUDITS, audit.id, audit)
+        self.put(Table.ACTIVE, audit.id, Marker())
+        self.wake(audit.deadline + 1, Table.AUDITS, audit.id)
+        self._engage(record.claim.task, record.worker)
+        return audit
+
+
+def idle_tasks(number: int) -> Shape:
+    """Many open tasks in each of which something is due in this very block, each with a worker."""
+    shape = Shape()
+    for index in range(number):
+        task = shape.task(index, stages=2)
+        shape.worker(task, key_of(index % 50).account, 0)
+        shape.wake(HEIGHT + 1, Table.TASKS, task.id)
+    return shape
+
+
+def crowds(number: int) -> Shape:
+    """Tasks as full of applicants as they may be, in each of which something is due in this block."""
+    shape = Shape()
+    for index in range(number // 4096):
+        task = shape.task(index, applicants=4096)
+        for place in range(4096):
+            shape.worker(task, name_of("spare", place), lease_until=HEIGHT)
+        shape.wake(HEIGHT + 1, Table.TASKS, task.id)
+        applicant = key_of(10**5 + index)
+        shape.account(applicant)
+        shape.sent.append((applicant, TakeSeat(task.id, bytes(32))))
+    return shape
+
+
+def draws(number: int) -> Shape:
+    """A full queue of draws with 256 validators to draw from."""
+    shape = Shape(validators=256)
+    task = shape.task(0, microbatches=1024)
+    worker = shape.worker(task, key_of(10**5).account, 0)
+    for step in range(number // 16):
+        shape.claim(task, worker, step, tuple(range(16)))
+    return shape
+
+
+def single_draws(number: int) -> Shape:
+    """A queue of claims of one cell each, by many workers of as many tasks."""
+    shape = Shape(validators=256)
+    for index in range(number):
+        task = shape.task(index)
+        shape.claim(task, shape.worker(task, name_of("worker", index), 0), 1, (0,))
+    return shape
+
+
+def waiting_audits(number: int) -> Shape:
+    """Many audits whose auditors have time left."""
+    return _audits(number, AuditStatus.DRAWN, HEIGHT + 50)
+
+
+def overdue_audits(number: int) -> Shape:
+    """Many audits whose deadline passes in this block, with 256 validators to draw others from."""
+    return _audits(number, AuditStatus.DRAWN, HEIGHT)
+
+
+def _audits(number: int, state: AuditStatus, deadline: int) -> Shape:
+    shape = Shape(validators=256)
+    for index in range(number // 64):
+        task = shape.task(index, microbatches=1024)
+        worker = shape.worker(task, name_of("worker", index), 0)
+        record = shape.claim(task, worker, 1, tuple(range(64)), drawn=True)
+        for cell in range(64):
+            shape.audit(record, cell, shape.keys[(index + cell) % 256].account, state, deadline=deadline)
+    return shape
+
+
+def votes(number: int) -> Shape:
+    """A block full of reveals of 256 voters, each in many votes that everybody else has spoken in."""
+    shape = Shape(validators=256)
+    revealer = shape.keys[1]
+    for index in range(number):
+        task = shape.task(index)
+        worker = shape.worker(task, name_of("worker", index), 0, bond=100)
+        record = shape.claim(task, worker, 1, (0,), drawn=True)
+        identity = name_of("audit", record.id, 0)
+        plain = Reveal(identity, 2, bytes(32), SKETCH, SKETCH, False)
+        opening = Opening(identity, bytes(32), TRACE, (), SKETCH)
+        voters = [
+            Voter(key.account, 10**6, reveal_commitment(key.account, plain), None, None if key is revealer else 3)
+            for key in shape.keys[1:]
+        ]
+        shape.audit(
+            record, 0, shape.keys[0].account, AuditStatus.VOTING, opening=opening, is_revealing=True,
+            commitment=bytes(32), reveal=structs.replace(plain, round=0), voters=tuple(voters),
+        )  # fmt: skip
+    for start in range(0, number, 16):
+        entries = [
+            Reveal(name_of("audit", claim_id(_first_claim(index), name_of("worker", index)), 0), 2, bytes(32), SKETCH,
+                   SKETCH, False)
+            for index in range(start, min(number, start + 16))
+        ]  # fmt: skip
+        shape.sent.append((revealer, RevealAll(tuple(entries))))
+    return shape
+
+
+def _first_claim(index: int) -> Claim:
+    root = claim_root([leaf(bytes(32), TRACE)])
+    return Claim(name_of("task", index), 0, 1, 0, (0,), root, bytes(32), bytes(32))
+
+
+def claims(number: int) -> Shape:
+    """A block full of claims, each of one cell of another step of tasks with many stages."""
+    shape = Shape()
+    worker = key_of(10**5)
+    shape.account(worker, bonded=10**6)
+    for index in range(number // 64):
+        task = shape.task(index, stages=16, microbatches=1024, depth=64)
+        shape.worker(task, worker.account, 0)
+        for first in range(1, 65, 16):
+            entries = (
+                Claim(task.id, 0, step, 0, (0,), bytes(32), bytes(32), bytes(32)) for step in range(first, first + 16)
+            )
+            shape.sent.append((worker, SubmitClaims(tuple(entries))))
+    return shape
+
+
+def conviction(number: int) -> Shape:
+    """A verdict that makes many claims of a task void."""
+    shape = votes(1)
+    task = structs.replace(shape.task(0), replicas=256, depth=1024)
+    worker = shape.worker(task, name_of("worker", 0), 0, bond=100)
+    others = [shape.worker(task, name_of("other", place), 0) for place in range(64)]
+    for step in range(2, number // 64 + 2):
+        for place, other in enumerate(others):
+            shape.claim(task, other, step, (place,), drawn=True)
+    told = Reveal(bytes(32), 2, bytes(32), b"\x00\x00\x80\x3f" * 96, SKETCH, True)
+    record = shape._draft.get(Table.CLAIMS, claim_id(_first_claim(0), worker.account))
+    identity = name_of("audit", record.id, 0)
+    told = structs.replace(told, audit=identity)
+    audit = shape._draft.get(Table.AUDITS, identity)
+    voters = tuple(
+        Voter(v.account, v.power, reveal_commitment(v.account, told), None, None if v.said is None else 0)
+        for v in audit.voters
+    )
+    shape.put(Table.AUDITS, identity, structs.replace(audit, voters=voters))
+    shape.sent[:] = [(shape.keys[1], RevealAll((told,)))]
+    return shape
+
+
+def transfers(number: int) -> Shape:
+    """As many transfers between as many accounts."""
+    shape = Shape()
+    for index in range(number):
+        key = key_of(10**5 + index)
+        shape.account(key)
+        shape.sent.append((key, Transfer(name_of("payee", index), 1)))
+    return shape
+
+
+def evidence(number: int) -> Shape:
+    """False evidence, which takes two checks of signatures to refuse."""
+    shape = Shape(validators=256)
+    culprit = shape.keys[5]
+    for index in range(number):
+        votes_ = []
+        for side in (0, 1):
+            named = (VoteKind.NOTARIZE, shape.genesis.chain_id, 1, index + 1, name_of("block", side))
+            signature = culprit.sign(vote_bytes(*named))
+            votes_.append(encode(Vote(*named, culprit.account, signature if side == 0 else bytes(64))))
+        shape.sent.append((shape.keys[index % 200 + 6], Evidence(*votes_)))
+    return shape
+
+
+def registered(number: int) -> Shape:
+    """Many registered validators without stake, and validators that leave the set."""
+    shape = Shape(validators=200)
+    for index in range(number):
+        shape.put(Table.VALIDATORS, name_of("registered", index), Validator(bytes(32), 1))
+    shape.sent += [(key, Unbond(10**6)) for key in shape.keys]
+    return shape
+
+
+def unbondings(number: int) -> Shape:
+    """Accounts with many unbondings that try to withdraw too early."""
+    shape = Shape()
+    for index in range(200):
+        key = key_of(10**5 + index)
+        shape.account(key, bonded=10**6)
+        for place in range(number // 200):
+            release = HEIGHT + 10 + place
+            shape.put(Table.UNBONDINGS, key.account + release.to_bytes(8, "big"), Unbonding(1, release))
+        shape.sent += [(key, Withdraw())] * 10
+    return shape
+
+
+def duties(number: int) -> Shape:
+    """Duties that nobody owes, by those who may owe some, while many tasks are open."""
+    shape = idle_tasks(number)
+    worker = key_of(10**5)
+    shape.account(worker)
+    shape.worker(shape.task(number), worker.account, 0)
+    junk = Commit(tuple(Commitment(bytes(32), 0, bytes(32)) for _ in range(1)))
+    shape.sent += [(worker, junk), (worker, RenewLease(bytes(32)))] * 1024
+    return shape
+
+
+def posts(number: int) -> Shape:
+    """New tasks as large as they may be."""
+    shape = Shape()
+    client = key_of(10**5)
+    shape.account(client)
+    task = PostTask(bytes(32), 1, 1, 1, 1, 1, 2, 100, 10_000, 1, 1)
+    shape.sent += [(client, structs.replace(task, lifetime=index + 1)) for index in range(number)]
+    return shape
+
+
+SHAPES: dict[str, tuple[Callable[[int], Shape], int]] = {
+    "transfers": (transfers, 2048),
+    "evidence": (evidence, 2048),
+    "posts": (posts, 2048),
+    "idle tasks": (idle_tasks, 10_000),
+    "crowds": (crowds, 40_960),
+    "draws": (draws, 4096),
+    "single draws": (single_draws, 4096),
+    "waiting audits": (waiting_audits, 50_000),
+    "overdue audits": (overdue_audits, 8192),
+    "votes": (votes, 900),
+    "claims": (claims, 4096),
+    "conviction": (conviction, 20_000),
+    "registered": (registered, 50_000),
+    "unbondings": (unbondings, 40_000),
+    "duties": (duties, 5000),
+}
+"""Shapes and the number at which the bench measures them."""

@@ -1,0 +1,101 @@
+"""Who may be drawn to re-execute a cell, and draws by stake from such a pool."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import accumulate
+
+from chain.hashing import digest
+from chain.ledger.book import Book, step_key
+from chain.randomness import uniform
+from chain.records import ClaimRecord, StepProgress
+from chain.state import Table
+from chain.transactions import Claim
+
+
+class Pool:
+    """Accounts with weights, made once and drawn from often: a draw costs two binary searches."""
+
+    def __init__(self, weights: Iterable[tuple[bytes, int]]) -> None:
+        entries = sorted(entry for entry in weights if entry[1] > 0)
+        self._names = [name for name, _ in entries]
+        self._ends = list(accumulate(weight for _, weight in entries))
+
+    def draw(self, seed: bytes, excluded: Iterable[bytes]) -> bytes | None:
+        """Return the account that `randomness.weighted_draw` draws first when `excluded` are left out."""
+        places = sorted(place for account in set(excluded) if (place := self._place(account)) is not None)
+        total = (self._ends[-1] if self._ends else 0) - sum(map(self._weight, places))
+        if total <= 0:
+            return None
+        ticket = uniform(digest("draw", seed, bytes(8)), total)
+        for place in places:
+            if ticket >= self._ends[place] - self._weight(place):
+                ticket += self._weight(place)
+        return self._names[bisect_right(self._ends, ticket)]
+
+    def _place(self, account: bytes) -> int | None:
+        place = bisect_left(self._names, account)
+        return place if place < len(self._names) and self._names[place] == account else None
+
+    def _weight(self, place: int) -> int:
+        return self._ends[place] - (self._ends[place - 1] if place else 0)
+
+
+class Pools:
+    """The pools of one moment of a block, by task and stage; accounts and seats must not change meanwhile."""
+
+    def __init__(self, book: Book) -> None:
+        self.book = book
+        self.cost = 0
+        """Rows of workers looked through so far."""
+        self._far: dict[tuple[bytes, int], Pool] = {}
+
+    @cached_property
+    def _validators(self) -> list[tuple[bytes, int]]:
+        return self._weighed(self.book.validators.powers)
+
+    def _weighed(self, accounts: Iterable[bytes]) -> list[tuple[bytes, int]]:
+        return [(account, self.book.account(account).bonded) for account in accounts if is_fit(self.book, account)]
+
+    def _all(self, seated: dict[bytes, int]) -> list[tuple[bytes, int]]:
+        others = self._weighed(account for account in seated if account not in self.book.validators)
+        return self._validators + others
+
+    def _seated(self, task: bytes) -> dict[bytes, int]:
+        workers = self.book.workers(task)
+        self.cost += len(workers)
+        return {worker.account: worker.stage for worker in workers if worker.is_seated}
+
+    def draw(self, record: ClaimRecord, cell: int, seed: bytes, excluded: tuple[bytes, ...]) -> bytes | None:
+        """Return who re-executes a cell: not the worker, nor, if others can, its neighbours in the pipeline."""
+        claim = record.claim
+        far = self._far.get((claim.task, claim.stage))
+        if far is None:
+            seated = self._seated(claim.task)
+            beside = {account for account, stage in seated.items() if abs(stage - claim.stage) == 1}
+            everyone = self._all(seated)
+            far = Pool(entry for entry in everyone if entry[0] not in beside) if beside else Pool(everyone)
+            self._far[claim.task, claim.stage] = far
+        left_out = (*excluded, record.worker)
+        drawn = far.draw(seed, left_out)
+        if drawn is not None:
+            return drawn
+        touching = _touching(self.book, claim, cell)
+        return Pool(self._all(self._seated(claim.task))).draw(seed, (*left_out, *touching))
+
+
+def is_fit(book: Book, account: bytes) -> bool:
+    """Whether an account may be drawn: neither barred nor absent, and with stake."""
+    record = book.account(account)
+    return not record.barred and record.absent_until <= book.height and record.bonded > 0
+
+
+def _touching(book: Book, claim: Claim, cell: int) -> set[bytes]:
+    """Return the workers whose claims cover the cell in an adjacent stage."""
+    progress: StepProgress | None = book.draft.get(Table.STEPS, step_key(claim.task, claim.generation, claim.step))
+    found = set()
+    for identity in progress.claims if progress else ():
+        other: ClaimRecord = book.claim(identity)
+        if abs(other.claim.stage - claim.stage) == 1 and cell in other.claim.cells:
+            found.add(other.worker)
+    return found
