@@ -228,7 +228,7 @@ class ChainEngine:
         """Return where the chain stands, ready for JSON."""
         report = describe(self._core, self._catch_up, self._follows_because, trio.current_time())
         said = {"mempool": len(self._transactions.mempool), "joining": self._join.said}
-        return report | said | {"warning": warning(self._core.tip, self._config.trust, self._config.clock_ms())}
+        return report | said | {"warning": warning(self._core, self._config.trust, self._config.clock_ms())}
 
     # Loops.
 

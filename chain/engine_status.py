@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from chain.engine_blocks import Tip
 from chain.engine_core import Core
 from chain.engine_gate import halted_reason
 from chain.engine_sync import CatchUp
@@ -13,15 +12,17 @@ STALLED_SECONDS = 15.0
 """How long a due block may fail to appear before the status says why."""
 
 
-def warning(tip: Tip, trust: Trust | None, now_ms: int) -> str | None:
+def warning(core: Core, trust: Trust | None, now_ms: int) -> str | None:
     """Return in a sentence that nothing known here is recent enough to tell a true chain from a false one."""
+    tip, validators = core.tip, core.validators
     period, age = trusting_ms(tip.state.params), now_ms - tip.timestamp
-    if trust is not None or age <= period:
+    decides_alone = core.account is not None and validators.power(core.account) >= validators.quorum
+    if trust is not None or age <= period or decides_alone:
         return None
     return (
         f"The newest block here is {_duration(age)} old, more than the trusting period of {_duration(period)}: "
         "validators that have left since could show a false chain unpunished. "
-        "Start with --trust HEIGHT:HASH of a recent block that somebody vouches for."
+        "To be sure, start with --trust HEIGHT:HASH."
     )
 
 

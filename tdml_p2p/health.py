@@ -20,6 +20,7 @@ class WarningCode(StrEnum):
     FALLING_BEHIND = "falling-behind"
     ONE_OWNER = "one-owner"
     JAILED = "jailed"
+    OLD_TIP = "old-tip"
     UNREACHABLE = "unreachable"
 
 
@@ -43,6 +44,7 @@ class Vitals:
     block_age: float | None
     powers: tuple[int, ...] = ()
     halted: str | None = None
+    old_tip: str | None = None
     is_jailed: bool = False
     is_reachable: bool | None = None
     grace: float = field(default=10.0)
@@ -52,6 +54,7 @@ def warnings(vitals: Vitals) -> tuple[Warn, ...]:
     """Return the warnings that `vitals` call for, gravest first."""
     found = [
         _halted(vitals),
+        _old_tip(vitals),
         _stalled(vitals),
         _falling_behind(vitals),
         _alone(vitals),
@@ -69,6 +72,16 @@ def _halted(vitals: Vitals) -> Warn | None:
         WarningCode.HALTED,
         vitals.halted,
         "check that the silent validators run and are connected; nothing is lost meanwhile",
+    )
+
+
+def _old_tip(vitals: Vitals) -> Warn | None:
+    if not vitals.old_tip:
+        return None
+    return Warn(
+        WarningCode.OLD_TIP,
+        vitals.old_tip,
+        "start with --trust HEIGHT:HASH of a recent block that somebody vouches for",
     )
 
 

@@ -191,6 +191,7 @@ def _vitals(peer: "Peer", engine: dict[str, Any], reach: Reachability) -> Vitals
         block_age=peer.chain.block_age(),
         powers=tuple(power for _, power in state.validators().members),
         halted=engine["halted"],
+        old_tip=engine["warning"],
         is_jailed=own is not None and own.is_jailed and bool(state.account(peer.key.account).bonded),
         is_reachable=reach.is_reachable,
     )
