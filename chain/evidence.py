@@ -193,7 +193,7 @@ def _votes_in(message: ConsensusMessage, validators: ValidatorSet) -> Iterator[V
 
 def _is_known(case: _Case, culprit: bytes, state: State) -> bool:
     """Whether the ledger has punished the culprit, or knows nobody that it could punish."""
-    validator = state.validator(culprit)
+    validator = state.validator(state.heir(culprit))
     return state.height >= case.height if validator is None else validator.is_tombstoned
 
 

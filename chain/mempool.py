@@ -4,10 +4,11 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from chain.genesis import MAX_ISSUED
 from chain.ledger import check_envelope
 from chain.reasons import Reason
 from chain.state import State
-from chain.transactions import DUTIES, Bond, Payload, PostTask, TopUp, Transaction, Transfer
+from chain.transactions import DUTIES, Bond, Payload, PostTask, RotateKey, TopUp, Transaction, Transfer
 
 DEFAULT_BYTES = 64 << 20
 DUTY_SHARE = 4
@@ -225,5 +226,7 @@ def _spent(payload: Payload) -> int:
             return payload.amount
         case PostTask():
             return payload.escrow
+        case RotateKey():
+            return MAX_ISSUED
         case _:
             return 0

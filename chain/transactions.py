@@ -2,7 +2,7 @@
 
 A transaction whose envelope is valid is always included with a receipt; a payload that the ledger
 refuses costs its fee and its nonce and changes nothing else. Duties (claims, commits, openings,
-reveals, leases, evidence) pay no fee: the ledger admits them only from those who owe them.
+reveals, leases, evidence, votes on parameters) pay no fee: the ledger admits them only from those who owe them.
 """
 
 from functools import cached_property
@@ -13,6 +13,7 @@ from msgspec import Meta, structs
 from chain.codec import AccountId, Hash, Record, SignatureBytes, Uint, decode, encode
 from chain.hashing import digest
 from chain.keys import PrivateKey, verify
+from chain.params import Params
 
 VERSION = 1
 MAX_TRANSACTION_BYTES = 64 * 1024
@@ -204,13 +205,31 @@ class Evidence(Record, frozen=True, tag=18):
     second: Annotated[bytes, Meta(max_length=8192)]
 
 
+class RotateKey(Record, frozen=True, tag=19):
+    """Move everything of the sender to `successor`, a key that was never used, and close the sender for good.
+
+    `proof` is the successor's signature over `rotation_bytes`; `onion_tip` is what it will validate with.
+    """
+
+    successor: AccountId
+    onion_tip: Hash
+    proof: SignatureBytes
+
+
+class VoteParams(Record, frozen=True, tag=20):
+    """Stand for these parameters, all of them; those in force take a validator's standing vote back."""
+
+    params: Params
+
+
 Payload = (
     Transfer | Bond | Unbond | Withdraw | RegisterValidator | Unjail | Faucet
     | PostTask | TopUp | CloseTask | TakeSeat | RenewLease | LeaveSeat
-    | SubmitClaims | Commit | Open | RevealAll | Evidence
+    | SubmitClaims | Commit | Open | RevealAll | Evidence | RotateKey | VoteParams
 )  # fmt: skip
 
-DUTIES = (RenewLease, SubmitClaims, Commit, Open, RevealAll, Evidence)
+DUTIES = (RenewLease, SubmitClaims, Commit, Open, RevealAll, Evidence, VoteParams)
+"""Free of fees for those who may owe them; a vote is, so that no fee can outvote those who would lower it."""
 
 
 class Unsigned(Record, frozen=True):
@@ -256,6 +275,11 @@ def signing_bytes(body: Unsigned) -> bytes:
 def sign(key: PrivateKey, body: Unsigned) -> Transaction:
     """Return `body` signed by `key`."""
     return Transaction(body, key.sign(signing_bytes(body)))
+
+
+def rotation_bytes(chain_id: bytes, account: bytes) -> bytes:
+    """Return the domain-separated digest by whose signature a key consents to succeed `account`."""
+    return digest("rotate key", chain_id, account)
 
 
 def decode_transaction(data: bytes) -> Transaction:

@@ -7,8 +7,9 @@ from chain.codec import DecodeError, decode
 from chain.hashing import digest
 from chain.keys import verify
 from chain.ledger.book import Book, name
+from chain.ledger.rotation import refuse_closed
 from chain.reasons import Reason, Refused
-from chain.records import Conviction, Unbonding, Validator
+from chain.records import Conviction, Rotation, Validator
 from chain.state import Table
 from chain.transactions import Bond, Evidence, Transfer, Unbond
 
@@ -17,6 +18,7 @@ def transfer(book: Book, sender: bytes, payload: Transfer) -> None:
     """Move balance."""
     if payload.amount == 0:
         raise Refused(Reason.ZERO_AMOUNT)
+    refuse_closed(book, payload.to)
     book.debit(sender, payload.amount)
     book.credit(payload.to, payload.amount)
 
@@ -38,11 +40,15 @@ def unbond(book: Book, sender: bytes, payload: Unbond) -> None:
         raise Refused(Reason.NO_STAKE)
     _refuse_empty_set(book, sender, bonded - payload.amount)
     book.set_account(sender, bonded=bonded - payload.amount)
-    release = book.height + book.params.unbonding_blocks
-    key = sender + release.to_bytes(8, "big")
-    before: Unbonding | None = book.draft.get(Table.UNBONDINGS, key)
-    amount = payload.amount + (before.amount if before else 0)
-    book.draft.put(Table.UNBONDINGS, key, Unbonding(amount, release))
+    book.release(sender, payload.amount, leaves_at(book, sender) + book.params.unbonding_blocks)
+
+
+def leaves_at(book: Book, account: bytes) -> int:
+    """Return the last height that stake unbonded now can vote at: validators' power follows as an epoch begins."""
+    known: Validator | None = book.draft.get(Table.VALIDATORS, account)
+    epoch = book.params.epoch_blocks
+    is_behind_votes = known is not None and known.power > book.account(account).bonded
+    return -(-book.height // epoch) * epoch if is_behind_votes else book.height
 
 
 def _refuse_empty_set(book: Book, sender: bytes, left: int) -> None:
@@ -80,15 +86,18 @@ def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
         second: Vote = decode(Vote, payload.second)
     except DecodeError:
         raise Refused(Reason.BAD_EVIDENCE) from None
-    culprit = first.validator
+    culprit = book.heir(first.validator)
     known: Validator | None = book.draft.get(Table.VALIDATORS, culprit)
     if known is None or not is_conflict(first, second) or first.chain_id != book.chain.chain_id:
         raise Refused(Reason.BAD_EVIDENCE)
     if first.height > book.height:
         raise Refused(Reason.EVIDENCE_EARLY)
-    if first.height + book.params.unbonding_blocks < book.height:
+    if first.height + book.params.unbonding_blocks <= book.height:
         raise Refused(Reason.EVIDENCE_OLD)
-    if not all(verify(culprit, vote.signing_bytes, vote.signature) for vote in (first, second)):
+    rotated: Rotation | None = book.draft.get(Table.ROTATIONS, first.validator)
+    if rotated is not None and 0 < rotated.closed_at < first.height:
+        raise Refused(Reason.BAD_EVIDENCE)
+    if not all(verify(first.validator, vote.signing_bytes, vote.signature) for vote in (first, second)):
         raise Refused(Reason.BAD_EVIDENCE)
     if known.is_tombstoned:
         raise Refused(Reason.EVIDENCE_KNOWN)
@@ -100,7 +109,7 @@ def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
     book.credit(sender, reward)
     book.burn(slashed - reward)
     book.draft.put(Table.VALIDATORS, culprit, replace(known, power=0, is_tombstoned=True))
-    subject = digest("offence", culprit, first.height.to_bytes(8, "big"), first.view.to_bytes(8, "big"))
+    subject = digest("offence", first.validator, first.height.to_bytes(8, "big"), first.view.to_bytes(8, "big"))
     book.draft.put(
         Table.CONVICTIONS,
         subject,

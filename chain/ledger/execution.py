@@ -9,6 +9,7 @@ from chain.blocks import BlockContext
 from chain.ledger.book import Book, Event
 from chain.ledger.hooks import after_transactions, before_transactions
 from chain.ledger.payloads import apply
+from chain.ledger.rotation import refuse_closed
 from chain.randomness import next_seed, peel
 from chain.reasons import InvalidBlock, Reason, Refused
 from chain.records import Account
@@ -59,6 +60,8 @@ def _refusal(state: State, account: Account, transaction: Transaction, height: i
         return Reason.TOO_LARGE
     if body.chain_id != state.chain.chain_id:
         return Reason.WRONG_CHAIN
+    if state.is_closed(body.sender):
+        return Reason.CLOSED
     if body.nonce != account.nonce:
         return Reason.WRONG_NONCE
     if not body.valid_from <= height <= body.valid_until:
@@ -130,6 +133,7 @@ def _run(book: Book, state: State, transaction: Transaction) -> Receipt:
     book.burn(body.fee)
     fork = book.fork()
     try:
+        refuse_closed(book, body.sender)  # rotated earlier in this block
         apply(fork, body.sender, body.payload)
     except Refused as refusal:
         return Receipt(transaction.tx_id, str(refusal.reason))

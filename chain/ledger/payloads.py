@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from chain.ledger import accounts, audits, claims, seats, tasks, validators
+from chain.ledger import accounts, audits, claims, governance, rotation, seats, tasks, validators
 from chain.ledger.book import Book
 from chain.transactions import (
     Bond,
@@ -17,12 +17,14 @@ from chain.transactions import (
     RegisterValidator,
     RenewLease,
     RevealAll,
+    RotateKey,
     SubmitClaims,
     TakeSeat,
     TopUp,
     Transfer,
     Unbond,
     Unjail,
+    VoteParams,
     Withdraw,
 )
 
@@ -46,6 +48,10 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
             accounts.faucet(book, sender)
         case Evidence():
             accounts.evidence(book, sender, payload)
+        case RotateKey():
+            rotation.rotate(book, sender, payload)
+        case VoteParams():
+            governance.vote(book, sender, payload)
         case PostTask() | TopUp() | CloseTask() | TakeSeat() | RenewLease() | LeaveSeat():
             _apply_to_task(book, sender, payload)
         case SubmitClaims():

@@ -13,6 +13,7 @@ the seed could try tips until its first reveal gives a seed to its liking.
 
 from msgspec.structs import replace
 
+from chain.blocks import MAX_VALIDATORS
 from chain.ledger.book import Book, name
 from chain.reasons import Reason, Refused
 from chain.records import Validator
@@ -69,41 +70,70 @@ def count_presence(book: Book, absent: frozenset[bytes]) -> None:
 
 def begin_epoch(book: Book) -> None:
     """Let power follow stake within the churn limit, and registered onions come into force."""
-    rows: list[tuple[bytes, Validator]] = book.draft.items(Table.VALIDATORS)
-    powers = _moved({account: (row.power, _target(book, account, row)) for account, row in rows}, _limit(book, rows))
-    for account, row in rows:
-        changed = replace(row, power=powers[account])
-        if row.next_tip is not None and row.next_tip_at <= book.height:
-            changed = replace(changed, onion_tip=row.next_tip, onion=row.onion + 1, next_tip=None)
-        if changed != row:
+    rows: dict[bytes, Validator] = dict(book.draft.items(Table.VALIDATORS))
+    powers = _moved({account: row.power for account, row in rows.items()}, _targets(book, rows), _limit(book, rows))
+    for account, row in rows.items():
+        is_due = row.next_tip is not None and row.next_tip_at <= book.height
+        if is_due or powers.get(account, row.power) != row.power:
+            changed = replace(row, power=powers.get(account, row.power))
+            if is_due:
+                changed = replace(changed, onion_tip=row.next_tip, onion=row.onion + 1, next_tip=None)
             book.draft.put(Table.VALIDATORS, account, changed)
+        _hold(book, account, powers.get(account, row.power) - book.account(account).bonded)
 
 
-def _target(book: Book, account: bytes, row: Validator) -> int:
-    """Return the power that a validator's stake gives it in the end."""
-    bonded = book.account(account).bonded
-    is_new = row.power == 0 and book.height < row.registered_at + book.params.epoch_blocks
-    return bonded if row.is_able and bonded >= book.params.min_stake and not is_new else 0
+def _targets(book: Book, rows: dict[bytes, Validator]) -> dict[bytes, int]:
+    """Return the power that their stake gives the strongest in the end; newcomers only as far as there is room.
+
+    So never more than `MAX_VALIDATORS` have power, and nobody takes another's place but by its leaving.
+    """
+    able = [
+        (stake, account)
+        for account, row in rows.items()
+        if row.is_able and (stake := book.account(account).bonded) >= book.params.min_stake
+        and (row.power or book.height >= row.registered_at + book.params.epoch_blocks)
+    ]  # fmt: skip
+    room = MAX_VALIDATORS - sum(1 for row in rows.values() if row.power)
+    targets = {}
+    for stake, account in sorted(able, reverse=True)[:MAX_VALIDATORS]:
+        if not rows[account].power:
+            room -= 1
+        if rows[account].power or room >= 0:
+            targets[account] = stake
+    return targets
 
 
-def _limit(book: Book, rows: list[tuple[bytes, Validator]]) -> int:
-    total = sum(row.power for _, row in rows)
-    return max(total * book.params.churn_share // BASIS, book.params.min_stake)
+def _hold(book: Book, account: bytes, behind: int) -> None:
+    """Let leaving stake that is `behind` votes for another epoch be released an epoch later: it can be slashed."""
+    until = book.height + book.params.epoch_blocks + book.params.unbonding_blocks
+    leaving = book.draft.items(Table.UNBONDINGS, account) if behind > 0 else []
+    for key, unbonding in reversed(leaving):
+        if behind <= 0:
+            break
+        book.draft.delete(Table.UNBONDINGS, key)
+        book.release(account, unbonding.amount, max(until, unbonding.release_at))
+        behind -= unbonding.amount
 
 
-def _moved(wishes: dict[bytes, tuple[int, int]], limit: int) -> dict[bytes, int]:
-    """Return powers moved from (now) toward (wanted): all the way, or by equal shares of the limit.
+def _limit(book: Book, rows: dict[bytes, Validator]) -> int:
+    return max(sum(row.power for row in rows.values()) * book.params.churn_share // BASIS, book.params.min_stake)
+
+
+def _moved(powers: dict[bytes, int], targets: dict[bytes, int], limit: int) -> dict[bytes, int]:
+    """Return the powers moved toward their targets, 0 where there is none: all the way, or by equal shares.
 
     Nobody is moved to nothing while all others are at nothing: the set is never empty.
     """
-    wanted = sum(abs(target - power) for power, target in wishes.values())
-    powers = {}
-    for account, (power, target) in wishes.items():
-        step = abs(target - power) if wanted <= limit else abs(target - power) * limit // wanted
-        powers[account] = power + step if target > power else power - step
-    spare = limit - sum(abs(powers[account] - power) for account, (power, _) in wishes.items())
-    for account, (_, target) in sorted(wishes.items()):
-        if spare > 0 and powers[account] != target:
-            powers[account] += 1 if target > powers[account] else -1
+    wishes = {a: targets.get(a, 0) - power for a, power in powers.items() if targets.get(a, 0) != power}
+    wanted = sum(map(abs, wishes.values()))
+    moved = {}
+    spare = min(limit, wanted)
+    for account, wish in wishes.items():
+        step = abs(wish) * min(limit, wanted) // wanted
+        spare -= step
+        moved[account] = powers[account] + (step if wish > 0 else -step)
+    for account in sorted(wishes):
+        if spare > 0 and moved[account] != targets.get(account, 0):
+            moved[account] += 1 if wishes[account] > 0 else -1
             spare -= 1
-    return powers if any(powers.values()) else {account: power for account, (power, _) in wishes.items()}
+    return moved if any((powers | moved).values()) else {}

@@ -110,22 +110,6 @@ def test_a_new_validator_joins_with_stake_and_leaves_with_it() -> None:
     assert ALICE.account not in ledger.state.validators()
 
 
-def test_the_set_is_the_strongest_256() -> None:
-    ledger = Ledger(genesis_of(validators=1))
-    state = ledger.state
-    from chain.records import Validator
-    from chain.state import Draft, Table
-
-    draft = Draft(state)
-    for index in range(300):
-        account = digest("many", index.to_bytes(4, "big"))
-        draft.put(Table.ACCOUNTS, account, Account(bonded=2000 + index))
-        draft.put(Table.VALIDATORS, account, Validator(bytes(32), 0, 2000 + index))
-    members = draft.freeze(state).validators().members
-    assert len(members) == 256
-    assert min(power for _, power in members) == 2000 + 300 - 255
-
-
 def test_the_last_validators_cannot_leave_together() -> None:
     ledger = Ledger(genesis_of(validators=2))
     assert ledger.block((KEYS[0], Unbond(STAKE)), (KEYS[1], Unbond(STAKE))) == ("", Reason.LAST_VALIDATOR)
