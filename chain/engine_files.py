@@ -38,8 +38,9 @@ class _Opened(Record, frozen=True):
 class Files:
     """`chain.db` and, for a peer with a key, `signing.db` of one home folder."""
 
-    def __init__(self, home: Path, genesis: Genesis, key: PrivateKey | None) -> None:
+    def __init__(self, home: Path, genesis: Genesis, key: PrivateKey | None, keep: int = 0) -> None:
         self.store = Store.open(home / "chain.db", genesis)
+        self.store.keep = keep
         self._chain_id = genesis.chain_id
         self._record: SigningRecord | None = None
         self.refusal: str | None = None

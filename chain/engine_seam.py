@@ -80,6 +80,8 @@ class EngineConfig:
     """How long a higher height may be heard of before it is fetched; gossip usually brings it."""
     trust: Trust | None = None
     """A recent block that the owner vouches for: a chain without it is refused."""
+    keep: int = 0
+    """Newest blocks that the store keeps, 0 for all; at least `store.LEAST_KEPT`."""
     snapshot: bool = False
     """Whether an empty store takes a verified snapshot instead of every block."""
     gossip_batch: float = 0.05

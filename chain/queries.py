@@ -12,9 +12,9 @@ from chain.blocks import Block, Certificate, Vote
 from chain.codec import decode, encode
 from chain.genesis import to_json
 from chain.keys import account_of, peer_id
-from chain.records import Account, Audit, ClaimRecord, Conviction, Task, Worker
 from chain.query_errors import BadQuery, NotFound, QueryError
 from chain.query_proofs import proof
+from chain.records import Account, Audit, ClaimRecord, Conviction, Task, Worker
 from chain.replay import replay
 from chain.state import State, Table, holdings
 from chain.store import Store
@@ -68,7 +68,20 @@ def answer(reader: Reader, query: str, arguments: Arguments) -> Any:
     handler = _QUERIES.get(query)
     if handler is None:
         raise BadQuery(f"There is no query {query!r}.", f"there are: {', '.join(sorted(_QUERIES))}")
-    return handler(reader, arguments)
+    if "height" not in arguments:
+        return handler(reader, arguments)
+    if query not in _OF_STATE:
+        raise BadQuery(f"The answer to {query} does not depend on a height.", "leave --height out")
+    return handler(_earlier(reader, _number(arguments, "height", 0)), arguments)
+
+
+def _earlier(reader: Reader, height: int) -> Reader:
+    """Return a reader of the state as it was after block `height`."""
+    try:
+        state = reader.store.state_at(height)
+    except LookupError as error:
+        raise NotFound(f"{str(error)[:1].upper()}{str(error)[1:]}.", "the newest thousand heights are") from None
+    return Reader(reader.store, lambda: state)
 
 
 def _number(arguments: Arguments, name: str, default: int) -> int:
@@ -331,6 +344,9 @@ def _db_check(reader: Reader, _: Arguments) -> Any:
     return replay(reader.store)
 
 
+_OF_STATE = frozenset(
+    ("account", "validators", "validator", "tasks", "task", "workers", "worker", "claim", "audit", "params", "supply")
+)
 _QUERIES: dict[str, Callable[[Reader, Arguments], Any]] = {
     "status": _status,
     "blocks": _blocks,

@@ -2,10 +2,20 @@
 
 from typing import Any
 
-from chain.blocks import Block, Certificate, Refused, VerifiedSignatures, VoteKind, verify_certificate
+from chain.blocks import (
+    Block,
+    Certificate,
+    Header,
+    Refused,
+    ValidatorSet,
+    VerifiedSignatures,
+    Verifier,
+    VoteKind,
+    verify_certificate,
+)
 from chain.engine_blocks import Tip, check
 from chain.ledger import Executed, InvalidBlock
-from chain.state import State, genesis_state, holdings
+from chain.state import genesis_state, holdings
 from chain.store import Store
 
 
@@ -14,19 +24,60 @@ class _Problem(Exception):
 
 
 def replay(store: Store) -> dict[str, Any]:
-    """Return {"ok", "height", "problem"}: the first thing that is wrong, if any."""
-    signatures = VerifiedSignatures()
+    """Return {"ok", "from", "height", "problem"}: the first thing that is wrong, if any.
+
+    A store that begins above height 1 (pruned, or joined by a snapshot) cannot be executed again: from
+    its first block on links, validators and certificates are checked, and the stored state against the tip.
+    """
     with store.snapshot():
-        newest = store.tip()
-        last = newest[0].height if newest else 0
-        tip = Tip(store.genesis.chain_id, genesis_state(store.genesis))
-        for height in range(1, last + 1):
-            try:
-                tip = _next(store, tip, signatures)
-            except (Refused, InvalidBlock, _Problem, AssertionError) as error:
-                return {"ok": False, "height": height, "problem": f"block {height}: {error}"}
-        if store.load_state().root != tip.state.root:
-            return {"ok": False, "height": last, "problem": "the stored state is not what the blocks lead to"}
+        base = store.base
+        found = _replay(store) if base == 1 else _follow(store, base)
+    return {"from": base} | found
+
+
+def _follow(store: Store, base: int) -> dict[str, Any]:
+    signatures, parent, height = VerifiedSignatures(), None, base
+    last = store.load_state().height
+    try:
+        for height in range(base, last + 1):
+            parent = _linked(store, height, parent, signatures)
+    except (Refused, _Problem) as error:
+        return {"ok": False, "height": height, "problem": f"block {height}: {error}"}
+    return {"ok": True, "height": last, "problem": None}
+
+
+def _linked(store: Store, height: int, parent: Header | None, signatures: Verifier) -> Header:
+    """Check a block against its parent's header as a follower without the state can; return its header."""
+    pair = store.block(height)
+    if pair is None:
+        raise _Problem("it is missing")
+    block, certificate = pair
+    header = block.header
+    validators = store.validators(header.validators_hash)
+    if validators is None:
+        raise _Problem("its validators are missing")
+    _expect(validators.hash == header.validators_hash, "its validators are not those of the header")
+    _expect((header.chain_id, header.height) == (store.genesis.chain_id, height), "it belongs elsewhere")
+    _expect(parent is None or header.parent == parent.hash, "it does not follow the block before")
+    following = parent is None or header.validators_hash == parent.next_validators_hash
+    _expect(following, "its validators are not those that the block before names")
+    _expect(block.is_consistent, "its body is not the header's")
+    _check_certificate(validators, block, certificate, signatures)
+    return header
+
+
+def _replay(store: Store) -> dict[str, Any]:
+    signatures = VerifiedSignatures()
+    newest = store.tip()
+    last = newest[0].height if newest else 0
+    tip = Tip(store.genesis.chain_id, genesis_state(store.genesis))
+    for height in range(1, last + 1):
+        try:
+            tip = _next(store, tip, signatures)
+        except (Refused, InvalidBlock, _Problem, AssertionError) as error:
+            return {"ok": False, "height": height, "problem": f"block {height}: {error}"}
+    if store.load_state().root != tip.state.root:
+        return {"ok": False, "height": last, "problem": "the stored state is not what the blocks lead to"}
     return {"ok": True, "height": last, "problem": None}
 
 
@@ -37,16 +88,16 @@ def _next(store: Store, tip: Tip, signatures: VerifiedSignatures) -> Tip:
     block, certificate = pair
     _expect(all(transaction.is_signed() for transaction in block.transactions), "a transaction is not signed")
     executed = check(tip, block, None, signatures)
-    _check_certificate(tip.state, block, certificate, signatures)
+    _check_certificate(tip.state.validators(), block, certificate, signatures)
     _check_records(store, block, executed)
     return Tip(tip.chain_id, executed.state, block.header, certificate, tip.state.validators())
 
 
-def _check_certificate(before: State, block: Block, certificate: Certificate, signatures: VerifiedSignatures) -> None:
+def _check_certificate(validators: ValidatorSet, block: Block, certificate: Certificate, signatures: Verifier) -> None:
     said = (certificate.kind, certificate.chain_id, certificate.height, certificate.block_hash)
     expected = (VoteKind.FINALIZE, block.header.chain_id, block.height, block.hash)
     _expect(said == expected, "the certificate is not its finalization")
-    verify_certificate(certificate, before.validators(), signatures)
+    verify_certificate(certificate, validators, signatures)
 
 
 def _check_records(store: Store, block: Block, executed: Executed) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from chain.blocks import Block, Certificate, ValidatorSet
-from chain.codec import DecodeError, Record, decode, encode
-from chain.genesis import Genesis, from_json, to_json
+from chain.codec import Record, decode, encode
+from chain.genesis import Genesis
 from chain.ledger import Event, Executed, Receipt
 from chain.state import (
     Changes,
@@ -21,30 +21,18 @@ from chain.state import (
     state_key,
     value_hash,
 )
+from chain.store_schema import StoreCorrupt, check_schema, corrupt, create, damage_named, migrate
 
-SCHEMA_VERSION = 2
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE blocks (height INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, block BLOB NOT NULL,
-                     certificate BLOB NOT NULL) STRICT;
-CREATE TABLE state (tbl INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
-                    PRIMARY KEY (tbl, key)) STRICT, WITHOUT ROWID;
-CREATE TABLE archive (tbl INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
-                      PRIMARY KEY (tbl, key)) STRICT, WITHOUT ROWID;
-CREATE TABLE validator_sets (hash BLOB PRIMARY KEY, members BLOB NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE receipts (tx_id BLOB PRIMARY KEY, height INTEGER NOT NULL, place INTEGER NOT NULL,
-                       reason TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE UNIQUE INDEX receipts_by_place ON receipts (height, place);
-CREATE TABLE events (height INTEGER NOT NULL, place INTEGER NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL,
-                     PRIMARY KEY (height, place)) STRICT, WITHOUT ROWID;
-CREATE INDEX events_by_kind ON events (kind, height);
-"""
+__all__ = ["LEAST_KEPT", "Store", "StoreCorrupt"]
+
+UNDO_HEIGHTS = 1000
+"""Heights below the tip whose states can be rebuilt."""
+LEAST_KEPT = 1000
+"""Blocks that every store keeps: peers that fall behind a little, proofs and evidence need the newest ones."""
+PRUNE_EVERY = 16
+PRUNE_SLICE = 64
+"""Blocks deleted at once: faster than they come, and never a long wait."""
 _ARCHIVED = (Table.AUDITS, Table.CLAIMS)
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
-
-
-class StoreCorrupt(Exception):
-    """A database that cannot be trusted; the message is one sentence."""
 
 
 class Store:
@@ -55,6 +43,8 @@ class Store:
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path, genesis: Genesis) -> None:
+        self.keep = 0
+        """Newest blocks that are kept, 0 for all; set before the first commit."""
         self._db = connection
         self._path = path
         self.genesis = genesis
@@ -62,14 +52,15 @@ class Store:
     @classmethod
     def open(cls, path: Path, genesis: Genesis) -> "Store":
         """Open or create `path` for writing."""
-        with _damage_named(path):
+        with damage_named(path):
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
                 if not connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
-                    _create(connection, genesis)
-                return cls(connection, path, _check(connection, path, genesis))
+                    create(connection, genesis)
+                migrate(connection)
+                return cls(connection, path, check_schema(connection, path, genesis))
             except BaseException:
                 connection.close()
                 raise
@@ -79,11 +70,11 @@ class Store:
         """Open an existing database for reading, beside a running peer or without one."""
         if not path.exists():
             raise FileNotFoundError(path)
-        with _damage_named(path):
+        with damage_named(path):
             uri = f"{path.resolve().as_uri()}?mode=ro"
             connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             try:
-                return cls(connection, path, _check(connection, path, None))
+                return cls(connection, path, check_schema(connection, path, None))
             except BaseException:
                 connection.close()
                 raise
@@ -127,7 +118,7 @@ class Store:
         validators = before.validators()
         with nullcontext() if self._db.in_transaction else self.batch():
             write("INSERT INTO blocks VALUES (?, ?, ?, ?)", [(height, block.hash, encode(block), encode(certificate))])
-            self._write_state(before, executed.changes)
+            self._write_state(height, before, executed.changes)
             write("INSERT OR IGNORE INTO validator_sets VALUES (?, ?)", [(validators.hash, encode(validators))])
             write(
                 "INSERT INTO receipts VALUES (?, ?, ?, ?)",
@@ -137,6 +128,17 @@ class Store:
                 "INSERT INTO events VALUES (?, ?, ?, ?)",
                 [(height, place, e.kind, json.dumps(e.data)) for place, e in enumerate(executed.events)],
             )
+            self._forget(height)
+
+    def _forget(self, height: int) -> None:
+        """Let the undo journal end `UNDO_HEIGHTS` below, and blocks `keep` below, a few at a time."""
+        self._db.execute("DELETE FROM undo WHERE height <= ?", (height - UNDO_HEIGHTS,))
+        if not self.keep or height % PRUNE_EVERY:
+            return
+        base = self.base
+        last = min(height - self.keep, base + PRUNE_SLICE - 1)
+        for table in ("blocks", "receipts", "events"):
+            self._db.execute(f"DELETE FROM {table} WHERE height BETWEEN ? AND ?", (base, last))
 
     def install(self, block: Block, certificate: Certificate, signers: ValidatorSet, state: State) -> None:
         """Take a verified snapshot, the state after `block`, into a store that is still at genesis.
@@ -161,8 +163,13 @@ class Store:
         """The lowest height whose block is kept, 1 for an empty store."""
         return self._rows("SELECT MIN(height) FROM blocks")[0][0] or 1
 
-    def _write_state(self, before: State, changes: Changes) -> None:
+    def _write_state(self, height: int, before: State, changes: Changes) -> None:
         for table, changed in changes.items():
+            rows = before.tables[table]
+            olds = [(key, encode(rows[key]) if key in rows else None) for key in changed]
+            self._db.executemany(
+                "INSERT INTO undo VALUES (?, ?, ?, ?)", [(height, int(table), key, old) for key, old in olds]
+            )
             gone = [key for key, record in changed.items() if record is None and key in before.tables[table]]
             if table in _ARCHIVED:
                 self._db.executemany(
@@ -176,7 +183,7 @@ class Store:
             )
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:
-        with _damage_named(self._path):
+        with damage_named(self._path):
             return self._db.execute(statement, values).fetchall()
 
     def tip(self) -> tuple[Block, Certificate] | None:
@@ -194,13 +201,13 @@ class Store:
     def _pair(self, rows: list[Any]) -> tuple[Block, Certificate] | None:
         if not rows:
             return None
-        with _damage_named(self._path):
+        with damage_named(self._path):
             return decode(Block, rows[0][0]), decode(Certificate, rows[0][1])
 
     def validators(self, validators_hash: bytes) -> ValidatorSet | None:
         """Return the validator set with this hash, of any height."""
         rows = self._rows("SELECT members FROM validator_sets WHERE hash = ?", validators_hash)
-        with _damage_named(self._path):
+        with damage_named(self._path):
             return decode(ValidatorSet, rows[0][0]) if rows else None
 
     def raw_blocks(self, first: int, last: int) -> list[tuple[bytes, bytes]]:
@@ -217,13 +224,31 @@ class Store:
                 return genesis_state(self.genesis)
             state = self._read_state()
         if state.root != tip[0].header.state_root:
-            raise _corrupt(self._path, "the state does not hash to the newest header")
+            raise corrupt(self._path, "the state does not hash to the newest header")
+        return state
+
+    def state_at(self, height: int) -> State:
+        """Return the state after block `height`, its root checked; raise `LookupError` where it is not kept.
+
+        The newest `UNDO_HEIGHTS` states can be had: the journal holds what each block replaced.
+        """
+        with self.snapshot():
+            newest, found = self.load_state(), self.block(height)
+            if height == newest.height:
+                return newest
+            oldest = self._rows("SELECT MIN(height) FROM undo")[0][0]
+            if found is None or oldest is None or not oldest - 1 <= height < newest.height:
+                raise LookupError(f"the state of height {height} is not kept")
+            rows = self._rows("SELECT tbl, key, value FROM undo WHERE height > ? ORDER BY height DESC", height)
+        state = _undone(newest, rows)
+        if state.root != found[0].header.state_root:
+            raise corrupt(self._path, f"the journal does not lead to the state of height {height}")
         return state
 
     def _read_state(self) -> State:
         base = empty_state()
         hashes: dict[bytes, bytes | None] = {}
-        with _damage_named(self._path):
+        with damage_named(self._path):
             for number, key, value in self._db.execute("SELECT tbl, key, value FROM state"):
                 table = Table(number)
                 record = decode_record(table, value)
@@ -234,7 +259,7 @@ class Store:
     def archived(self, table: Table, key: bytes) -> Record | None:
         """Return an audit or claim as it was when it left the state."""
         rows = self._rows("SELECT value FROM archive WHERE tbl = ? AND key = ?", int(table), key)
-        with _damage_named(self._path):
+        with damage_named(self._path):
             return decode_record(table, rows[0][0]) if rows else None
 
     def receipt(self, tx_id: bytes) -> tuple[int, int, str] | None:
@@ -259,51 +284,19 @@ class Store:
             *wanted,
             limit,
         )
-        with _damage_named(self._path):
+        with damage_named(self._path):
             return [(height, Event(kind, json.loads(data))) for height, kind, data in rows]
 
 
-def _create(connection: sqlite3.Connection, genesis: Genesis) -> None:
-    connection.execute("BEGIN IMMEDIATE")
-    for statement in _SCHEMA.split(";"):
-        if statement.strip():
-            connection.execute(statement)
-    connection.execute("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION.to_bytes(4, "big"),))
-    connection.execute("INSERT INTO meta VALUES ('genesis', ?)", (to_json(genesis).encode(),))
-    for table, rows in genesis_state(genesis).tables.items():
-        connection.executemany(
-            "INSERT INTO state VALUES (?, ?, ?)", [(int(table), key, encode(record)) for key, record in rows.items()]
-        )
-    connection.execute("COMMIT")
-
-
-def _check(connection: sqlite3.Connection, path: Path, genesis: Genesis | None) -> Genesis:
-    """Return the database's genesis; raise `StoreCorrupt` for another schema, network or damage."""
-    found = dict(connection.execute("SELECT name, value FROM meta").fetchall())
-    if int.from_bytes(found.get("schema", b""), "big") != SCHEMA_VERSION:
-        raise _corrupt(path, "its schema version is not known")
-    try:
-        kept = from_json(found["genesis"].decode())
-    except (KeyError, ValueError) as error:
-        raise _corrupt(path, f"its genesis cannot be read: {error}") from None
-    if genesis is not None and kept.chain_id != genesis.chain_id:
-        raise StoreCorrupt(f"{path} belongs to another network.")
-    return kept
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Raise `StoreCorrupt` for whatever shows that the file is damaged; let the disk's troubles through."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-        if code & 0xFF not in _DAMAGE:
-            raise
-        raise _corrupt(path, str(error)) from error
-    except (DecodeError, ValueError) as error:
-        raise _corrupt(path, str(error)) from error
-
-
-def _corrupt(path: Path, why: str) -> StoreCorrupt:
-    return StoreCorrupt(f"{path} is damaged: {why}.")
+def _undone(state: State, rows: list[Any]) -> State:
+    """Return `state` with records set back; of several rows of one key the last one counts."""
+    tables = {table: type(records)(records) for table, records in state.tables.items()}
+    hashes: dict[bytes, bytes | None] = {}
+    for number, key, value in rows:
+        table = Table(number)
+        tables[table].pop(key, None)
+        hashes[state_key(table, key)] = None
+        if value is not None:
+            tables[table][key] = record = decode_record(table, value)
+            hashes[state_key(table, key)] = value_hash(record)
+    return State(tables, state.tree.update(hashes))

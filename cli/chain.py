@@ -40,6 +40,9 @@ class Common:
     field: Annotated[str, Parameter(help="Print only this part, such as header.view.")] = ""
     raw: Annotated[bool, Parameter(negative="", help="Print the bytes, in hexadecimal, whose hash is the id.")] = False
     verbose: Annotated[bool, Parameter(negative="", help="Print names in full.")] = False
+    height: Annotated[
+        int, Parameter(help="The state as it was after this block; the newest when 0.", validator=_COUNTABLE)
+    ] = 0
 
 
 _PLAIN = Common()
@@ -52,8 +55,9 @@ def _source(common: Common) -> Source:
 
 
 def _show(common: Common, query: str, arguments: dict[str, str], text: Renderer) -> Any:
+    at = {"height": str(common.height)} if common.height else {}
     return show(
-        lambda: _source(common).ask(query, arguments),
+        lambda: _source(common).ask(query, arguments | at),
         common.output,
         "raw" if common.raw else common.field,
         lambda data: text(data, common.verbose),

@@ -21,6 +21,8 @@ class PeerConfig:
     memory: int = _option(0, "Bytes that the tensors of a step may take; 0 sets the usual bound.")
     work: bool = _option(True, "Serve stages of open tasks.")
     validate: bool = _option(True, "Validate blocks when bonded.")
+    trust: str = _option("", "HEIGHT:HASH of a block that you trust; a chain with another block there is refused.")
+    keep: int = _option(0, "Newest blocks that are kept, 1000 or more; 0 keeps all.")
     snapshot: bool = _option(False, "Fetch a verified snapshot of the chain's state instead of every block.")
     status_port: int = _option(0, "Port of the status page on 127.0.0.1; 0 takes a free one, -1 turns it off.")
     public_name: str = _option("", "Name shown to others.")

@@ -18,9 +18,10 @@ from chain.engine import ChainEngine, EngineConfig, SubmitRefused, TransactionEx
 from chain.genesis import Genesis
 from chain.keys import PrivateKey, peer_id
 from chain.ledger import Receipt
+from chain.light import Trust
 from chain.randomness import onion_of
 from chain.state import Task
-from chain.store import Store, StoreCorrupt
+from chain.store import LEAST_KEPT, Store, StoreCorrupt
 from chain.transactions import Payload
 from tdml_p2p.bootstrap import find_origin, join_network, serve_genesis
 from tdml_p2p.chain_service import ChainService, NetworkAdapter
@@ -61,7 +62,9 @@ class Peer:
         self.genesis = genesis
         self.network = network
         self.metrics = Metrics()
-        settings = EngineConfig(validate=config.validate, snapshot=config.snapshot)
+        settings = EngineConfig(
+            validate=config.validate, snapshot=config.snapshot, keep=config.keep, trust=_trust(config)
+        )
         self.engine = ChainEngine(home.path, genesis, key, NetworkAdapter(network), settings)
         self.chain = ChainService(network, self.engine, self.metrics, _now_ms)
         self.invite = invite_line(network.addresses, self.name, genesis.chain_id)
@@ -200,11 +203,23 @@ async def open_peer(
             yield peer
 
 
+def _trust(config: PeerConfig) -> Trust | None:
+    try:
+        return Trust.parse(config.trust) if config.trust else None
+    except ValueError as error:
+        raise UserError(f"--trust: {error}.", "tdml-chain block latest shows height and hash", USAGE) from None
+
+
 def _check(config: PeerConfig) -> None:
     if config.device not in ("auto", "cpu"):
         raise UserError(f"--device {config.device} is not supported yet.", "peers compute on the CPU: use cpu", USAGE)
     if config.memory < 0:
         raise UserError("--memory cannot be negative.", "0 sets the usual bound", USAGE)
+    if 0 != config.keep < LEAST_KEPT:
+        raise UserError(
+            f"--keep cannot be {config.keep}.", f"peers catch up from the newest {LEAST_KEPT} blocks: keep them", USAGE
+        )
+    _trust(config)
     if config.threads < 1:
         raise UserError(f"--threads cannot be {config.threads}.", "give 1 or more", USAGE)
 

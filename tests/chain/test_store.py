@@ -196,7 +196,7 @@ def damage(path: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE meta SET value = x'00000063' WHERE name = 'schema'",
+        "UPDATE meta SET value = x'00000001' WHERE name = 'schema'",
         "UPDATE meta SET value = x'7b7d' WHERE name = 'genesis'",
         "DELETE FROM meta",
         "DROP TABLE meta",

@@ -283,5 +283,5 @@ def test_a_database_that_does_not_check_out(run: Run, chain_db: Path, tmp_path: 
 
 
 def test_a_database_that_checks_out(data: Data, text: Text, ledger: Ledger) -> None:
-    assert data("db check") == {"ok": True, "height": ledger.state.height, "problem": None}
+    assert data("db check") == {"from": 1, "ok": True, "height": ledger.state.height, "problem": None}
     assert ["ok", "yes"] in rows(text("db check"))

@@ -111,3 +111,15 @@ def test_a_binary_file_is_no_proof(run: Run, tmp_path: Path) -> None:
     ran = run("tdml-chain", "verify", path, "--trust", "5:" + "00" * 32)
     assert ran.code == 1
     assert "not text" in ran.err
+
+
+def test_the_past_can_be_asked(run: Run, chain_db: Path) -> None:
+    def supply(*words: str) -> Any:
+        return json.loads(run("tdml-chain", "supply", *words, "--db", chain_db, "-o", "json").out)["data"]
+
+    assert supply("--height", "1") != supply()
+    assert sum(int(supply("--height", "1")[name]) for name in ("balances", "bonded")) > 0
+    beyond = run("tdml-chain", "account", peer_id(ALICE.account), "--height", "100000", "--db", chain_db)
+    assert (beyond.code, "is not kept" in beyond.err) == (1, True)
+    senseless = run("tdml-chain", "blocks", "--height", "3", "--db", chain_db)
+    assert (senseless.code, "does not depend on a height" in senseless.err) == (2, True)
