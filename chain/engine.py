@@ -84,7 +84,7 @@ class ChainEngine:
     ) -> None:
         self._network = network
         self._config = config or EngineConfig()
-        self._files = Files(home, genesis, key)
+        self._files = Files(home, genesis, key, self._config.keep)
         self._follows_because = self._files.refusal
         self._verify = VerifiedSignatures()
         tip = self._files.tip()
