@@ -17,6 +17,8 @@ OVERHEAD = 1280
 """Bytes of memory that a waiting transaction takes beside its encoding (*measured*)."""
 MAX_QUEUE = 256
 """Transactions of one account."""
+KEPT_BLOCKS = 300
+"""Heights for which a transaction may wait, however long it would be valid."""
 ACCOUNT_SHARE = 16
 """No account fills more than one part in sixteen of a lane."""
 
@@ -96,7 +98,7 @@ class Mempool:
         checked = self._checked(state, transaction)
         if isinstance(checked, Reason):
             return checked
-        self._place(checked)
+        self._place(checked, state.height + KEPT_BLOCKS)
         return None
 
     def refusal(self, state: State, transaction: Transaction) -> Reason | None:
@@ -145,7 +147,7 @@ class Mempool:
                 heapq.heappush(heap, (victim.price, victim.tx_id))
         return room >= entry.weight
 
-    def _place(self, entry: Entry) -> None:
+    def _place(self, entry: Entry, last: int) -> None:
         self._evict(entry, self._max[entry.is_duty] - self._held[entry.is_duty], really=True)
         body = entry.transaction.body
         queue = self._queues.setdefault(body.sender, _Queue())
@@ -157,7 +159,7 @@ class Mempool:
         self._by_id[entry.tx_id] = entry
         self._held[entry.is_duty] += entry.weight
         heapq.heappush(self._cheapest[entry.is_duty], (entry.price, entry.tx_id))
-        heapq.heappush(self._ending, (body.valid_until, entry.tx_id))
+        heapq.heappush(self._ending, (min(body.valid_until, last), entry.tx_id))
 
     def _drop(self, entry: Entry) -> None:
         sender = entry.transaction.body.sender
@@ -201,7 +203,7 @@ class Mempool:
                 self._drop(entry)
 
     def prune(self, state: State, senders: Iterable[bytes] | None = None) -> None:
-        """Drop what can no longer be included: ended windows, and old nonces of `senders`, or of all."""
+        """Drop ended windows, what waited too long, and old nonces of `senders`, or of all."""
         for sender in set(self._queues if senders is None else senders):
             queue, nonce = self._queues.get(sender), state.account(sender).nonce
             for entry in [e for n, e in queue.entries.items() if n < nonce] if queue is not None else ():

@@ -20,6 +20,7 @@ from tdml_p2p.gossip import Disposition
 from tdml_p2p.home import read_genesis
 from tdml_p2p.host import Network, NetworkConfig
 from tdml_p2p.invite import Invite
+from tdml_p2p.logs import configure_logs
 
 SLICE_SECONDS = 0.1
 """Between two messages of the load."""
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--pause", type=float, default=5.0)
     parser.add_argument("--junk", action="store_true", help="transfers with false signatures")
+    configure_logs("error")
     trio.run(run, parser.parse_args())
 
 

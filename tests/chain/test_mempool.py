@@ -1,12 +1,15 @@
 """The mempool: order, replacement, bounds, the lane of duties."""
 
+from typing import Any
+
 import pytest
+from msgspec import structs
 
 from chain.codec import encode
-from chain.ledger import InvalidBlock
-from chain.mempool import ACCOUNT_SHARE, MAX_QUEUE, OVERHEAD, Mempool
+from chain.ledger import InvalidBlock, check_envelope
+from chain.mempool import ACCOUNT_SHARE, KEPT_BLOCKS, MAX_QUEUE, OVERHEAD, Mempool
 from chain.reasons import Reason
-from chain.transactions import Bond, Commit, Commitment, Payload, RenewLease, Transaction, Transfer
+from chain.transactions import Bond, Commit, Commitment, Payload, RenewLease, Transaction, Transfer, sign
 from tests.chain.ledger_kit import BALANCE, KEYS, Ledger, Sent, genesis_of
 
 ALICE, BOB, CAROL = KEYS[6], KEYS[7], KEYS[8]
@@ -140,6 +143,47 @@ def test_included_and_outdated_transactions_go() -> None:
     ledger.skip(120)
     pool.prune(ledger.state)
     assert len(pool) == 0
+
+
+def test_what_waits_behind_a_gap_goes_in_the_end() -> None:
+    ledger = Ledger()
+    gapped = ledger.sign(ALICE, pay(), ahead=1)
+    body = structs.replace(gapped.body, valid_until=2**40)
+    pool = Mempool()
+    assert pool.add(ledger.state, sign(ALICE, body)) is None
+    ledger.skip(KEPT_BLOCKS - 1)
+    pool.prune(ledger.state, ())
+    assert len(pool) == 1
+    ledger.skip(1)
+    pool.prune(ledger.state, ())
+    assert len(pool) == 0
+
+
+def test_an_old_nonce_goes_with_the_block_that_used_it() -> None:
+    ledger = Ledger()
+    pool, (left, other) = filled(ledger, ((ALICE, pay(1)), 0, 0), ((BOB, pay(1)), 0, 0))
+    ledger.one(ALICE, pay(2))
+    pool.prune(ledger.state, {ALICE.account})
+    assert left.tx_id not in pool
+    assert list(pool) == [other]
+
+
+@pytest.mark.parametrize("senders", [1, 10])
+def test_a_block_is_chosen_without_looking_at_everything(senders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, pool = Ledger(), Mempool()
+    for key in KEYS[:senders]:
+        for ahead in range(200 // senders):
+            assert pool.add(ledger.state, ledger.sign(key, pay(), ahead)) is None
+    looked = 0
+
+    def counted(*arguments: Any) -> Reason | None:
+        nonlocal looked
+        looked += 1
+        return check_envelope(*arguments)
+
+    monkeypatch.setattr("chain.mempool.check_envelope", counted)
+    assert len(pool.select(ledger.state, ROOMY, 10)) == 10
+    assert looked <= 11
 
 
 def test_what_is_selected_makes_a_valid_block_even_when_money_runs_out() -> None:
