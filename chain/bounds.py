@@ -4,8 +4,13 @@ Types bound each number alone; here is what they must not be together, and how f
 trusts a header counts on the time that stake stays bound, and whoever works on how results are judged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from msgspec import ValidationError
+from msgspec.structs import asdict
+
+from chain.codec import DecodeError, decode, encode
 from chain.params import Params
 
 BASIS = 10_000
@@ -37,6 +42,16 @@ MOST = {
 }
 """The largest values beyond what the types allow."""
 MOST_TAU = 10**9
+
+
+def params_of(document: Mapping[str, Any]) -> Params:
+    """Return the parameters in a JSON object, the defaults where it names none; raise `ValueError`."""
+    try:
+        tau = {"tau": tuple(document["tau"])} if "tau" in document else {}
+        # a Struct's constructor checks nothing: bounds are checked by reading the encoding back
+        return decode(Params, encode(Params(**{**document, **tau})))
+    except (TypeError, OverflowError, ValidationError, DecodeError) as error:
+        raise ValueError(f"a parameter is wrong: {error}") from None
 
 
 def problem(params: Params) -> str | None:
@@ -71,3 +86,9 @@ def vote_problem(now: Params, wanted: Params) -> str | None:
     if any(wanted.fraud_factor * new < old for new, old in zip(wanted.tau, now.tau, strict=True)):
         return "results that are honest now would be frauds (tau, fraud_factor)"
     return None
+
+
+def changes(before: Params, after: Params) -> dict[str, Any]:
+    """Return the parameters that differ, by name, with their new values."""
+    old, new = asdict(before), asdict(after)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in new.items() if value != old[key]}

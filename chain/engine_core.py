@@ -168,6 +168,8 @@ class Core:
         self.executed.clear()
         self._waiting = self._held = None
         self.began = now
+        params = self.tip.state.params
+        self.pace.interval, self.pace.heartbeat = params.block_interval_ms / 1000, params.heartbeat_ms / 1000
         self.pace.begin(now, pending)
         self._perform(self.machine, self.machine.start(), now)
         for taken in self.gate.release(self.machine, now):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from chain.bounds import problem
+from chain.bounds import params_of, problem
 from chain.codec import AccountId, Hash, Record, Uint, encode
 from chain.hashing import digest
 from chain.keys import account_of, peer_id
@@ -125,11 +125,10 @@ def from_json(text: str) -> Genesis:
 
 
 def _genesis_of(document: _Document) -> Genesis:
-    tau = tuple(document.params["tau"])
     genesis = Genesis(
         name=document.name.encode(),
         timestamp=document.timestamp,
-        params=Params(**document.params | {"tau": tau}),
+        params=params_of(document.params),
         accounts=tuple(Allocation(account_of(a.account), int(a.amount)) for a in document.accounts),
         validators=tuple(
             GenesisValidator(account_of(v.account), int(v.stake), bytes.fromhex(v.onion_tip))

@@ -3,8 +3,10 @@
 from typing import Any
 
 from chain.blocks import Block, Certificate
+from chain.bounds import changes
 from chain.codec import Record, encode
 from chain.keys import peer_id
+from chain.params import Params
 from chain.records import Task, Worker
 from chain.state import State
 from chain.transactions import Transaction
@@ -72,6 +74,24 @@ def validator_line(state: State, account: bytes) -> dict[str, Any]:
         "is_tombstoned": validator.is_tombstoned,
         "missed": len(validator.missed),
     }
+
+
+def standing_votes(state: State) -> list[dict[str, Any]]:
+    """Return the changes of parameters that validators stand for, with the power behind each and what is needed."""
+    behind: dict[Params, dict[bytes, int]] = {}
+    for account, power in state.validators().members:
+        validator = state.validator(account)
+        if validator is not None and validator.wish is not None:
+            behind.setdefault(validator.wish, {})[account] = power
+    return [
+        {
+            "changes": changes(state.params, wish),
+            "power": str(sum(voters.values())),
+            "needed": str(2 * state.validators().total // 3 + 1),
+            "validators": [peer_id(account) for account in voters],
+        }
+        for wish, voters in behind.items()
+    ]
 
 
 def task_line(task: Task) -> dict[str, Any]:

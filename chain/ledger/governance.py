@@ -9,9 +9,9 @@ leases, draws waiting) stays as it was promised.
 
 from collections import Counter
 
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
-from chain.bounds import vote_problem
+from chain.bounds import changes, vote_problem
 from chain.ledger.book import Book, name
 from chain.params import Params
 from chain.reasons import Reason, Refused
@@ -48,9 +48,3 @@ def enact(book: Book) -> None:
     if chosen is not None:
         book.draft.put(Table.PARAMS, b"", chosen)
         book.note("params-changed", changes=changes(book.params, chosen))
-
-
-def changes(before: Params, after: Params) -> dict[str, object]:
-    """Return the parameters that differ, by name, with their new values."""
-    old, new = asdict(before), asdict(after)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in new.items() if value != old[key]}

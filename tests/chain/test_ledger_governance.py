@@ -7,10 +7,15 @@ from msgspec.structs import replace
 
 from chain.blocks import MAX_BLOCK_BYTES, MAX_CERTIFICATE_BYTES, MAX_TRANSACTIONS
 from chain.bounds import LEAST_BLOCK_BYTES, MOST, problem, vote_problem
-from chain.ledger import check_envelope
+from chain.consensus import Timers
+from chain.engine_blocks import Tip
+from chain.engine_core import Core, CoreConfig, Restored
+from chain.keys import peer_id, verify
+from chain.ledger import InvalidBlock, check_envelope
 from chain.params import Params
 from chain.reasons import Reason
 from chain.transactions import MAX_TRANSACTION_BYTES, Bond, Transfer, Unbond, VoteParams
+from chain.views import standing_votes
 from tests.chain.ledger_kit import BALANCE, KEYS, STAKE, Ledger, genesis_of, start_swarm
 
 EPOCH = 4
@@ -171,3 +176,41 @@ def test_a_task_under_way_survives_every_window_being_changed() -> None:
     assert swarm.settled == 8
     assert not ledger.happened("slashed")
     assert sum(ledger.state.account(key.account).balance for key in KEYS) >= 9 * BALANCE - 10**6
+
+
+def test_a_block_that_is_larger_than_the_new_limit_is_judged_by_the_limit_it_was_built_under() -> None:
+    ledger = network(max_block_transactions=4)
+    vote = wish(ledger, max_block_transactions=3)
+    assert set(ledger.block(*((key, vote) for key in KEYS[:4]))) == {""}
+    ledger.skip(2)
+    assert set(ledger.block(*((key, Transfer(ALICE.account, 1)) for key in KEYS[:4]))) == {""}
+    assert ledger.state.params.max_block_transactions == 3
+    with pytest.raises(InvalidBlock, match=Reason.TOO_MANY):
+        ledger.block(*((key, Transfer(ALICE.account, 1)) for key in KEYS[:4]))
+
+
+def test_standing_votes_are_shown_with_the_power_behind_them() -> None:
+    ledger = network()
+    vote = wish(ledger, redraws=1, tau=(2500, 27_000, 40_000))
+    assert set(ledger.block(*((key, vote) for key in KEYS[:2]))) == {""}
+    assert standing_votes(ledger.state) == [
+        {
+            "changes": {"redraws": 1, "tau": [2500, 27_000, 40_000]},
+            "power": str(2 * STAKE),
+            "needed": str(8 * STAKE // 3 + 1),
+            "validators": [peer_id(account) for account in sorted(key.account for key in KEYS[:2])],
+        }
+    ]
+    next_epoch(ledger)
+    assert len(standing_votes(ledger.state)) == 1
+
+
+def test_the_engine_keeps_the_pace_that_a_vote_has_set() -> None:
+    ledger = network()
+    core = Core(CoreConfig(None, Timers(), 3.0, verify), Tip(ledger.genesis.chain_id, ledger.state))
+    vote = wish(ledger, block_interval_ms=1500, heartbeat_ms=9000)
+    assert set(ledger.block(*((key, vote) for key in KEYS[:4]))) == {""}
+    next_epoch(ledger)
+    core.tip = Tip(ledger.genesis.chain_id, ledger.state)
+    core.begin(0.0, Restored(), pending=False)
+    assert (core.pace.interval, core.pace.heartbeat) == (1.5, 9.0)
