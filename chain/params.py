@@ -51,7 +51,7 @@ class Params(Record, frozen=True):
     max_block_bytes: Count = 900_000
     history_blocks: Count = 200
     """Blocks for which ended audits and claims stay in the state; the database keeps them for good."""
-    max_drawn_cells: Count = 4096
+    max_drawn_cells: Count = 2048
     """Cells whose audit is decided in one block; claims beyond wait for the next one."""
     free_tasks: bool = False
     """Whether a task may offer a price of nothing, as private networks may want."""

@@ -72,6 +72,9 @@ class TaskStatus(StrEnum):
     CLOSED = "closed"
 
 
+_TASK_STATES = tuple(TaskStatus)
+
+
 class Task(Record, frozen=True):
     """A training task. `settled` is the last step all of whose audits have ended, in order."""
 
@@ -102,7 +105,7 @@ class Task(Record, frozen=True):
     @property
     def state(self) -> TaskStatus:
         """The place in its life."""
-        return tuple(TaskStatus)[self.status]
+        return _TASK_STATES[self.status]
 
     @property
     def is_open(self) -> bool:
@@ -117,6 +120,9 @@ class WorkerStatus(StrEnum):
     SEATED = "seated"
     LEFT = "left"
     EVICTED = "evicted"
+
+
+_WORKER_STATES = tuple(WorkerStatus)
 
 
 class Worker(Record, frozen=True):
@@ -141,7 +147,7 @@ class Worker(Record, frozen=True):
     @property
     def state(self) -> WorkerStatus:
         """The place in its life."""
-        return tuple(WorkerStatus)[self.status]
+        return _WORKER_STATES[self.status]
 
     @property
     def is_present(self) -> bool:
@@ -194,6 +200,9 @@ class AuditStatus(StrEnum):
     WITHHELD = "withheld"
     ABSENT = "absent"
     VOID = "void"
+
+
+_AUDIT_STATES = tuple(AuditStatus)
 
 
 ACTIVE = (
@@ -251,7 +260,7 @@ class Audit(Record, frozen=True):
     @property
     def state(self) -> AuditStatus:
         """The place in its life."""
-        return tuple(AuditStatus)[self.status]
+        return _AUDIT_STATES[self.status]
 
     @property
     def is_active(self) -> bool:

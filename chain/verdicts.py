@@ -29,6 +29,9 @@ class Ballot(StrEnum):
     AGAINST_NEITHER = "against-neither"
 
 
+_BALLOTS = tuple(Ballot)
+
+
 def deviations(claimed: Sketch, own: Sketch) -> Deviations:
     """Return |claimed − own| / |own| per tensor; NaN and infinity deviate infinitely."""
     size = 4 * PROJECTIONS
@@ -81,14 +84,13 @@ def ballot(reveal: Reveal, opened: Sketch, audited: Sketch, params: Params) -> B
 
 def tally(voters: Iterable[Voter]) -> dict[Ballot, int]:
     """Return the stake whose ballots speak against the worker, and that against the auditor."""
-    against = {Ballot.AGAINST_WORKER: 0, Ballot.AGAINST_AUDITOR: 0}
+    powers = [0] * len(_BALLOTS)
     for voter in voters:
-        if voter.said is None:
-            continue
-        said = tuple(Ballot)[voter.said]
-        for side in against:
-            against[side] += voter.power if said in (side, Ballot.AGAINST_BOTH) else 0
-    return against
+        if voter.said is not None:
+            powers[voter.said] += voter.power
+    both = powers[_BALLOTS.index(Ballot.AGAINST_BOTH)]
+    sides = (Ballot.AGAINST_WORKER, Ballot.AGAINST_AUDITOR)
+    return {side: powers[_BALLOTS.index(side)] + both for side in sides}
 
 
 def quorum(total: int) -> int:

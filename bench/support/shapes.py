@@ -63,6 +63,8 @@ RICH = 10**12
 SKETCH = bytes(384)
 TRACE = Trace(*(bytes(32) for _ in Trace.__struct_fields__))
 LONG = 10**6
+SPAN = 10**6
+"""Numbers of tasks that one shape has for itself."""
 
 
 def key_of(index: int) -> PrivateKey:
@@ -194,7 +196,7 @@ def idle_tasks(number: int) -> Shape:
     """Many open tasks in each of which something is due in this very block, each with a worker."""
     shape = Shape()
     for index in range(number):
-        task = shape.task(index, stages=2)
+        task = shape.task(1 * SPAN + index, stages=2)
         shape.worker(task, key_of(index % 50).account, 0)
         shape.wake(HEIGHT + 1, Table.TASKS, task.id)
     return shape
@@ -204,7 +206,7 @@ def crowds(number: int) -> Shape:
     """Tasks as full of applicants as they may be, in each of which something is due in this block."""
     shape = Shape()
     for index in range(number // 4096):
-        task = shape.task(index, applicants=4096)
+        task = shape.task(2 * SPAN + index, applicants=4096)
         for place in range(4096):
             shape.worker(task, name_of("spare", place), lease_until=HEIGHT)
         shape.wake(HEIGHT + 1, Table.TASKS, task.id)
@@ -228,7 +230,7 @@ def single_draws(number: int) -> Shape:
     """A queue of claims of one cell each, by many workers of as many tasks."""
     shape = Shape(validators=256)
     for index in range(number):
-        task = shape.task(index)
+        task = shape.task(3 * SPAN + index)
         shape.claim(task, shape.worker(task, name_of("worker", index), 0), 1, (0,))
     return shape
 
@@ -246,7 +248,7 @@ def overdue_audits(number: int) -> Shape:
 def _audits(number: int, state: AuditStatus, deadline: int) -> Shape:
     shape = Shape(validators=256)
     for index in range(number // 64):
-        task = shape.task(index, microbatches=1024)
+        task = shape.task(4 * SPAN + index, microbatches=1024)
         worker = shape.worker(task, name_of("worker", index), 0)
         record = shape.claim(task, worker, 1, tuple(range(64)), drawn=True)
         for cell in range(64):
@@ -394,6 +396,19 @@ def posts(number: int) -> Shape:
     return shape
 
 
+def everything(number: int) -> Shape:
+    """All of it in one block: votes and false evidence, a full queue, overdue audits, tasks that are due."""
+    shape = votes(min(number, 450))
+    for part in (overdue_audits(2 * number), single_draws(number), idle_tasks(number), crowds(4 * number)):
+        for table, rows in part._draft.changes.items():
+            if table is not Table.CHAIN:
+                for key, record in rows.items():
+                    shape.put(table, key, record)
+        shape.sent += part.sent
+    shape.sent += evidence(1024).sent
+    return shape
+
+
 SHAPES: dict[str, tuple[Callable[[int], Shape], int]] = {
     "transfers": (transfers, 2048),
     "evidence": (evidence, 2048),
@@ -410,5 +425,6 @@ SHAPES: dict[str, tuple[Callable[[int], Shape], int]] = {
     "registered": (registered, 50_000),
     "unbondings": (unbondings, 40_000),
     "duties": (duties, 5000),
+    "everything": (everything, 4096),
 }
 """Shapes and the number at which the bench measures them."""

@@ -16,8 +16,6 @@ from chain.state import Table
 from chain.transactions import Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
 from chain.verdicts import Ballot, ballot, deviations, finding, is_fraud, is_match, quorum, tally
 
-MAX_EXPIRED = 2048
-"""Audits that a block ends or draws anew because their deadline has passed."""
 _AUDITOR_OWES = (AuditStatus.DRAWN, AuditStatus.OPENED)
 
 
@@ -231,17 +229,9 @@ def _acquit(book: Book, audit: Audit) -> None:
     end_audit(book, audit, AuditStatus.ACQUITTED)
 
 
-def expire(book: Book, woken: list[bytes]) -> None:
-    """End or redraw the audits whose deadline has passed, in an order of chance; those beyond the bound wait."""
-    overdue: list[Audit] = []
-    for identity in sorted(woken, key=lambda one: digest("turn", book.seed, one)):
-        audit: Audit | None = book.draft.get(Table.AUDITS, identity)
-        if audit is None or not audit.is_active or audit.deadline >= book.height:
-            continue
-        if len(overdue) < MAX_EXPIRED:
-            overdue.append(audit)
-        else:
-            book.wake(book.height + 1, Table.AUDITS, identity)
+def expire(book: Book, due: list[bytes]) -> None:
+    """End or redraw the audits whose deadline has passed."""
+    overdue: list[Audit] = [book.draft.get(Table.AUDITS, identity) for identity in due]
     for audit in overdue:
         _expire(book, audit)
     pools = Pools(book)  # nobody becomes absent or loses a seat from here on

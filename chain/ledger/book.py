@@ -195,7 +195,9 @@ class Book:
             changes["status"] = status_of(AuditStatus, state)
         changed = replace(audit, **changes)
         self.draft.put(Table.AUDITS, audit.id, changed)
-        if changed.deadline != audit.deadline:
+        if changed.deadline != audit.deadline or not changed.is_active:
+            self.draft.delete(Table.WAKE, place_at(audit.deadline + 1, Table.AUDITS, audit.id))
+        if changed.deadline != audit.deadline and changed.is_active:
             self.wake(changed.deadline + 1, Table.AUDITS, audit.id)
         was_listed = self.draft.get(Table.ACTIVE, audit.id) is not None
         if was_listed and not changed.is_active:

@@ -2,13 +2,15 @@
 
 from chain.hashing import digest
 from chain.ledger import audits, claims, governance, seats, settlement, tasks, validators
-from chain.ledger.book import Book
+from chain.ledger.book import Book, place_at
 from chain.ledger.convictions import void_unsettled
 from chain.state import PREFIX, Table
 
+MAX_EXPIRED = 1536
+"""Audits that a block ends or draws anew because their deadline has passed."""
 ROWS_A_TASK = 4
 """What a task without workers counts for."""
-MAX_ROWS = 8192
+MAX_ROWS = 4096
 """Rows of workers and claims that a block looks through for its tasks; tasks beyond wait for the next block."""
 
 
@@ -21,30 +23,49 @@ def after_transactions(book: Book) -> None:
     """Draw audits, end what is overdue, settle steps, fill seats, forget; turn the epoch."""
     claims.draw_due(book)
     woken = _woken(book)
-    audits.expire(book, [key for table, key in woken if table is Table.AUDITS])
-    _look_after(book, {key for table, key in woken if table is Table.TASKS} | book.touched)
+    handled = [row for row in woken if row[PREFIX] == Table.AUDITS][:MAX_EXPIRED]
+    audits.expire(book, [row[PREFIX + 1 :] for row in handled])
+    handled += _look_after(book, [row for row in woken if row[PREFIX] == Table.TASKS])
+    for row in handled:
+        book.draft.delete(Table.WAKE, row)
+    for since in {row[:PREFIX] for row in set(woken).difference(handled)}:
+        book.wake(book.height + 1, Table.WAKE, since)
     _forget(book)
     if book.height % book.params.epoch_blocks == 0:
         governance.enact(book)
         validators.begin_epoch(book)
 
 
-def _woken(book: Book) -> list[tuple[Table, bytes]]:
-    """Return what was to be looked at in this block."""
-    rows = book.draft.items(Table.WAKE, book.height.to_bytes(PREFIX, "big"))
-    for key, _ in rows:
-        book.draft.delete(Table.WAKE, key)
-    return [(Table(key[PREFIX]), key[PREFIX + 1 :]) for key, _ in rows]
+def _woken(book: Book) -> list[bytes]:
+    """Return the rows of what was to be looked at by now, in an order of chance.
+
+    Rows beyond the bounds of a block stay where they are; a row of this table names the height where some are left.
+    """
+    heights, rows = [book.height.to_bytes(PREFIX, "big")], []
+    for height in heights:
+        for row, _ in book.draft.items(Table.WAKE, height):
+            if row[PREFIX] == Table.WAKE:
+                heights.append(row[PREFIX + 1 :])
+                book.draft.delete(Table.WAKE, row)
+            else:
+                rows.append(row)
+    return sorted(rows, key=lambda row: digest("turn", book.seed, row))
 
 
-def _look_after(book: Book, due: set[bytes]) -> None:
-    """Look after the tasks in which something may be due, in an order of chance; those beyond the bound wait."""
-    left = MAX_ROWS
-    for identity in sorted(due, key=lambda task: digest("turn", book.seed, task)):
-        if left > 0:
+def _look_after(book: Book, woken: list[bytes]) -> list[bytes]:
+    """Look after the tasks in which something happened in this block or is due; return the rows that are done."""
+    left, done = MAX_ROWS, []
+    seen: set[bytes] = set()
+    for row in [*woken, *(place_at(0, Table.TASKS, task) for task in sorted(book.touched))]:
+        identity = row[PREFIX + 1 :]
+        if left > 0 and identity not in seen:
             left -= _keep_up(book, identity, left)
-        else:
+            seen.add(identity)
+        if identity in seen:
+            done.append(row)
+        elif not int.from_bytes(row[:PREFIX], "big"):
             book.wake(book.height + 1, Table.TASKS, identity)
+    return done
 
 
 def _forget(book: Book) -> None:

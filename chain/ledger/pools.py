@@ -54,12 +54,20 @@ class Pools:
     def _validators(self) -> list[tuple[bytes, int]]:
         return self._weighed(self.book.validators.powers)
 
+    @cached_property
+    def _plain(self) -> Pool:
+        return Pool(self._validators)
+
     def _weighed(self, accounts: Iterable[bytes]) -> list[tuple[bytes, int]]:
         return [(account, self.book.account(account).bonded) for account in accounts if is_fit(self.book, account)]
 
-    def _all(self, seated: dict[bytes, int]) -> list[tuple[bytes, int]]:
+    def _pool(self, seated: dict[bytes, int], beside: set[bytes]) -> Pool:
+        """Return the pool of validators and of workers with stake, without those `beside`."""
         others = self._weighed(account for account in seated if account not in self.book.validators)
-        return self._validators + others
+        if not others and beside.isdisjoint(self.book.validators.powers):
+            return self._plain
+        self.cost += len(self._validators) // 4
+        return Pool(entry for entry in self._validators + others if entry[0] not in beside)
 
     def _seated(self, task: bytes) -> dict[bytes, int]:
         workers = self.book.workers(task)
@@ -73,15 +81,14 @@ class Pools:
         if far is None:
             seated = self._seated(claim.task)
             beside = {account for account, stage in seated.items() if abs(stage - claim.stage) == 1}
-            everyone = self._all(seated)
-            far = Pool(entry for entry in everyone if entry[0] not in beside) if beside else Pool(everyone)
+            far = self._pool(seated, beside)
             self._far[claim.task, claim.stage] = far
         left_out = (*excluded, record.worker)
         drawn = far.draw(seed, left_out)
         if drawn is not None:
             return drawn
         touching = _touching(self.book, claim, cell)
-        return Pool(self._all(self._seated(claim.task))).draw(seed, (*left_out, *touching))
+        return self._pool(self._seated(claim.task), set()).draw(seed, (*left_out, *touching))
 
 
 def is_fit(book: Book, account: bytes) -> bool:

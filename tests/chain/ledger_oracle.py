@@ -232,7 +232,9 @@ def _watched(state: State) -> None:
         assert not worker.is_present or (worker.lease_until + 1, worker.task) in woken
     for audit in rows(state, T.AUDITS).values():
         assert audit.state not in LIVE or audit.deadline + 1 <= state.height or (audit.deadline + 1, audit.id) in woken
-    assert all(height > state.height for height, _ in woken)
+    late = {key[:32] for key in rows(state, T.WAKE) if int.from_bytes(key[:32], "big") <= state.height}
+    named = {key[33:] for key in rows(state, T.WAKE) if key[32] == T.WAKE}
+    assert late == named, "something is overdue and nothing says so"
 
 
 def _subtree(leaves: list[tuple[bytes, bytes]], depth: int) -> bytes:
