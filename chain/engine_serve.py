@@ -22,7 +22,7 @@ from chain.sync import (
 )
 
 SNAPSHOT_EPOCHS = 10
-"""Epochs from one snapshot to the next."""
+"""Epochs from one snapshot to the next; a chain too young for one serves the state of its newest epoch."""
 KEPT_SNAPSHOTS = 2
 """Snapshots served at once, so that who begins to fetch one can end it."""
 
@@ -40,11 +40,13 @@ class Server:
     def keep(self, tips: Sequence[Tip]) -> None:
         """Keep the states of these consecutive tips that are snapshots."""
         for tip in tips:
-            if tip.height % (SNAPSHOT_EPOCHS * tip.state.params.epoch_blocks) == 0:
+            epoch = tip.state.params.epoch_blocks
+            if tip.height % epoch == 0:
                 self._states[tip.height] = tip.state
-        for old in sorted(self._states)[:-KEPT_SNAPSHOTS]:
-            del self._states[old]
-            self._snapshots.pop(old, None)
+                lasting = [height for height in self._states if height % (SNAPSHOT_EPOCHS * epoch) == 0]
+                for old in self._states.keys() - set(sorted(lasting or self._states)[-KEPT_SNAPSHOTS:]):
+                    del self._states[old]
+                    self._snapshots.pop(old, None)
 
     async def answer(self, request: SyncRequest) -> bytes:
         """Return the answer, `NOTHING` for a light block or a chunk that is not here."""

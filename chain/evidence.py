@@ -30,6 +30,7 @@ from chain.engine_seam import SubmitRefused, TransactionExpired
 from chain.hashing import digest
 from chain.keys import peer_id
 from chain.ledger import Receipt
+from chain.reasons import Reason as LedgerReason
 from chain.state import State
 from chain.transactions import Evidence, Payload
 
@@ -206,7 +207,9 @@ def _is_open(case: _Case, sender: Sender) -> bool:
     except (LookupError, TransactionExpired):
         case.tx_id = None
         return True
-    if receipt is not None and not receipt.ok:
+    if receipt is not None and receipt.reason == LedgerReason.EVIDENCE_EARLY:
+        case.tx_id = None
+    elif receipt is not None and not receipt.ok:
         _log.warning("the ledger refused evidence: %s", receipt.reason)
         return False
     return True

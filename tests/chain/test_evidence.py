@@ -31,6 +31,7 @@ from chain.evidence import MAX_RANK, MAX_VOTES, TURN_BLOCKS, WINDOW, Watch
 from chain.hashing import ZERO, digest
 from chain.keys import PrivateKey, verify
 from chain.ledger import Receipt
+from chain.records import Rotation
 from chain.state import Rows, State, Table, genesis_state
 from chain.sync import FinalBlock, StatusReply, StatusRequest, decode_request, pack_range
 from chain.transactions import Evidence, Payload
@@ -208,6 +209,31 @@ def test_evidence_that_the_ledger_refuses_is_not_sent_for_ever() -> None:
     ledger.answers = None
     watch.pursue(at(21), ledger)
     assert len(ledger.sent) == 1
+
+
+def test_evidence_that_comes_too_early_is_sent_again() -> None:
+    watch, ledger = convicting(), Ledger()
+    watch.pursue(at(19), ledger)
+    ledger.answers = Receipt(b"", "evidence-early")
+    assert watch.pursue(at(20), ledger)
+    assert len(ledger.sent) == 2
+
+
+def test_a_key_that_was_rotated_since_is_pursued_through_its_heir() -> None:
+    watch, ledger = convicting(), Ledger()
+    old, heir = MEMBERS[3].account, PrivateKey(bytes([50]) * 32).account
+
+    def rotated(height: int, *, tombstoned: bool) -> State:
+        state = at(height)
+        validators = Rows(state.tables[Table.VALIDATORS])
+        validators[heir] = structs.replace(validators.pop(old), is_tombstoned=tombstoned)
+        rotations = Rows({old: Rotation(old, heir, 7), heir: Rotation(old, heir)})
+        return State(state.tables | {Table.VALIDATORS: validators, Table.ROTATIONS: rotations}, state.tree)
+
+    assert watch.pursue(rotated(19, tombstoned=False), ledger)
+    watch.pursue(rotated(20, tombstoned=True), ledger)
+    ledger.answers = TransactionExpired("late")
+    assert not watch.pursue(rotated(21, tombstoned=True), ledger)
 
 
 def test_reporters_take_turns_and_wait_for_the_sound_evidence_of_others() -> None:

@@ -14,7 +14,7 @@ from chain import snapshots
 from chain.codec import DecodeError, encode
 from chain.engine import ChainEngine
 from chain.engine_gate import ACCEPTED, Disposition
-from chain.engine_serve import SNAPSHOT_EPOCHS
+from chain.engine_serve import SNAPSHOT_EPOCHS, Server
 from chain.genesis import Genesis
 from chain.light import LightBlock, Trust, decode_light_block
 from chain.snapshots import Chunk, decode_chunk
@@ -163,13 +163,25 @@ async def test_what_is_too_old_to_trust_is_fetched_block_by_block_and_said(
 
 
 async def test_without_snapshots_the_chain_is_fetched_from_its_first_block(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
+    monkeypatch.setattr(Server, "keep", lambda self, tips: None)
     hub = Hub()
     async with grown(hub, tmp_path, 5) as engines, running(hub, tmp_path / "late", GENESIS, LATE) as late:
         with trio.fail_after(90):
             await until_height(late, engines[0].state.height)
         assert late.reader.store.base == 1
+
+
+async def test_a_young_chain_serves_the_state_of_its_newest_epoch(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, 3 * EPOCH + 1) as engines:
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await follows(late, engines, 3 * EPOCH)
+        await until_height(engines[0], 2 * INTERVAL + EPOCH)
+        assert sorted(engines[0]._server._states) == [INTERVAL, 2 * INTERVAL]
 
 
 def _chunk(change: Callable[[Chunk], Chunk]) -> Twist:
