@@ -13,8 +13,9 @@ from typing import Self
 from msgspec import structs
 
 from chain.blocks import MAX_MESSAGE_BYTES, Proposal, Vote, VoteKind, is_conflict
-from chain.codec import decode, encode
+from chain.codec import AccountId, Hash, Record, Uint, decode, encode
 
+MAX_EXPORT_BYTES = 256 * 1024 * 1024
 Request = tuple[Vote, Proposal | None]
 """An unsigned vote and the proposal that has to be durable with it."""
 
@@ -43,6 +44,16 @@ class RecordInUse(SigningError):
     """Another process holds the record."""
 
 
+class Exported(Record, frozen=True):
+    """A signing record on its way to another machine; a proposal is kept as its encoding."""
+
+    chain_id: Hash
+    account: AccountId
+    floor: Uint
+    votes: tuple[Vote, ...]
+    proposals: tuple[bytes, ...]
+
+
 class SigningRecord:
     """The durable votes of one account on one chain. Not for concurrent use."""
 
@@ -52,6 +63,7 @@ class SigningRecord:
         self._chain_id, self._account, self._floor = connection.execute(
             "SELECT chain_id, account, floor FROM owner"
         ).fetchone()
+        self._is_exported = bool(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'exported'").fetchone())
 
     @classmethod
     def open(cls, path: Path, *, chain_id: bytes, account: bytes, sign: Callable[[bytes], bytes], tip: int) -> Self:
@@ -71,7 +83,10 @@ class SigningRecord:
                 _create(connection, chain_id, account, floor=0)
             elif owner != (chain_id, account):
                 raise RecordMissing(f"{path.name} belongs to another key or network")
-            return cls(connection, sign)
+            record = cls(connection, sign)
+            if record._is_exported:
+                raise RecordMissing(f"{path.name} was exported: this key signs somewhere else now")
+            return record
         except BaseException:
             connection.close()
             raise
@@ -84,6 +99,53 @@ class SigningRecord:
         connection = _connect(path)
         _create(connection, chain_id, account, floor)
         return cls(connection, sign)
+
+    @classmethod
+    def open_existing(cls, path: Path, sign: Callable[[bytes], bytes]) -> Self:
+        """Return the record at `path`, whoever's it is; raise `RecordMissing` or `RecordInUse`."""
+        if not path.exists():
+            raise RecordMissing(f"There is no {path.name}")
+        connection = _connect(path)
+        if _owner(connection) is None:
+            connection.close()
+            raise RecordMissing(f"{path.name} is empty")
+        return cls(connection, sign)
+
+    def export(self) -> bytes:
+        """Return the whole record for another place, after closing this one for signing for good.
+
+        A second call returns the same bytes: what was written down may be lost, what is closed stays closed.
+        """
+        if not self._is_exported:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("CREATE TABLE exported (done INTEGER)")
+            self._db.execute("COMMIT")
+            self._is_exported = True
+        heights = self._db.execute("SELECT DISTINCT height FROM votes ORDER BY height").fetchall()
+        votes = tuple(vote for (height,) in heights for vote in self.votes(height))
+        proposals = tuple(data for (data,) in self._db.execute("SELECT data FROM proposals ORDER BY height, view"))
+        return encode(Exported(self._chain_id, self._account, self._floor, votes, proposals))
+
+    @classmethod
+    def import_(cls, path: Path, data: bytes, account: bytes) -> int:
+        """Make a new record of exported bytes; return the newest height with a vote, 0 without any.
+
+        Raises `FileExistsError`, `DecodeError`, and `RecordMissing` for another account's record.
+        """
+        if path.exists():
+            raise FileExistsError(path)
+        found: Exported = decode(Exported, data, MAX_EXPORT_BYTES)
+        if found.account != account:
+            raise RecordMissing("the exported record belongs to another key")
+        connection = _connect(path)
+        try:
+            _create(connection, found.chain_id, account, found.floor, found)
+        except BaseException:
+            connection.close()
+            path.unlink(missing_ok=True)
+            raise
+        connection.close()
+        return max((vote.height for vote in found.votes), default=0)
 
     def close(self) -> None:
         """Release the file."""
@@ -139,6 +201,8 @@ class SigningRecord:
     def _record(self, vote: Vote, proposal: Proposal | None) -> Vote:
         if (vote.chain_id, vote.validator) != (self._chain_id, self._account):
             raise Conflict("a vote of another key or network")
+        if self._is_exported:
+            raise Conflict("the record was exported")
         if vote.height <= self._floor:
             raise Conflict(f"the record is closed up to height {self._floor}")
         for stored in self._at(vote.height, vote.view):
@@ -195,9 +259,17 @@ def _owner(connection: sqlite3.Connection) -> tuple[bytes, bytes] | None:
     return row
 
 
-def _create(connection: sqlite3.Connection, chain_id: bytes, account: bytes, floor: int) -> None:
+def _create(
+    connection: sqlite3.Connection, chain_id: bytes, account: bytes, floor: int, exported: "Exported | None" = None
+) -> None:
     connection.execute("BEGIN EXCLUSIVE")
     for statement in _SCHEMA:
         connection.execute(statement)
     connection.execute("INSERT INTO owner VALUES (?, ?, ?)", (chain_id, account, floor))
+    for vote in exported.votes if exported else ():
+        row = (vote.height, vote.view, int(vote.kind), vote.block_hash, vote.signature)
+        connection.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?)", row)
+    for data in exported.proposals if exported else ():
+        vote = decode(Proposal, data, MAX_MESSAGE_BYTES).vote
+        connection.execute("INSERT INTO proposals VALUES (?, ?, ?)", (vote.height, vote.view, data))
     connection.execute("COMMIT")

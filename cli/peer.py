@@ -13,6 +13,7 @@ from cyclopts.config import Env
 from cli import render, render_peer, settings
 from cli.common import default_home, exit_with, new_app, run_app, whole
 from cli.report import reporter
+from cli.signing_record import app as signing_record
 from cli.sources import DaemonSource
 from tdml_p2p.config import PeerConfig, TrainConfig
 from tdml_p2p.errors import UserError
@@ -141,6 +142,9 @@ def key(*, home: Home = None, json_: Json = False) -> None:
     folder = HomeFolder(home or default_home())
     folder.create()
     _print({"peer": peer_id(folder.load_key().account), "file": str(folder.key_path)}, json_)
+
+
+app.command(signing_record)
 
 
 @app.command

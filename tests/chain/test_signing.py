@@ -7,6 +7,7 @@ import pytest
 from msgspec import structs
 
 from chain.blocks import Vote, VoteKind, verify_vote
+from chain.codec import DecodeError
 from chain.hashing import ZERO
 from chain.keys import verify
 from chain.signing import Conflict, RecordInUse, RecordMissing, SigningRecord
@@ -146,3 +147,75 @@ def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "signing.db").write_bytes(b"this is not a database, it only lies in its place" * 100)
     with pytest.raises(sqlite3.DatabaseError):
         opened(tmp_path)
+
+
+def filled(folder: Path) -> tuple[SigningRecord, list[Vote]]:
+    record = opened(folder)
+    draft = structs.replace(proposal(block()), vote=unsigned(VoteKind.PROPOSE, ONE))
+    requests = [
+        (draft.vote, draft),
+        (unsigned(VoteKind.NOTARIZE, TWO), draft),
+        (unsigned(VoteKind.NULLIFY, view=2), None),
+    ]
+    return record, record.sign_all(requests)
+
+
+def imported(folder: Path, data: bytes) -> int:
+    folder.mkdir()
+    return SigningRecord.import_(folder / "signing.db", data, KEY.account)
+
+
+def test_an_exported_record_signs_in_the_other_place_only(tmp_path: Path) -> None:
+    record, signed = filled(tmp_path)
+    data = record.export()
+    with pytest.raises(Conflict, match="exported"):
+        record.sign(unsigned(VoteKind.NULLIFY, height=7))
+    assert record.export() == data
+    record.close()
+    with pytest.raises(RecordMissing, match="somewhere else"):
+        opened(tmp_path, tip=5)
+    again = SigningRecord.open_existing(tmp_path / "signing.db", KEY.sign)
+    assert again.export() == data
+    again.close()
+    assert imported(tmp_path / "new", data) == 1
+    moved = opened(tmp_path / "new", tip=5)
+    assert moved.votes(1) == tuple(sorted(signed, key=lambda vote: (vote.view, vote.kind)))
+    assert len(moved.proposals(1)) == 1
+    with pytest.raises(Conflict):
+        moved.sign(unsigned(VoteKind.NOTARIZE, ONE))
+    moved.sign(unsigned(VoteKind.NULLIFY, height=7))
+    moved.close()
+
+
+def test_the_floor_moves_too(tmp_path: Path) -> None:
+    record, _ = filled(tmp_path)
+    record.forget(4)
+    imported(tmp_path / "new", record.export())
+    record.close()
+    moved = opened(tmp_path / "new", tip=5)
+    with pytest.raises(Conflict, match="closed up to height 4"):
+        moved.sign(unsigned(VoteKind.NULLIFY, height=4))
+    moved.close()
+
+
+def test_nothing_is_overwritten_and_nothing_foreign_or_damaged_taken(tmp_path: Path) -> None:
+    record, _ = filled(tmp_path)
+    data = record.export()
+    record.close()
+    with pytest.raises(FileExistsError):
+        SigningRecord.import_(tmp_path / "signing.db", data, KEY.account)
+    target = tmp_path / "other.db"
+    with pytest.raises(RecordMissing, match="another key"):
+        SigningRecord.import_(target, data, KEYS[1].account)
+    for damaged in (data[:-1], data + b"\x00", b"", data.replace(KEY.account, KEY.account[:-1], 1)):
+        with pytest.raises(DecodeError):
+            SigningRecord.import_(target, damaged, KEY.account)
+    assert not target.exists()
+
+
+def test_there_must_be_a_record_to_export(tmp_path: Path) -> None:
+    with pytest.raises(RecordMissing):
+        SigningRecord.open_existing(tmp_path / "signing.db", KEY.sign)
+    sqlite3.connect(tmp_path / "signing.db").close()
+    with pytest.raises(RecordMissing):
+        SigningRecord.open_existing(tmp_path / "signing.db", KEY.sign)
