@@ -199,7 +199,8 @@ def life() -> Ledger:
     swarm.deviation[KEYS[0].account] = 1.0
     while not {"evicted", "settled"} <= set(ledger.kinds()):
         swarm.work(1)
-    said = [(VoteKind.FINALIZE, ledger.genesis.chain_id, 3, 1, digest("vector", bytes([i]))) for i in (0, 1)]
+    named = (VoteKind.FINALIZE, ledger.genesis.chain_id, ledger.state.height, 1)
+    said = [(*named, digest("vector", bytes([i]))) for i in (0, 1)]
     first, second = (Vote(*one, victim.account, victim.sign(vote_bytes(*one))) for one in said)
     ledger.block((KEYS[2], Evidence(encode(first), encode(second))), (victim, Withdraw()))
     assert "equivocation" in ledger.kinds()
