@@ -9,6 +9,7 @@ Prints one JSON object.
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import trio
 
 from bench.support.network import (
+    READY_SECONDS,
     Running,
     cpu_seconds,
     make_homes,
@@ -25,20 +27,24 @@ from bench.support.network import (
     running,
     scratch,
 )
+from bench.sync import write
+from cli.sources import DaemonSource
 from tdml_p2p.demo.processes import child
+from tdml_p2p.home import Home
 
 SETTLE_SECONDS = 8.0
 PURSES = 1000
 RATES = (250, 500, 1000, 1500, 2000)
 PAUSE_SECONDS = 6.0
 DAY = 86_400
+RECENT = 50
+"""Blocks below the tip of the one that the joiner by snapshot trusts."""
 
 
 async def idle(network: Running, seconds: float) -> dict[str, Any]:
     """Return what a network without transactions costs."""
     await trio.sleep(SETTLE_SECONDS)
     before, begun = cpu_seconds(network.peers), time.time()
-    size = _database_bytes(network)
     await trio.sleep(seconds)
     took = time.time() - begun
     shares = [(after - earlier) / took for after, earlier in zip(cpu_seconds(network.peers), before, strict=True)]
@@ -50,14 +56,9 @@ async def idle(network: Running, seconds: float) -> dict[str, Any]:
         "core_share_per_peer": quantiles(shares),
         "block_bytes": max(bytes_each),
         "block_megabytes_per_day": round(max(bytes_each) * len(blocks) / took * DAY / 1e6, 2),
-        "database_bytes_grown": _database_bytes(network) - size,
         "resident_megabytes": quantiles([resident_megabytes(one) for one in network.peers]),
         "torch_is_mapped": any(map(maps_torch, network.peers)),
     }
-
-
-def _database_bytes(network: Running) -> int:
-    return network.homes[0].chain_path.stat().st_size
 
 
 async def transfers(network: Running, seconds: float) -> dict[str, Any]:
@@ -152,12 +153,51 @@ async def quiet(validators: int, seconds: float) -> dict[str, Any]:
             return found | await transfers(network, seconds)
 
 
+async def join(blocks: int, load: int) -> dict[str, Any]:
+    """Return how fast a fresh process takes a chain from another block by block, and a third one by snapshot."""
+    with scratch() as folder:
+        start_ms = int((time.time() - blocks) * 1000)
+        genesis = write(folder / "chain.db", 4, blocks, load, start_ms)
+        homes = [Home(folder / f"peer-{index}") for index in range(3)]
+        for home in homes:
+            home.create()
+            home.save_genesis(genesis)
+        shutil.copy(folder / "chain.db", homes[0].chain_path)
+        async with running(homes[:1], blocks) as network:
+            block = network.source.ask("block", {"id": str(blocks - RECENT)})
+            every = await _caught_up(network, homes[1], blocks)
+            trust = ("--trust", f"{blocks - RECENT}:{block['hash']}")
+            newest = await _caught_up(network, homes[2], blocks, "--snapshot", *trust)
+            bytes_ = homes[0].chain_path.stat().st_size
+    return {
+        "blocks": blocks,
+        "transfers_per_block": load,
+        "seconds": round(every, 2),
+        "blocks_per_second": round(blocks / every),
+        "snapshot_seconds": round(newest, 2),
+        "snapshot_blocks_per_second": round(blocks / newest),
+        "database_bytes_per_block": round(bytes_ / blocks),
+    }
+
+
+async def _caught_up(network: Running, home: Home, height: int, *flags: str) -> float:
+    """Return the seconds from a fresh peer's being ready to its reaching a height."""
+    one = await network.add(home, *flags)
+    await one.expect("ready", READY_SECONDS)
+    begun, source = time.perf_counter(), DaemonSource(home.path)
+    with trio.fail_after(READY_SECONDS):
+        while source.ask("status", {})["height"] < height:
+            await trio.sleep(0.02)
+    return time.perf_counter() - begun
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Go through all measurements."""
     sizes = [options.validators] if options.quick else sorted({options.validators, 7, 20})
     rates = RATES[:3] if options.quick else RATES
     found: dict[str, Any] = {"networks": [trio.run(quiet, size, options.seconds) for size in sizes]}
     found["load"] = trio.run(saturate, options.validators, options.seconds, rates)
+    found["sync"] = [trio.run(join, 2000, transfers) for transfers in (0, 10)]
     if not options.quick:
         found["flood"] = trio.run(flood, options.validators, 100_000)
         found["junk"] = trio.run(flood, options.validators, 100_000, "--junk")

@@ -31,11 +31,11 @@ START_MS = 1_700_000_000_000
 SERVERS = 4
 
 
-def genesis_of(keys: list[PrivateKey]) -> Genesis:
+def genesis_of(keys: list[PrivateKey], start_ms: int) -> Genesis:
     """Return a network of these validators with equal stakes."""
     return Genesis(
         b"sync",
-        START_MS,
+        start_ms,
         structs.replace(Params(), epoch_blocks=20),
         tuple(Allocation(key.account, 10**9) for key in keys),
         tuple(GenesisValidator(key.account, 10_000, onion_of(key).tip) for key in keys),
@@ -59,10 +59,10 @@ def transfers(key: PrivateKey, chain_id: bytes, nonce: int, count: int) -> tuple
     return tuple(sign(key, body) for body in bodies)
 
 
-def write(path: Path, validators: int, blocks: int, load: int) -> Genesis:
-    """Write a chain with `load` transfers a block; return its genesis."""
+def write(path: Path, validators: int, blocks: int, load: int, start_ms: int = START_MS) -> Genesis:
+    """Write a chain with `load` transfers a block, one block a second; return its genesis."""
     members = [PrivateKey(bytes([i + 1]) * 32) for i in range(validators)]
-    genesis, keys = genesis_of(members), {key.account: key for key in members}
+    genesis, keys = genesis_of(members, start_ms), {key.account: key for key in members}
     tip = Tip(genesis.chain_id, genesis_state(genesis))
     with closing(Store.open(path, genesis)) as store, store.batch():
         for height in range(1, blocks + 1):
@@ -70,7 +70,7 @@ def write(path: Path, validators: int, blocks: int, load: int) -> Genesis:
             validator = tip.state.validator(proposer.account)
             assert validator is not None
             reveal = onion_of(proposer).below(validator.onion_tip)
-            draft = Draft(proposer.account, 1, START_MS + height * 1000, reveal)
+            draft = Draft(proposer.account, 1, start_ms + height * 1000, reveal)
             block, executed = assemble(tip, draft, transfers(members[0], tip.chain_id, load * (height - 1), load))
             certificate = finalized(block, tip, keys)
             store.commit(block, certificate, tip.state, executed)

@@ -120,8 +120,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running(homes: Sequence[Home]) -> AsyncIterator[Running]:
-    """Run a peer in every home until the block ends; blocks are made when it begins."""
+async def running(homes: Sequence[Home], height: int = 3) -> AsyncIterator[Running]:
+    """Run a peer in every home until the block ends; the first has reached `height` when it begins."""
     async with AsyncExitStack() as stack:
         first = ["start", "--home", str(homes[0].path), *LOCAL]
         one = await stack.enter_async_context(child(homes[0].path.name, "cli.peer", first, homes[0].path / "log.txt"))
@@ -134,7 +134,7 @@ async def running(homes: Sequence[Home]) -> AsyncIterator[Running]:
                 await peer.expect("ready", READY_SECONDS)
             network.watcher.start()
             with trio.fail_after(READY_SECONDS):
-                while network.height() < 3:
+                while network.height() < height:
                     await trio.sleep(0.5)
             yield network
         finally:
