@@ -160,6 +160,6 @@ def _tally(state: State, audit: Audit) -> dict[str, str] | None:
 def _timeline(reader: Chronicle, audit: Audit, claim: ClaimRecord | None) -> list[dict[str, Any]]:
     first = claim.height if claim else audit.drawn_at
     name = audit.id.hex()
-    rows = reader.store.events(first, first + _LONGEST, _KINDS)
+    rows = reader.store.events(first, min(first + _LONGEST, reader.state.height), _KINDS)
     told = [(height, event) for height, event in rows if name in (event.data.get("audit"), event.data.get("evidence"))]
     return [{"height": height, "kind": event.kind, "data": event.data} for height, event in told]

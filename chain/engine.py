@@ -34,7 +34,7 @@ from chain.engine_seam import (
     TransactionExpired,
 )
 from chain.engine_serve import Server
-from chain.engine_status import describe, warning
+from chain.engine_status import deciding, describe, warning
 from chain.engine_sync import CatchUp, CatchUpConfig
 from chain.engine_threads import Bell, Threads
 from chain.engine_transactions import Transactions
@@ -132,7 +132,8 @@ class ChainEngine:
     @property
     def reader(self) -> Reader:
         """What `chain.queries` answers from."""
-        return Reader(self._files.store, lambda: self.state, lambda: tuple(self._transactions.mempool))
+        waiting = self._transactions.mempool
+        return Reader(self._files.store, lambda: self.state, lambda: tuple(waiting), partial(deciding, self._core))
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; raise `ChainBroken` when a final block cannot be followed."""

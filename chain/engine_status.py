@@ -7,6 +7,7 @@ from chain.engine_gate import halted_reason
 from chain.engine_sync import CatchUp
 from chain.keys import peer_id
 from chain.light import Trust, trusting_ms
+from chain.query_votes import Deciding
 
 STALLED_SECONDS = 15.0
 """How long a due block may fail to appear before the status says why."""
@@ -32,6 +33,13 @@ def _duration(milliseconds: int) -> str:
         if seconds >= 2 * size:
             return f"{seconds // size} {unit}"
     return f"{seconds} seconds"
+
+
+def deciding(core: Core) -> Deciding:
+    """Return what is known of the height under decision; any thread may ask."""
+    machine = core.machine
+    view, config = max(machine.view, 1), machine.config
+    return Deciding(config.height, view, machine.leader(view), config.validators, machine.tally.votes(view))
 
 
 def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: float) -> dict[str, Any]:

@@ -8,18 +8,19 @@ from typing import Any
 import msgspec
 
 from chain.audit_story import audit_story
-from chain.blocks import Block, Certificate, Vote
+from chain.blocks import Block, Certificate, ValidatorSet, Vote
 from chain.codec import decode, encode
 from chain.genesis import to_json
 from chain.keys import account_of, peer_id
 from chain.query_errors import BadQuery, NotFound, QueryError
 from chain.query_proofs import proof
+from chain.query_votes import Deciding, certificate_line, final_votes, votes_heard
 from chain.records import Account, Audit, ClaimRecord, Conviction, Task, Worker
 from chain.replay import replay
 from chain.state import State, Table, holdings
 from chain.store import Store
 from chain.transactions import Transaction
-from chain.views import block_line, plain, task_line, transaction_line, validator_line, worker_line
+from chain.views import block_line, plain, standing_votes, task_line, transaction_line, validator_line, worker_line
 
 __all__ = ["BadQuery", "NotFound", "QueryError", "Reader", "answer", "open_reader"]
 
@@ -32,24 +33,27 @@ _SAFE_VALIDATORS = 4
 
 @dataclass
 class Reader:
-    """What queries read: the store, the newest state and, on a running peer, its waiting transactions."""
+    """What queries read: the store, a state and, on a running peer, what waits and what is under decision."""
 
     store: Store
     newest: Callable[[], State]
     waiting: Callable[[], tuple[Transaction, ...]] = field(default=lambda: ())
+    deciding: Callable[[], Deciding | None] = field(default=lambda: None)
 
     @property
     def state(self) -> State:
-        """The newest final state."""
+        """The final state that is asked about: the newest, unless an earlier height was."""
         return self.newest()
 
     def claim(self, claim: bytes) -> ClaimRecord | None:
         """Return a claim, also one that has left the state."""
-        return self._record(Table.CLAIMS, claim)
+        found = self._record(Table.CLAIMS, claim)
+        return found if found is not None and found.height <= self.state.height else None
 
     def audit(self, audit: bytes) -> Audit | None:
         """Return an audit, also one that has left the state."""
-        return self._record(Table.AUDITS, audit)
+        found = self._record(Table.AUDITS, audit)
+        return found if found is not None and found.drawn_at <= self.state.height else None
 
     def _record(self, table: Table, key: bytes) -> Any:
         return self.state.tables[table].get(key) or self.store.archived(table, key)
@@ -70,7 +74,7 @@ def answer(reader: Reader, query: str, arguments: Arguments) -> Any:
         raise BadQuery(f"There is no query {query!r}.", f"there are: {', '.join(sorted(_QUERIES))}")
     if "height" not in arguments:
         return handler(reader, arguments)
-    if query not in _OF_STATE:
+    if query in _OF_BLOCKS:
         raise BadQuery(f"The answer to {query} does not depend on a height.", "leave --height out")
     return handler(_earlier(reader, _number(arguments, "height", 0)), arguments)
 
@@ -108,7 +112,8 @@ def _account(arguments: Arguments) -> bytes:
 
 
 def _status(reader: Reader, _: Arguments) -> Any:
-    state, tip = reader.state, reader.store.tip()
+    state = reader.state
+    tip = reader.store.block(state.height)
     validators = state.validators()
     shares = [power for _, power in validators.members]
     return {
@@ -208,7 +213,8 @@ def _account_query(reader: Reader, arguments: Arguments) -> Any:
         for key, record in sorted(reader.state.tables[Table.UNBONDINGS].items())
         if key.startswith(account)
     ]
-    return {"account": peer_id(account), **plain(known), "unbonding": unbonding}
+    successor = {"successor": peer_id(reader.state.heir(account))} if reader.state.is_closed(account) else {}
+    return {"account": peer_id(account), **plain(known), "unbonding": unbonding, **successor}
 
 
 def _validators(reader: Reader, _: Arguments) -> Any:
@@ -289,28 +295,26 @@ def _vote(data: bytes) -> dict[str, Any]:
 
 def _certificate(reader: Reader, arguments: Arguments) -> Any:
     block, certificate = _find_block(reader, arguments)
+    return certificate_line(block, certificate, _signers(reader, block))
+
+
+def _votes(reader: Reader, arguments: Arguments) -> Any:
+    deciding = reader.deciding()
+    if deciding is not None and arguments.get("id") == str(deciding.height):
+        return votes_heard(deciding)
+    found = _find_block(reader, arguments)
+    after = reader.store.block(found[0].height + 1)
+    return final_votes(found, after[0] if after else None, _signers(reader, found[0]))
+
+
+def _signers(reader: Reader, block: Block) -> ValidatorSet:
     validators = reader.store.validators(block.header.validators_hash)
     assert validators is not None  # a set is written with its first block
-    signers = int.from_bytes(certificate.signers, "little")
-    voters = [
-        {"validator": peer_id(account), "power": str(power), "signed": bool(signers >> place & 1)}
-        for place, (account, power) in enumerate(validators.members)
-    ]
-    return {
-        "height": block.height,
-        "view": certificate.view,
-        "block_hash": certificate.block_hash.hex(),
-        "signers": certificate.signers.hex(),
-        "bitmap": [voter["signed"] for voter in voters],
-        "validators": voters,
-        "signatures": [signature.hex() for signature in certificate.signatures],
-        "validators_hash": block.header.validators_hash.hex(),
-        "raw": encode(certificate).hex(),
-    }
+    return validators
 
 
 def _params(reader: Reader, _: Arguments) -> Any:
-    return plain(reader.state.params)
+    return plain(reader.state.params) | {"pending": standing_votes(reader.state)}
 
 
 def _supply(reader: Reader, _: Arguments) -> Any:
@@ -344,9 +348,7 @@ def _db_check(reader: Reader, _: Arguments) -> Any:
     return replay(reader.store)
 
 
-_OF_STATE = frozenset(
-    ("account", "validators", "validator", "tasks", "task", "workers", "worker", "claim", "audit", "params", "supply")
-)
+_OF_BLOCKS = frozenset(("blocks", "block", "tx", "votes", "certificate", "mempool", "genesis", "events", "db-check"))
 _QUERIES: dict[str, Callable[[Reader, Arguments], Any]] = {
     "status": _status,
     "blocks": _blocks,
@@ -362,7 +364,7 @@ _QUERIES: dict[str, Callable[[Reader, Arguments], Any]] = {
     "claim": _claim,
     "audit": _audit,
     "evidence": _evidence,
-    "votes": _certificate,
+    "votes": _votes,
     "certificate": _certificate,
     "params": _params,
     "supply": _supply,

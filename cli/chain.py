@@ -36,13 +36,13 @@ class Common:
 
     home: Annotated[Path | None, Parameter(help="Home folder of a running peer.")] = None
     db: Annotated[Path | None, Parameter(help="A chain.db to read without a peer.")] = None
+    height: Annotated[
+        int, Parameter(help="The state as it was after this block; the newest when 0.", validator=_COUNTABLE)
+    ] = 0
     output: Annotated[Format, Parameter(name=["--output", "-o"], help="text or json.")] = "text"
     field: Annotated[str, Parameter(help="Print only this part, such as header.view.")] = ""
     raw: Annotated[bool, Parameter(negative="", help="Print the bytes, in hexadecimal, whose hash is the id.")] = False
     verbose: Annotated[bool, Parameter(negative="", help="Print names in full.")] = False
-    height: Annotated[
-        int, Parameter(help="The state as it was after this block; the newest when 0.", validator=_COUNTABLE)
-    ] = 0
 
 
 _PLAIN = Common()
@@ -155,7 +155,13 @@ def evidence(identity: Id = "", *, common: Common = _PLAIN) -> None:
         _show(common, "evidence", {}, render_chain.of_rows(*columns))
 
 
-@app.command(name=["certificate", "votes"])
+@app.command
+def votes(ref: Ref = "latest", *, common: Common = _PLAIN) -> None:
+    """Who voted for a height; on a running peer also for the next one, which is under decision."""
+    _show(common, "votes", {"id": ref}, render_chain.votes)
+
+
+@app.command
 def certificate(ref: Ref = "latest", *, common: Common = _PLAIN) -> None:
     """The finalization of a block: who signed and who did not."""
     _show(common, "certificate", {"id": ref}, render_chain.certificate)

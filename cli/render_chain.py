@@ -45,6 +45,20 @@ def certificate(data: Answer, verbose: bool) -> str:
     return "\n".join(lines)
 
 
+def votes(data: Answer, verbose: bool) -> str:
+    """Return who voted, ✓ or ✕ for each validator of the set in its order, with their power."""
+    hidden = ("bitmap", "validators", "signers", "signatures", "raw")
+    voters = data["validators"]
+    kinds = {"finalize": "signed", "notarize": "notarized", "nullify": "nullified"}
+    shown = {kind: name for kind, name in kinds.items() if voters and name in voters[0]}
+    lines = [fields({key: value for key, value in data.items() if key not in hidden}, verbose)]
+    lines += [f"{kind:<8}  {marks([voter[name] for voter in voters])}" for kind, name in shown.items()]
+    for voter in voters:
+        said = [voter[name] for name in shown.values()]
+        lines.append(f"  {marks(said)} {short(voter['validator'], verbose)}  {voter['power']}")
+    return "\n".join(lines)
+
+
 def proven(data: Answer, verbose: bool) -> str:
     """Return in a sentence what a verified proof shows, then the record."""
     what = " ".join(filter(None, (data["kind"], short(data["key"], verbose))))

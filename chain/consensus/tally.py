@@ -21,6 +21,10 @@ class Tally:
         votes = self._votes.get(view)
         return votes.get((kind, validator)) if votes else None
 
+    def votes(self, view: int) -> tuple[Vote, ...]:
+        """Return the votes of a view that are counted."""
+        return tuple(self._votes.get(view, {}).values())
+
     def add(self, vote: Vote) -> bool:
         """Count `vote`; False when a vote of this kind and validator is counted already."""
         votes, key = self._votes[vote.view], (vote.kind, vote.validator)

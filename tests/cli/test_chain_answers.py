@@ -183,8 +183,10 @@ def test_evidence(data: Data, text: Text, names: dict[str, str]) -> None:
     assert [line[1] for line in rows(text("evidence"))] == ["kind", "verdict", "equivocation"]
 
 
-@pytest.mark.parametrize("line", ["certificate 3", "votes 3"])
-def test_a_certificate_shows_each_validator_of_its_set(data: Data, text: Text, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "said"), [("certificate 3", "votes  ✓✓✓✓✓✓  6 signatures"), ("votes 3", "finalize  ✓✓✓✓✓✓")]
+)
+def test_a_certificate_shows_each_validator_of_its_set(data: Data, text: Text, line: str, said: str) -> None:
     certificate = data(line)
     assert certificate["height"] == 3
     assert certificate["block_hash"] == data("block 3")["hash"]
@@ -192,7 +194,7 @@ def test_a_certificate_shows_each_validator_of_its_set(data: Data, text: Text, l
     assert {voter["validator"] for voter in certificate["validators"]} == {peer_id(key.account) for key in KEYS[:6]}
     assert {voter["power"] for voter in certificate["validators"]} == {"1000000"}
     assert len(certificate["signatures"]) == 6
-    assert "votes  ✓✓✓✓✓✓  6 signatures" in text(line)
+    assert said in text(line)
 
 
 def test_params_supply_and_genesis(data: Data, text: Text, ledger: Ledger) -> None:
