@@ -110,11 +110,13 @@ class Shape:
 
     def context(self, state: State) -> BlockContext:
         """Return the context of the block, proposed by the first validator."""
-        reveal = self.onion.below(self.onion.tip)
-        seed = next_seed(state.seed, reveal)
         proposer = self.keys[0].account
+        validator = state.validator(proposer)
+        assert validator is not None
+        reveal = self.onion.below(validator.onion_tip)
+        seed = next_seed(state.seed, reveal)
         time = state.chain.timestamp + 1000
-        return BlockContext(self.genesis.chain_id, HEIGHT + 1, time, proposer, reveal, seed, ())
+        return BlockContext(self.genesis.chain_id, state.height + 1, time, proposer, reveal, seed, ())
 
     def transactions(self, state: State) -> tuple[Transaction, ...]:
         """Return the signed transactions of the block, as many as fit."""
