@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.config import Env
 
-from cli import render, render_peer, settings
+from cli import keys, render, render_peer, settings
 from cli.common import default_home, exit_with, new_app, run_app, whole
 from cli.report import reporter
 from cli.signing_record import app as signing_record
@@ -134,15 +134,13 @@ def faucet(*, home: Home = None, json_: Json = False) -> None:
 
 
 @app.command
-def key(*, home: Home = None, json_: Json = False) -> None:
-    """Show this home's account, making the key if there is none. The secret never leaves the home."""
-    from chain.keys import peer_id
-    from tdml_p2p.home import Home as HomeFolder
+def vote_params(*changes: str, home: Home = None, json_: Json = False) -> None:
+    """Stand with this validator's stake for other parameters: NAME=VALUE…; none takes the vote back."""
+    wanted = keys.wanted_params(_daemon(home).ask("params", {}), changes)
+    _transact(home, json_, {"kind": "vote-params", "params": wanted})
 
-    folder = HomeFolder(home or default_home())
-    folder.create()
-    _print({"peer": peer_id(folder.load_key().account), "file": str(folder.key_path)}, json_)
 
+app.command(keys.app)
 
 app.command(signing_record)
 

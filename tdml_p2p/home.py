@@ -28,6 +28,7 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.key_path = path / "key"
+        self.next_key_path = path / "key.next"
         self.lock_path = path / "lock"
         self.genesis_path = path / "genesis.json"
         self.config_path = path / "config.toml"
@@ -86,43 +87,19 @@ class Home:
 
     def load_key(self) -> PrivateKey:
         """Return this peer's key, made on the first call; raise `UserError` for one others can read."""
-        try:
-            descriptor = os.open(self.key_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return self._create_key()
-        except OSError as error:
-            raise self._unreadable_key(error) from error
-        with os.fdopen(descriptor, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
-            if mode & 0o077:
-                raise UserError(
-                    f"The key file {self.key_path} is open to other users (mode {mode:04o}).",
-                    f"chmod 600 {self.key_path}",
-                )
-            text = file.read(4 * KEY_BYTES)
-        try:
-            seed = bytes.fromhex(text.decode("ascii"))
-        except ValueError:
-            seed = b""
-        if len(seed) != KEY_BYTES:
-            raise UserError(
-                f"The key file {self.key_path} does not hold a key.",
-                "restore it from a backup; removing it makes a new identity with an empty account",
-            )
-        return PrivateKey(seed)
+        return _read_key(self.key_path) or _create_key(self.key_path)
 
-    def _create_key(self) -> PrivateKey:
-        key = PrivateKey.generate()
-        _write_new(self.key_path, f"{key.seed.hex()}\n".encode())
-        return key
+    def load_next_key(self, *, make: bool = False) -> PrivateKey | None:
+        """Return the key that is to follow, made durably if wanted; raise `UserError` as `load_key`."""
+        return _read_key(self.next_key_path) or (_create_key(self.next_key_path) if make else None)
 
-    def _unreadable_key(self, error: OSError) -> UserError:
-        if error.errno == errno.ELOOP:
-            return UserError(f"The key file {self.key_path} is a symbolic link.", "put the key itself into the home")
-        return UserError(
-            f"The key file {self.key_path} cannot be read: {error.strerror}.",
-            f"make it yours: chown $USER {self.key_path} && chmod 600 {self.key_path}",
-        )
+    def swap_keys(self, name: str) -> None:
+        """Put the next key in the place of the key, which is kept in a file of this name."""
+        kept = self.path / name
+        if not kept.exists():
+            os.link(self.key_path, kept)
+        os.replace(self.next_key_path, self.key_path)
+        _sync_folder(self.path)
 
     def load_genesis(self) -> Genesis | None:
         """Return the genesis of this home's network, None before there is one; raise `UserError`."""
@@ -164,6 +141,46 @@ def other_network(path: Path, ours: bytes, theirs: bytes) -> UserError:
     )
 
 
+def _read_key(path: Path) -> PrivateKey | None:
+    """Return the key in a file, None where there is none; raise `UserError`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable_key(path, error) from error
+    with os.fdopen(descriptor, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+        if mode & 0o077:
+            raise UserError(f"The key file {path} is open to other users (mode {mode:04o}).", f"chmod 600 {path}")
+        text = file.read(4 * KEY_BYTES)
+    try:
+        seed = bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        seed = b""
+    if len(seed) != KEY_BYTES:
+        raise UserError(
+            f"The key file {path} does not hold a key.",
+            "restore it from a backup; removing it makes a new identity with an empty account",
+        )
+    return PrivateKey(seed)
+
+
+def _create_key(path: Path) -> PrivateKey:
+    key = PrivateKey.generate()
+    _write_new(path, f"{key.seed.hex()}\n".encode())
+    return key
+
+
+def _unreadable_key(path: Path, error: OSError) -> UserError:
+    if error.errno == errno.ELOOP:
+        return UserError(f"The key file {path} is a symbolic link.", "put the key itself into the home")
+    return UserError(
+        f"The key file {path} cannot be read: {error.strerror}.",
+        f"make it yours: chown $USER {path} && chmod 600 {path}",
+    )
+
+
 def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -184,7 +201,11 @@ def _write_new(path: Path, data: bytes) -> None:
         os.link(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

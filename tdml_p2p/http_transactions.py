@@ -1,12 +1,13 @@
 """The body of `POST /transactions`: a closed union of what an owner may sign through a running peer."""
 
-from typing import Annotated, assert_never
+from typing import Annotated, Any, assert_never
 
 import msgspec
 from msgspec import Meta
 
+from chain.bounds import params_of
 from chain.keys import account_of
-from chain.transactions import Bond, Faucet, Payload, Transfer, Unbond, Unjail, Withdraw
+from chain.transactions import Bond, Faucet, Payload, RotateKey, Transfer, Unbond, Unjail, VoteParams, Withdraw
 
 MAX_BODY_BYTES = 4096
 Amount = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$")]
@@ -48,7 +49,24 @@ class WithdrawRequest(_Request, frozen=True, tag="withdraw"):
     """Move released stake to the balance."""
 
 
-TransactionRequest = BondRequest | UnbondRequest | TransferRequest | FaucetRequest | UnjailRequest | WithdrawRequest
+class RotateRequest(_Request, frozen=True, tag="rotate-key"):
+    """Move the account to a successor that has signed for it; hash and signature in hex."""
+
+    successor: Annotated[str, Meta(max_length=128)]
+    onion_tip: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    proof: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+
+
+class VoteRequest(_Request, frozen=True, tag="vote-params"):
+    """Stand for these parameters, all of them by name."""
+
+    params: dict[str, Any]
+
+
+TransactionRequest = (
+    BondRequest | UnbondRequest | TransferRequest | FaucetRequest | UnjailRequest | WithdrawRequest
+    | RotateRequest | VoteRequest
+)  # fmt: skip
 
 
 def parse_transaction(body: bytes) -> Payload:
@@ -71,6 +89,10 @@ def parse_transaction(body: bytes) -> Payload:
             return Unjail()
         case WithdrawRequest():
             return Withdraw()
+        case RotateRequest(successor, onion_tip, proof):
+            return RotateKey(account_of(successor), bytes.fromhex(onion_tip), bytes.fromhex(proof))
+        case VoteRequest(params):
+            return VoteParams(params_of(params))
         case _:
             assert_never(request)
 
