@@ -34,8 +34,9 @@ _QUEUED_RPCS = 512
 _READ_BYTES = 64 << 10
 _SEEN_SECONDS = 6.0
 _MAX_SEEN = 65536
-_MAX_WAITING = 64
-_MAX_WAITING_BYTES = 8 << 20
+MAX_WAITING = 64
+"""Messages of slow topics that are judged at a time."""
+MAX_WAITING_BYTES = 8 << 20
 
 
 class Disposition(StrEnum):
@@ -179,7 +180,7 @@ class _Waiting:
 
     def put(self, key: bytes, size: int) -> bool:
         """Count a message in; whether there is room for it."""
-        if len(self.sizes) >= _MAX_WAITING or self._bytes + size > _MAX_WAITING_BYTES:
+        if len(self.sizes) >= MAX_WAITING or self._bytes + size > MAX_WAITING_BYTES:
             return False
         self.sizes[key] = size
         self._bytes += size

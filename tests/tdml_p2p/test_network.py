@@ -8,7 +8,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 
 from chain.keys import peer_id
-from tdml_p2p.gossip import MAX_MESSAGE_BYTES, Disposition
+from tdml_p2p.gossip import MAX_MESSAGE_BYTES, MAX_WAITING, Disposition
 from tdml_p2p.host import Network, NetworkConfig
 from tdml_p2p.peers import ConnectFailed, peer_info
 from tdml_p2p.requests import Refused, RequestFailed, RequestReason
@@ -38,6 +38,66 @@ async def test_plaintext_is_refused() -> None:
             with pytest.raises(BaseLibp2pError):
                 await other.connect(peer_info(network.addresses[0]))
         assert network.host.get_connected_peers() == []
+
+
+class Slow:
+    """A handler of a slow topic that answers when it may."""
+
+    def __init__(self, verdict: Disposition = Disposition.ACCEPT) -> None:
+        self.may = trio.Event()
+        self.heard: list[bytes] = []
+        self._verdict = verdict
+
+    async def handle(self, _sender: str, data: bytes) -> Disposition:
+        self.heard.append(data)
+        await self.may.wait()
+        return self._verdict
+
+
+async def test_other_topics_do_not_wait_for_a_slow_one() -> None:
+    async with meshed(3) as peers:
+        slow = [Slow() for _ in peers]
+        votes: list[bytes] = []
+        for peer, one in zip(peers, slow, strict=True):
+            peer.on_slow_topic("tx", one.handle)
+            peer.on_topic("vote", collector(votes))
+        await until(lambda: all(peer.gossip.mesh(topic) > 0 for peer in peers for topic in ("tx", "vote")))
+        await peers[0].publish("tx", b"long")
+        await until(lambda: slow[1].heard == slow[2].heard == [b"long"])
+        await peers[0].publish("vote", b"short")
+        await until(lambda: votes == [b"short", b"short"])
+        for one in slow:
+            one.may.set()
+        await until(lambda: all(peer.gossip.counts["accept"] == 2 for peer in peers[1:]))
+        assert slow[1].heard == slow[2].heard == [b"long"]
+
+
+async def test_what_waits_for_a_slow_topic_is_bounded() -> None:
+    async with meshed(2) as (sender, receiver):
+        slow = Slow()
+        sender.on_slow_topic("tx", Slow().handle)
+        receiver.on_slow_topic("tx", slow.handle)
+        await until(lambda: sender.gossip.mesh("tx") > 0)
+        for number in range(MAX_WAITING + 5):
+            await sender.publish("tx", number.to_bytes(2, "big"))
+        await until(lambda: receiver.gossip.counts["dropped"] >= 5)
+        assert len(slow.heard) == MAX_WAITING
+        slow.may.set()
+        await until(lambda: receiver.gossip.counts["accept"] == MAX_WAITING)
+        await sender.publish("tx", b"later")
+        await until(lambda: slow.heard[-1] == b"later")
+
+
+async def test_a_false_message_of_a_slow_topic_is_charged_and_goes_no_further() -> None:
+    async with meshed(2) as (sender, receiver):
+        slow = Slow(Disposition.REJECT)
+        slow.may.set()
+        sender.on_slow_topic("tx", Slow().handle)
+        receiver.on_slow_topic("tx", slow.handle)
+        await until(lambda: sender.gossip.mesh("tx") > 0)
+        await sender.publish("tx", b"false")
+        await until(lambda: receiver.gossip.counts["reject"] == 1)
+        assert receiver.limits.penalty(sender.peer) > 0
 
 
 async def test_a_message_reaches_everybody_once() -> None:
