@@ -150,6 +150,7 @@ def main() -> None:
     """Measure empty and loaded chains of few and many validators."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=2000)
+    parser.add_argument("--json", action="store_true", help="print JSON, as is always done")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     kinds = ((4, 0), (4, 10), (20, 0), (20, 10))

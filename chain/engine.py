@@ -360,7 +360,7 @@ class ChainEngine:
         if steps:
             restored = await self._threads.disk(partial(self._files.commit, steps))
             tips = [step.after for step in steps]
-            core.adopt(tips)
+            core.adopt(tips, [step.final.block for step in steps])
             self._server.keep(tips)
             for step in steps:
                 self._transactions.adopt(step.final.block, step.executed)

@@ -175,13 +175,16 @@ class Core:
         for taken in self.gate.release(self.machine, now):
             self._taken(taken, now)
 
-    def adopt(self, tips: Sequence[Tip]) -> None:
-        """Take consecutive final tips; `begin` must follow."""
+    def adopt(self, tips: Sequence[Tip], blocks: Sequence[Block] = ()) -> None:
+        """Take consecutive final tips, made by these blocks; `begin` must follow."""
         self.machine.close()
         is_next = tips[-1].height == self.machine.config.height
         self.previous = self.machine if is_next else None
         self.tip = tips[-1]
         self.remember((tip.signers, tip.certificate) for tip in tips[-RECENT:] if tip.signers and tip.certificate)
+        for block in blocks[-RECENT:]:
+            if block.parent_certificate is not None:
+                self.watch.examine(block.parent_certificate, is_verified=True)
 
     def deliver(self, data: bytes, now: float) -> Disposition:
         """Take one gossiped consensus message."""

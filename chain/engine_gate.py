@@ -174,6 +174,9 @@ class Gate:
             return Taken(rejected(refusal.reason))
         self._hear(message, machine.config.validators, now)
         self.watch.examine(message, is_verified=True)
+        parent = message.block.parent_certificate if isinstance(message, Proposal) else None
+        if parent is not None:
+            self._look_back(parent)
         return Taken(ACCEPTED, machine, tuple(feed(machine, message)))
 
     def _hear(self, message: ConsensusMessage, validators: ValidatorSet, now: float) -> None:

@@ -94,8 +94,8 @@ class Watch:
         before = self._sets.get(height - 1)
         self._sets[height] = before if before is not None and before.hash == validators.hash else validators
         self._height = max(self._height, height)
-        for old in [h for h in self._sets if h < self._height - WINDOW]:
-            del self._sets[old]
+        while (oldest := next(iter(self._sets))) < self._height - WINDOW:
+            del self._sets[oldest]
         if height % WINDOW == 0:
             self._forget(self._height - WINDOW)
 

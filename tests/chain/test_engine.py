@@ -160,7 +160,7 @@ async def test_new_validator_votes_when_the_set_contains_it(
         assert (await new.receipt(await new.submit(Bond(10_000)))).ok
         tip = onion_of(members[4]).tip
         assert (await new.receipt(await new.submit(RegisterValidator(tip)))).ok
-        with trio.fail_after(200):
+        with trio.fail_after(500):
             async with new.subscribe() as blocks:
                 while (await blocks.receive()).block.header.proposer != members[4].account:
                     pass

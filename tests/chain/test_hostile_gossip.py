@@ -174,6 +174,15 @@ def test_true_messages_of_these_kinds_are_taken() -> None:
         assert desk.take(message).action == Action.ACCEPT
 
 
+def test_a_proposal_shows_what_its_parents_signers_signed() -> None:
+    desk = Desk()
+    twin = MEMBERS[3]
+    desk.take(vote(twin, VoteKind.NOTARIZE, of=digest("another")))
+    assert not desk.watch.has_news
+    assert desk.take(proposal(desk)).action == Action.ACCEPT
+    assert desk.watch.has_news
+
+
 def test_far_views_cost_nothing_and_leave_nothing() -> None:
     desk = Desk()
     for view in (HORIZON + 2, 2**20, 2**31):
