@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from chain.genesis import MAX_ISSUED
-from chain.ledger import check_envelope
+from chain.ledger import check_envelope, is_owed
 from chain.reasons import Reason
 from chain.state import State
 from chain.transactions import DUTIES, Bond, Payload, PostTask, RotateKey, TopUp, Transaction, Transfer
@@ -21,6 +21,10 @@ KEPT_BLOCKS = 300
 """Heights for which a transaction may wait, however long it would be valid."""
 ACCOUNT_SHARE = 16
 """No account fills more than one part in sixteen of a lane."""
+DUTIES_A_BLOCK = 64
+"""Duties of one account in a block: each carries up to 32 entries."""
+MAX_TRIED = 4096
+"""Duties that the choice of one block tries: most peers owe a few, whoever floods the lane owes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +126,24 @@ class Mempool:
             replaced = present.weight if present is not None and present.is_duty == entry.is_duty else 0
             taken = queue.held[entry.is_duty] - replaced
         is_too_much = (taken + entry.weight) * ACCOUNT_SHARE > self._max[entry.is_duty]
-        return Reason.MEMPOOL_FULL if is_too_much or not self._has_room(entry) else entry
+        return Reason.MEMPOOL_FULL if is_too_much or not self._has_room(state, entry, taken) else entry
 
-    def _has_room(self, entry: Entry) -> bool:
-        """Whether the entry fits, or would once cheaper ones of its lane have been evicted."""
+    def _has_room(self, state: State, entry: Entry, taken: int) -> bool:
+        """Whether the entry fits, or would once cheaper ones of its lane have been evicted.
+
+        In a full lane of duties what is owed now takes the place of what whoever holds most there sent last.
+        """
         room = self._max[entry.is_duty] - self._held[entry.is_duty]
-        if room >= entry.weight:
+        if room >= entry.weight or self._evict(entry, room, really=False):
             return True
-        return self._evict(entry, room, really=False)
+        if not entry.is_duty or not is_owed(state, entry.transaction):
+            return False
+        greediest = max(self._queues.values(), key=lambda queue: queue.held[True])
+        if greediest.held[True] <= taken + entry.weight:
+            return False
+        while greediest.held[True] and self._max[True] - self._held[True] < entry.weight:
+            self._drop(next(e for _, e in sorted(greediest.entries.items(), reverse=True) if e.is_duty))
+        return self._max[True] - self._held[True] >= entry.weight
 
     def _evict(self, entry: Entry, room: int, *, really: bool) -> bool:
         """Drop the cheapest of the entry's lane, each cheaper than it, until it fits; or only say whether it would."""
@@ -175,21 +189,33 @@ class Mempool:
         line = [(queue.rank(), sender) for sender, queue in self._queues.items()]
         heapq.heapify(line)
         chosen: list[Transaction] = []
+        tries = iter(range(MAX_TRIED))
         while line and len(chosen) < max_count:
-            for entry in self._runnable(state, heapq.heappop(line)[1]):
+            for entry in self._runnable(state, heapq.heappop(line)[1], tries):
                 if entry.size > max_bytes or len(chosen) == max_count:
                     break
                 chosen.append(entry.transaction)
                 max_bytes -= entry.size
         return tuple(chosen)
 
-    def _runnable(self, state: State, sender: bytes) -> Iterator[Entry]:
+    def _runnable(self, state: State, sender: bytes, tries: Iterator[int]) -> Iterator[Entry]:
+        """Yield what an account can have in the next block, each duty tried first.
+
+        A duty that nobody waits for goes: whoever owes it later sends it again.
+        """
         entries = self._queues[sender].entries
-        nonce = state.account(sender).nonce
-        balance = state.account(sender).balance
+        nonce, balance = state.account(sender).nonce, state.account(sender).balance
+        first, duties = nonce, 0
         while (entry := entries.get(nonce)) is not None:
             body = entry.transaction.body
             if body.fee > balance or check_envelope(state, entry.transaction, state.height + 1, nonce) is not None:
+                return
+            duties += entry.is_duty
+            if entry.is_duty and (duties > DUTIES_A_BLOCK or next(tries, None) is None):
+                return
+            if entry.is_duty and not is_owed(state, entry.transaction):
+                if nonce == first:
+                    self._drop(entry)
                 return
             balance = max(0, balance - body.fee - _spent(body.payload))
             yield entry

@@ -16,7 +16,7 @@ from chain.records import Account
 from chain.state import Changes, Draft, State, Table
 from chain.transactions import DUTIES, MAX_TRANSACTION_BYTES, Transaction
 
-__all__ = ["Event", "Executed", "Receipt", "check_envelope", "execute"]
+__all__ = ["Event", "Executed", "Receipt", "check_envelope", "execute", "is_owed"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,16 @@ def _refusal(state: State, account: Account, transaction: Transaction, height: i
         if not state.is_participant(body.sender):
             return Reason.NOT_OWED
     return Reason.NO_FUNDS if body.fee > account.balance else None
+
+
+def is_owed(state: State, transaction: Transaction) -> bool:
+    """Whether the payload would be applied in a block on `state` before anything else."""
+    book = Book(Draft(state), state.height + 1, state.seed, state.validators())
+    try:
+        apply(book, transaction.body.sender, transaction.body.payload)
+    except Refused:
+        return False
+    return True
 
 
 def execute(state: State, context: BlockContext, transactions: Sequence[Transaction]) -> Executed:

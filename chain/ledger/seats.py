@@ -35,8 +35,10 @@ def take_seat(book: Book, sender: bytes, payload: TakeSeat) -> None:
 
 
 def renew_lease(book: Book, sender: bytes, payload: RenewLease) -> None:
-    """Keep a seat or an application."""
+    """Keep a seat or an application, in the second half of its lease: renewing costs no fee."""
     worker = _present(book, payload.task, sender)
+    if worker.lease_until - book.height > book.params.lease_blocks // 2:
+        raise Refused(Reason.NOT_OWED)
     lease = book.height + book.params.lease_blocks
     book.set_worker(worker, lease_until=lease)
     book.wake(lease + 1, Table.TASKS, worker.task)

@@ -9,7 +9,7 @@ from chain.codec import encode
 from chain.ledger import InvalidBlock, check_envelope
 from chain.mempool import ACCOUNT_SHARE, KEPT_BLOCKS, MAX_QUEUE, OVERHEAD, Mempool
 from chain.reasons import Reason
-from chain.transactions import Bond, Commit, Commitment, Payload, RenewLease, Transaction, Transfer, sign
+from chain.transactions import Bond, Commit, Commitment, Payload, RenewLease, Transaction, Transfer, VoteParams, sign
 from tests.chain.ledger_kit import BALANCE, KEYS, Ledger, Sent, genesis_of
 
 ALICE, BOB, CAROL = KEYS[6], KEYS[7], KEYS[8]
@@ -44,7 +44,8 @@ def test_nonces_run_in_order_and_a_gap_waits() -> None:
 
 def test_duties_come_first_then_the_best_fee_per_byte() -> None:
     ledger = Ledger()
-    pool, (low, high, duty) = filled(ledger, ((ALICE, pay()), 0, 5), ((BOB, pay()), 0, 50), ((VALIDATOR, LEASE), 0, 0))
+    vote = VoteParams(ledger.state.params)
+    pool, (low, high, duty) = filled(ledger, ((ALICE, pay()), 0, 5), ((BOB, pay()), 0, 50), ((VALIDATOR, vote), 0, 0))
     assert pool.select(ledger.state, ROOMY, 100) == (duty, high, low)
 
 
@@ -201,11 +202,11 @@ def test_what_is_selected_makes_a_valid_block_even_when_money_runs_out() -> None
     assert {receipt.reason for receipt in ledger.execute(chosen).receipts} == {"", Reason.NO_FUNDS}
 
 
-def test_a_duty_of_somebody_who_no_longer_owes_anything_is_not_selected() -> None:
+def test_a_duty_that_nobody_waits_for_is_not_selected_and_leaves() -> None:
     ledger = Ledger(genesis_of(min_fee_per_byte=1))
     ledger.execute((ledger.sign(ALICE, Bond(2000), fee=1000),))
     pool = Mempool()
     duty = ledger.sign(ALICE, Commit((Commitment(bytes(32), 0, bytes(32)),)))
     assert pool.add(ledger.state, duty) is None
-    assert pool.select(ledger.state, ROOMY, 100) == (duty,)
-    assert pool.select(Ledger(genesis_of(min_fee_per_byte=1)).state, ROOMY, 100) == ()
+    assert pool.select(ledger.state, ROOMY, 100) == ()
+    assert len(pool) == 0
