@@ -203,10 +203,6 @@ class State:
         audits = self.tables[Table.AUDITS]
         return frozenset(clients.union(*(parties(audits[audit]) for audit in self.tables[Table.ACTIVE])))
 
-    def power(self, account: bytes) -> int:
-        """Return an account's weight in the set of the next height."""
-        return getattr(self.validator(account), "power", 0)
-
     @cached_property
     def _validators(self) -> ValidatorSet:
         return ValidatorSet.of((key, row.power) for key, row in self.tables[Table.VALIDATORS].items() if row.power)
@@ -356,8 +352,8 @@ class Draft:
             for key, record in changed.items():
                 updates[state_key(table, key)] = None if record is None else value_hash(record)
         frozen = State(tables, state.tree.update(updates))
-        moved = self.changes.get(Table.VALIDATORS, {})
-        if all(getattr(row, "power", 0) == state.power(account) for account, row in moved.items()):
+        moved = self.changes.get(Table.VALIDATORS, {}).items()
+        if all(getattr(row, "power", 0) == getattr(state.validator(key), "power", 0) for key, row in moved):
             frozen.__dict__["_validators"] = state.validators()  # the same set keeps its digest, too
         return frozen
 

@@ -69,6 +69,7 @@ def validator_line(state: State, account: bytes) -> dict[str, Any]:
     return {
         "validator": peer_id(account),
         "bonded": str(state.account(account).bonded),
+        "power": str(validator.power),
         "is_active": account in state.validators(),
         "is_jailed": validator.is_jailed,
         "is_tombstoned": validator.is_tombstoned,
