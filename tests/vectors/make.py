@@ -14,7 +14,18 @@ from chain.commitment import claim_root, prove
 from chain.genesis import to_json
 from chain.hashing import ZERO, digest
 from chain.randomness import Onion, chance, leader, next_seed, uniform, weighted_draw
-from chain.transactions import Bond, Evidence, Faucet, RegisterValidator, Transfer, Unbond, Withdraw
+from chain.transactions import (
+    Bond,
+    Evidence,
+    Faucet,
+    RegisterValidator,
+    RotateKey,
+    Transfer,
+    Unbond,
+    VoteParams,
+    Withdraw,
+    rotation_bytes,
+)
 from chain.tree import SparseTree, TreeProof
 from tests.chain.ledger_kit import KEYS, ONIONS, STAKE, Ledger, genesis_of, start_swarm
 from tests.chain.record_strategies import record_types
@@ -184,7 +195,7 @@ def draws() -> Json:
 
 
 def life() -> Ledger:
-    """A network's life: stake moves, a task with a cheating worker, evidence of an equivocation."""
+    """A network's life: stake moves, a task with a cheating worker, an equivocation, a rotation, a vote."""
     ledger = Ledger(genesis_of(faucet=10, faucet_grant=5, unbonding_blocks=5, newcomer_rate=3000))
     newcomer, victim = KEYS[7], KEYS[5]
     ledger.block(
@@ -204,7 +215,20 @@ def life() -> Ledger:
     first, second = (Vote(*one, victim.account, victim.sign(vote_bytes(*one))) for one in said)
     ledger.block((KEYS[2], Evidence(encode(first), encode(second))), (victim, Withdraw()))
     assert "equivocation" in ledger.kinds()
+    _rotate_and_vote(ledger)
     return ledger
+
+
+def _rotate_and_vote(ledger: Ledger) -> None:
+    """Let a validator rotate its key, and let the others vote for another lease."""
+    old, new = KEYS[4], KEYS[9]
+    proof = new.sign(rotation_bytes(ledger.genesis.chain_id, old.account))
+    vote = VoteParams(structs.replace(ledger.state.params, lease_blocks=99))
+    ledger.block((old, RotateKey(new.account, ONIONS[new.account].tip, proof)), *((key, vote) for key in KEYS[:4]))
+    ledger.block((KEYS[8], Transfer(old.account, 1)))
+    while ledger.state.params != vote.params:
+        ledger.skip(1)
+    assert "rotated" in ledger.kinds()
 
 
 def transitions() -> Json:
