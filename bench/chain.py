@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from bench import storage
 from bench.support.network import (
     READY_SECONDS,
     Running,
@@ -198,6 +199,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"networks": [trio.run(quiet, size, options.seconds) for size in sizes]}
     found["load"] = trio.run(saturate, options.validators, options.seconds, rates)
     found["sync"] = [trio.run(join, 2000, transfers) for transfers in (0, 10)]
+    found["storage"] = storage.measure(2000 if options.quick else 100_000, 3)
     if not options.quick:
         found["flood"] = trio.run(flood, options.validators, 100_000)
         found["junk"] = trio.run(flood, options.validators, 100_000, "--junk")
