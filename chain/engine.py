@@ -95,34 +95,18 @@ class ChainEngine:
         self._threads = Threads(offload=self._config.offload)
         self._peers = Peers(network, self._config.sync_timeout)
         self._server = Server(self._files, self._threads, lambda: self._core.tip)
-        self._catch_up = CatchUp(
-            CatchUpConfig(
-                self._peers,
-                lambda: self._core.tip,
-                self._commit_synced,
-                self._core.suspect,
-                self._threads,
-                self._verify,
-                self._config.trust,
-                self._config.sync_interval,
-            )
-        )
-        self._join = Join(
-            JoinConfig(
-                self._peers,
-                genesis,
-                self._config.trust,
-                self._verify,
-                self._threads,
-                self._config.clock_ms,
-                self._core.witness,
-                lambda: self._core.tip.height == 0,
-            )
-        )
+        self._catch_up, self._join = self._loops_that_fetch(genesis)
         self._feed = Feed()
         self._turn = trio.Lock()
         self._clock, self._signing, self._jobs = Bell(), Bell(), Bell()
         self._publishing, self._sending, self._syncing = Bell(), Bell(), Bell()
+
+    def _loops_that_fetch(self, genesis: Genesis) -> tuple[CatchUp, Join]:
+        core, config, peers, threads, verify = self._core, self._config, self._peers, self._threads, self._verify
+        suspect, commit, trust, every = core.suspect, self._commit_synced, config.trust, config.sync_interval
+        catching_up = CatchUpConfig(peers, lambda: core.tip, commit, suspect, threads, verify, trust, every)
+        joining = JoinConfig(peers, genesis, trust, verify, threads, config.clock_ms, core.witness, core.is_at_genesis)
+        return CatchUp(catching_up), Join(joining)
 
     @property
     def state(self) -> State:

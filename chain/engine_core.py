@@ -143,6 +143,10 @@ class Core:
         """Whether the height is final although its block is not here."""
         return self.machine.finalization is not None and not self.machine.is_over
 
+    def is_at_genesis(self) -> bool:
+        """Whether there is no final block yet."""
+        return self.tip.header is None
+
     def remember(self, finals: Iterable[tuple[ValidatorSet, Certificate]]) -> None:
         """Take the verified certificates of decided heights, oldest first, as a source of evidence."""
         for validators, certificate in finals:

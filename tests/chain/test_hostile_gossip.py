@@ -95,15 +95,9 @@ def hostile(desk: Desk) -> dict[str, tuple[ConsensusMessage | bytes, str]]:
     """Return attacks by what they are, each with the reason that refuses it."""
     good = vote(MEMBERS[0])
     quorum = notarization(MEMBERS[:3])
-    full = notarization(MEMBERS)
     scalar = int.from_bytes(good.signature[32:], "little") + ORDER
-    twice = structs.replace(quorum, signatures=(quorum.signatures[0],) * 3)
-    wide = structs.replace(quorum, signers=bytes([0xFF] * 32), signatures=quorum.signatures[:1] * 256)
     offer = proposal(desk)
     other = next(key for key in MEMBERS if key.account != offer.vote.validator)
-    raw = encode(good)
-    height = encode(HEIGHT)
-    assert raw.count(height) >= 1
     return {
         "another network": (structs.replace(good, chain_id=digest("other")), "wrong-chain"),
         "no member": (vote(PrivateKey(bytes([99]) * 32)), "unknown-validator"),
@@ -128,6 +122,15 @@ def hostile(desk: Desk) -> dict[str, tuple[ConsensusMessage | bytes, str]]:
             "wrong-block",
         ),
         "a proposal signed over another block": (structs.replace(offer, parent_view=1), "wrong-block"),
+    }
+
+
+def false_certificates() -> dict[str, tuple[ConsensusMessage | bytes, str]]:
+    """Return certificates that certify nothing."""
+    quorum, full = notarization(MEMBERS[:3]), notarization(MEMBERS)
+    twice = structs.replace(quorum, signatures=(quorum.signatures[0],) * 3)
+    wide = structs.replace(quorum, signers=bytes([0xFF] * 32), signatures=quorum.signatures[:1] * 256)
+    return {
         "too little power": (notarization(MEMBERS[:2]), "no-quorum"),
         "one signature for all": (twice, "bad-signature"),
         "more signatures than signers": (
@@ -141,6 +144,14 @@ def hostile(desk: Desk) -> dict[str, tuple[ConsensusMessage | bytes, str]]:
             encode(quorum).replace(encode(quorum.signatures), encode(quorum.signatures[:1] * (MAX_VALIDATORS + 1))),
             "malformed",
         ),
+    }
+
+
+def garbled() -> dict[str, tuple[ConsensusMessage | bytes, str]]:
+    """Return bytes that are no message, or not the only spelling of one."""
+    raw, height = encode(vote(MEMBERS[0])), encode(HEIGHT)
+    assert raw.count(height) >= 1
+    return {
         "trailing bytes": (raw + b"\0", "malformed"),
         "a number spelled long": (raw.replace(height, b"\xcd\x00" + bytes([HEIGHT]), 1), "malformed"),
         "bytes for text": (raw.replace(b"\xc4\x20", b"\xd9\x20", 1), "malformed"),
@@ -152,7 +163,7 @@ def hostile(desk: Desk) -> dict[str, tuple[ConsensusMessage | bytes, str]]:
     }
 
 
-ATTACKS = hostile(Desk())
+ATTACKS = hostile(Desk()) | false_certificates() | garbled()
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
