@@ -14,13 +14,13 @@ from msgspec import Meta
 from chain.blocks import Reason, Refused
 from chain.codec import DecodeError, Hash, Record, decode, encode
 from chain.keys import account_of, peer_id, verify
-from chain.light import LightBlock, LightClient, Trust
+from chain.light import Anchor, LightBlock, LightClient, Trust
 from chain.state import State, Table, decode_record, state_key
 from chain.tree import MAX_PROOF_SIBLINGS, TreeProof, verify_proof
 from chain.views import plain
 
 MAX_PATH = 64
-"""Light blocks from the trusted one; every skip at least halves what is left."""
+"""Light blocks from the trusted one. One skip is enough while a third of the validators stay."""
 MAX_PROOF_BYTES = 2 * 1024 * 1024
 MAX_FILE_BYTES = 4 * MAX_PROOF_BYTES
 _TABLES = {
@@ -105,8 +105,8 @@ def prove(state: State, kind: str, key: bytes, path: tuple[LightBlock, ...]) -> 
     return Proof(int(table), key, value, found.siblings, leaf, path[-1], path[:-1])
 
 
-def check(proof: Proof, trust: Trust, now_ms: int, period_ms: int) -> Proven:
-    """Return what `proof` shows to whoever trusts a block; raise `Refused`.
+def check(proof: Proof, start: Trust | Anchor, now_ms: int, period_ms: int) -> Proven:
+    """Return what `proof` shows to whoever trusts a block or the genesis; raise `Refused`.
 
     The light blocks must lead from the trusted one to the proof's, within the trusting period.
     """
@@ -115,7 +115,8 @@ def check(proof: Proof, trust: Trust, now_ms: int, period_ms: int) -> Proven:
         raise Refused(Reason.MALFORMED, f"table {proof.table} is not proven to anybody")
     if proof.value is not None and proof.leaf is not None:
         raise Refused(Reason.MALFORMED, "both a record and the leaf of an absence")
-    client = LightClient(proof.block.header.chain_id, None, trust, period_ms, verify)
+    anchor, trust = (start, None) if isinstance(start, Anchor) else (None, start)
+    client = LightClient(proof.block.header.chain_id, anchor, trust, period_ms, verify)
     for block in (*proof.path, proof.block):
         client.update(block, now_ms)
     try:

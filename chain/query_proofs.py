@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from chain.blocks import Refused
+from chain.blocks import Reason, Refused
 from chain.keys import verify
-from chain.light import LightBlock, LightClient, NotEnoughTrust, Trust, trusting_ms
-from chain.proofs import KINDS, key_of, prove, to_document
+from chain.light import LightBlock, LightClient, NotEnoughTrust, Trust, genesis_anchor, trusting_ms
+from chain.proofs import KINDS, MAX_PATH, key_of, prove, to_document
 from chain.query_errors import BadQuery, NotFound
 from chain.state import State
 from chain.store import Store
@@ -21,7 +21,10 @@ def light_block(store: Store, height: int) -> LightBlock:
 
 
 def proof(store: Store, state: State, arguments: dict[str, str]) -> Any:
-    """Return the proof file of what `state` holds of `kind` at `id`, trusted at the tip or at height `from`."""
+    """Return the proof file of what `state` holds of `kind` at `id`, for who trusts the tip or height `from`.
+
+    Height 0 is the genesis.
+    """
     kind = arguments.get("kind", "")
     if kind not in KINDS:
         raise BadQuery(f"Nothing is proven of {kind[:40]!r}.", f"kinds: {', '.join(KINDS)}")
@@ -31,7 +34,7 @@ def proof(store: Store, state: State, arguments: dict[str, str]) -> Any:
         raise BadQuery(f"{str(error)[:1].upper()}{str(error)[1:]}.", "see tdml-chain proof --help") from None
     tip = state.height
     start = arguments.get("from", str(tip))
-    if not start.isdecimal() or not 1 <= int(start[:19]) <= tip:
+    if not start.isdecimal() or not tip or int(start[:19]) > tip:
         raise BadQuery(f"There is no height {start[:40]} to prove from.", f"heights are from 1 to {tip}")
     try:
         path = _path(store, state, int(start))
@@ -42,19 +45,22 @@ def proof(store: Store, state: State, arguments: dict[str, str]) -> Any:
 
 def _path(store: Store, state: State, start: int) -> tuple[LightBlock, ...]:
     """Return the light blocks that take a light client from `start` to the tip, both included."""
-    first, tip = light_block(store, start), state.height
-    if start == tip:
-        return (first,)
-    client = LightClient(state.chain.chain_id, None, Trust(start, first.header.hash), trusting_ms(state.params), verify)
+    tip, chain_id, period_ms = state.height, state.chain.chain_id, trusting_ms(state.params)
     now_ms = state.chain.timestamp  # the verifier's clock decides whether the first block is still to be trusted
-    client.update(first, now_ms)
-    path, height = [first], start
-    while height < tip:
+    path: list[LightBlock] = []
+    if start:
+        path.append(light_block(store, start))
+        client = LightClient(chain_id, None, Trust(start, path[0].header.hash), period_ms, verify)
+        client.update(path[0], now_ms)
+    else:
+        client = LightClient(chain_id, genesis_anchor(store.genesis), None, period_ms, verify)
+    while not path or path[-1].header.height < tip:
         block = light_block(store, client.wanted(tip))
         try:
             client.update(block, now_ms)
         except NotEnoughTrust:
             continue
         path.append(block)
-        height = block.header.height
+        if len(path) > MAX_PATH + 1:
+            raise Refused(Reason.NO_TRUST, "the validators have changed too often in between")
     return tuple(path)

@@ -12,6 +12,7 @@ from cyclopts.validators import Number
 
 from cli import render, render_chain
 from cli.common import default_home, exit_with, new_app, run_app
+from cli.node import NodeSource
 from cli.output import Format, show
 from cli.sources import DaemonSource, DatabaseSource, Source
 from cli.verification import TRUSTING_HOURS, verified
@@ -36,6 +37,8 @@ class Common:
 
     home: Annotated[Path | None, Parameter(help="Home folder of a running peer.")] = None
     db: Annotated[Path | None, Parameter(help="A chain.db to read without a peer.")] = None
+    node: Annotated[str, Parameter(help="Multiaddr or invite line of a remote peer.")] = ""
+    trust: Annotated[str, Parameter(help="HEIGHT:HASH of a block that you trust, from somebody you trust.")] = ""
     height: Annotated[
         int, Parameter(help="The state as it was after this block; the newest when 0.", validator=_COUNTABLE)
     ] = 0
@@ -49,6 +52,8 @@ _PLAIN = Common()
 
 
 def _source(common: Common) -> Source:
+    if common.node:
+        return NodeSource(common.node, common.trust)
     if common.db is not None:
         return DatabaseSource(common.db)
     return DaemonSource(common.home or default_home())
@@ -60,8 +65,17 @@ def _show(common: Common, query: str, arguments: dict[str, str], text: Renderer)
         lambda: _source(common).ask(query, arguments | at),
         common.output,
         "raw" if common.raw else common.field,
-        lambda data: text(data, common.verbose),
+        lambda data: _text(common, text, data),
     )
+
+
+def _text(common: Common, text: Renderer, data: Any) -> str:
+    try:
+        return text(data, common.verbose)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        if not common.node:
+            raise
+        raise UserError("The peer gave an answer that makes no sense.", "ask another peer") from None
 
 
 @app.command
@@ -211,15 +225,14 @@ def proof(
 def verify(
     file: Annotated[Path, Parameter(help="What tdml-chain proof wrote.")],
     *,
-    trust: Annotated[str, Parameter(help="HEIGHT:HASH of a block that you trust, from somebody you trust.")],
     trusting_hours: Annotated[
         float, Parameter(help="How long after its block a trusted set of validators is believed.", validator=_COUNTABLE)
     ] = TRUSTING_HOURS,
     common: Common = _PLAIN,
 ) -> None:
-    """Verify a proof file offline: no peer and no database is asked."""
+    """Verify a proof file offline against --trust HEIGHT:HASH: no peer and no database is asked."""
     show(
-        lambda: verified(file, trust, trusting_hours),
+        lambda: verified(file, common.trust, trusting_hours),
         common.output,
         common.field,
         lambda data: render_chain.proven(data, common.verbose),

@@ -37,6 +37,7 @@ from tdml_p2p.listen import listen_addresses
 from tdml_p2p.logs import configure_logs
 from tdml_p2p.metrics import Metrics
 from tdml_p2p.plain_errors import plain_errors
+from tdml_p2p.remote import serve_queries
 from tdml_p2p.wallet import Holdings, Wallet, next_onion
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ async def _open(config: PeerConfig, stage_factory: "StageFactory | None") -> Asy
             home.save_genesis(genesis)
             serve_genesis(network, genesis)
             peer = Peer(config, home, key, genesis, network)
+            serve_queries(network, peer.answer)
             control = ControlServer(peer, home.socket_path, _status_port(config))
             peer.status_url = control.status_url
             async with trio.open_nursery() as nursery:
