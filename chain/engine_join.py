@@ -45,6 +45,8 @@ from chain.sync import (
 
 PATIENCE_SECONDS = 30.0
 """How long nobody may offer a usable snapshot before the chain is fetched from its first block."""
+LONGEST_SECONDS = 600.0
+"""How long offers that come to nothing may go on before that."""
 ASKED_PEERS = 16
 CHUNK_PEERS = 4
 MAX_STEPS = 4096
@@ -106,11 +108,12 @@ class Join:
 
     async def fetch(self) -> Joined | None:
         """Return the newest snapshot that can be verified; None when there is none for a while."""
-        heard = trio.current_time()
-        while self._config.is_needed() and trio.current_time() - heard < PATIENCE_SECONDS:
+        began = heard = trio.current_time()
+        while self._config.is_needed() and trio.current_time() < min(heard + PATIENCE_SECONDS, began + LONGEST_SECONDS):
             offers = await self._offers()
-            if offers:
+            if offers or not self._peers.connected():
                 heard = trio.current_time()
+            began = began if self._peers.connected() else heard
             try:
                 for offer in sorted(offers, key=lambda offer: (-len(offers[offer]), -offer.height)):
                     joined = await self._take(offer, offers[offer])

@@ -277,6 +277,31 @@ async def test_one_honest_server_among_hostile_ones_is_enough(
             assert all(peer != honest for peer, _ in hub.penalized)
 
 
+async def test_offers_that_come_to_nothing_end_in_fetching_every_block(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, INTERVAL + 1):
+        silent = _answer(ChunkRequest, b"silence")
+        hub.engines = {name: Hostile(engine, silent) for name, engine in hub.engines.items()}  # type: ignore[misc]
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            with trio.fail_after(800):
+                await until_height(late, INTERVAL)
+            assert late.reader.store.base == 1
+
+
+async def test_a_join_waits_for_peers(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    hub = Hub()
+    async with grown(hub, tmp_path, INTERVAL + 1) as engines:
+        hub.group = dict.fromkeys(hub.engines, 1)
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await trio.sleep(200)
+            hub.group = {}
+            with trio.fail_after(60):
+                await until_height(late, engines[0].state.height)
+            assert late.reader.store.base >= INTERVAL
+
+
 async def test_an_interrupted_join_begins_anew(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     hub = Hub()
     async with grown(hub, tmp_path, INTERVAL + 3) as engines:
