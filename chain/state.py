@@ -280,6 +280,8 @@ class Draft:
 
     def __init__(self, base: "State | Draft") -> None:
         self._base = base
+        self.summoned: set[bytes] = base.summoned if isinstance(base, Draft) else set()
+        """Accounts that others have begun to wait for since the state, also in forks that were thrown away."""
         self.changes: Changes = {}
         self._groups: dict[tuple[Table, bytes], dict[bytes, None]] = {}
         """Changed keys by table and prefix."""
@@ -324,12 +326,6 @@ class Draft:
     def origin(self) -> State:
         """The state that it all stands on."""
         return self._base.origin if isinstance(self._base, Draft) else self._base
-
-    def changed(self, table: Table) -> Iterator[Any]:
-        """Yield the records set since the state, in no order; one that was set again may come twice."""
-        yield from (record for record in self.changes.get(table, {}).values() if record is not None)
-        if isinstance(self._base, Draft):
-            yield from self._base.changed(table)
 
     def fork(self) -> "Draft":
         """Return a draft on top of this one."""

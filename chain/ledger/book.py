@@ -7,6 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from chain.blocks import ValidatorSet
+from chain.duties import parties
 from chain.hashing import digest
 from chain.keys import peer_id
 from chain.params import Params
@@ -28,6 +29,7 @@ from chain.state import Draft, Marker, Table
 
 EVIDENCE = (AuditStatus.CONVICTED, AuditStatus.WITHHELD)
 """Ends of audits that a conviction may rest on: they stay."""
+_SUMMONING = (AuditStatus.OPINION, AuditStatus.VOTING)
 _ONLY = b""
 
 
@@ -195,6 +197,8 @@ class Book:
             changes["status"] = status_of(AuditStatus, state)
         changed = replace(audit, **changes)
         self.draft.put(Table.AUDITS, audit.id, changed)
+        if state in _SUMMONING:
+            self.draft.summoned |= parties(changed)
         if changed.deadline != audit.deadline or not changed.is_active:
             self.draft.delete(Table.WAKE, place_at(audit.deadline + 1, Table.AUDITS, audit.id))
         if changed.deadline != audit.deadline and changed.is_active:

@@ -13,7 +13,6 @@ expense.
 
 from msgspec.structs import replace
 
-from chain.duties import parties
 from chain.keys import verify
 from chain.ledger.book import Book, name
 from chain.reasons import Reason, Refused
@@ -44,15 +43,13 @@ def rotate(book: Book, sender: bytes, payload: RotateKey) -> None:
 
 def is_obliged(book: Book, account: bytes) -> bool:
     """Whether others wait for the account, or may still charge or pay it, in some task."""
-    if account in book.draft.origin.obliged:
+    if account in book.draft.origin.obliged or account in book.draft.summoned:
         return True
     for key, _ in book.draft.items(Table.JOBS, account):
         worker = book.worker(key[len(account) :], account)
         if worker is not None and (worker.is_present or worker.bond or worker.withheld or worker.engaged):
             return True
-    if any(task.client == account for task in book.draft.changed(Table.TASKS)):
-        return True
-    return any(audit.is_active and account in parties(audit) for audit in book.draft.changed(Table.AUDITS))
+    return False
 
 
 def _move_validator(book: Book, sender: bytes, payload: RotateKey) -> None:

@@ -40,6 +40,7 @@ def post(book: Book, sender: bytes, payload: PostTask) -> None:
     )
     book.draft.put(Table.TASKS, task_id, task)
     book.draft.put(Table.OPEN, task_id, Marker())
+    book.draft.summoned.add(sender)
     book.wake(task.deadline + 1, Table.TASKS, task_id)
     book.note("posted", task=task_id.hex(), client=name(sender), manifest=payload.manifest.hex())
 
