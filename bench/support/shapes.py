@@ -57,8 +57,8 @@ from chain.transactions import (
     sign,
 )
 
-HEIGHT = 1000
-"""The height that a shape's state stands at."""
+HEIGHT = 999
+"""The height that a shape's state stands at: the next one begins an epoch."""
 RICH = 10**12
 SKETCH = bytes(384)
 TRACE = Trace(*(bytes(32) for _ in Trace.__struct_fields__))

@@ -69,10 +69,13 @@ def count_presence(book: Book, absent: frozenset[bytes]) -> None:
 
 
 def begin_epoch(book: Book) -> None:
-    """Let power follow stake within the churn limit, and registered onions come into force."""
+    """Let power follow stake within the churn limit, registered onions come into force, and idle rows go."""
     rows: dict[bytes, Validator] = dict(book.draft.items(Table.VALIDATORS))
     powers = _moved({account: row.power for account, row in rows.items()}, _targets(book, rows), _limit(book, rows))
     for account, row in rows.items():
+        if not powers.get(account, row.power) and _has_lapsed(book, account, row):
+            book.draft.delete(Table.VALIDATORS, account)
+            continue
         is_due = row.next_tip is not None and row.next_tip_at <= book.height
         if is_due or powers.get(account, row.power) != row.power:
             changed = replace(row, power=powers.get(account, row.power))
@@ -80,6 +83,13 @@ def begin_epoch(book: Book) -> None:
                 changed = replace(changed, onion_tip=row.next_tip, onion=row.onion + 1, next_tip=None)
             book.draft.put(Table.VALIDATORS, account, changed)
         _hold(book, account, powers.get(account, row.power) - book.account(account).bonded)
+
+
+def _has_lapsed(book: Book, account: bytes, row: Validator) -> bool:
+    """Whether a validator has had an epoch to bond and has under half of the least stake, none of it leaving."""
+    is_idle = row.is_able and 2 * book.account(account).bonded < book.params.min_stake
+    is_past = book.height >= row.registered_at + book.params.epoch_blocks
+    return is_idle and is_past and not book.draft.items(Table.UNBONDINGS, account)
 
 
 def _targets(book: Book, rows: dict[bytes, Validator]) -> dict[bytes, int]:

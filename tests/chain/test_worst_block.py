@@ -104,3 +104,10 @@ def test_a_task_has_bounds() -> None:
     shape, state = made("crowds", 4096)
     receipts = execute(state, shape.context(state), shape.transactions(state)).receipts
     assert [receipt.reason for receipt in receipts] == [Reason.TASK_FULL]
+
+
+def test_registrations_without_stake_lapse_with_the_epoch() -> None:
+    shape, state = made("registered", 300)
+    after = execute(state, shape.context(state), ()).state
+    assert len(state.tables[Table.VALIDATORS]) == 200 + 300
+    assert set(after.tables[Table.VALIDATORS]) == {key.account for key in shape.keys}
