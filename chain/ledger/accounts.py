@@ -81,24 +81,9 @@ def faucet(book: Book, sender: bytes) -> None:
 
 def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
     """Burn the stake of a validator that signed two conflicting votes, and keep it out for good."""
-    try:
-        first: Vote = decode(Vote, payload.first)
-        second: Vote = decode(Vote, payload.second)
-    except DecodeError:
-        raise Refused(Reason.BAD_EVIDENCE) from None
-    culprit = book.heir(first.validator)
-    known: Validator | None = book.draft.get(Table.VALIDATORS, culprit)
-    if known is None or not is_conflict(first, second) or first.chain_id != book.chain.chain_id:
-        raise Refused(Reason.BAD_EVIDENCE)
-    if first.height > book.height:
-        raise Refused(Reason.EVIDENCE_EARLY)
-    if first.height + book.params.unbonding_blocks <= book.height:
-        raise Refused(Reason.EVIDENCE_OLD)
-    rotated: Rotation | None = book.draft.get(Table.ROTATIONS, first.validator)
-    if rotated is not None and 0 < rotated.closed_at < first.height:
-        raise Refused(Reason.BAD_EVIDENCE)
-    if not all(verify(first.validator, vote.signing_bytes, vote.signature) for vote in (first, second)):
-        raise Refused(Reason.BAD_EVIDENCE)
+    vote = _proven(book, payload)
+    culprit = book.heir(vote.validator)
+    known: Validator = book.draft.get(Table.VALIDATORS, culprit)
     if known.is_tombstoned:
         raise Refused(Reason.EVIDENCE_KNOWN)
     if not book.has_other_validator(culprit):
@@ -109,19 +94,40 @@ def evidence(book: Book, sender: bytes, payload: Evidence) -> None:
     book.credit(sender, reward)
     book.burn(slashed - reward)
     book.draft.put(Table.VALIDATORS, culprit, replace(known, power=0, is_tombstoned=True))
-    subject = digest("offence", first.validator, first.height.to_bytes(8, "big"), first.view.to_bytes(8, "big"))
-    book.draft.put(
-        Table.CONVICTIONS,
-        subject,
-        Conviction(subject, 1, culprit, None, book.height, slashed, subject, payload.first, payload.second),
-    )
+    subject = digest("offence", vote.validator, vote.height.to_bytes(8, "big"), vote.view.to_bytes(8, "big"))
+    votes = (payload.first, payload.second)
+    conviction = Conviction(subject, 1, culprit, None, book.height, slashed, subject, *votes)
+    book.draft.put(Table.CONVICTIONS, subject, conviction)
     book.note(
         "equivocation",
         validator=name(culprit),
-        height=first.height,
+        height=vote.height,
         slashed=str(slashed),
         evidence=subject.hex(),
     )
+
+
+def _proven(book: Book, payload: Evidence) -> Vote:
+    """Return the first of two authentic, conflicting votes of who can still answer for them; raise `Refused`."""
+    try:
+        first: Vote = decode(Vote, payload.first)
+        second: Vote = decode(Vote, payload.second)
+    except DecodeError:
+        raise Refused(Reason.BAD_EVIDENCE) from None
+    signer = first.validator
+    is_known = book.draft.get(Table.VALIDATORS, book.heir(signer)) is not None
+    if not is_known or not is_conflict(first, second) or first.chain_id != book.chain.chain_id:
+        raise Refused(Reason.BAD_EVIDENCE)
+    if first.height > book.height:
+        raise Refused(Reason.EVIDENCE_EARLY)
+    if first.height + book.params.unbonding_blocks <= book.height:
+        raise Refused(Reason.EVIDENCE_OLD)
+    rotated: Rotation | None = book.draft.get(Table.ROTATIONS, signer)
+    if rotated is not None and 0 < rotated.closed_at < first.height:
+        raise Refused(Reason.BAD_EVIDENCE)
+    if not all(verify(signer, vote.signing_bytes, vote.signature) for vote in (first, second)):
+        raise Refused(Reason.BAD_EVIDENCE)
+    return first
 
 
 def _take_unbondings(book: Book, culprit: bytes) -> int:
