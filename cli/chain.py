@@ -24,6 +24,8 @@ db_app = new_app("db", "The database itself.")
 app.command(db_app)
 
 _COUNTABLE = Number(gte=0)
+_PROVEN = {"supply": "chain", "conviction": "evidence"}
+"""Kinds of proofs by other names."""
 Renderer = Callable[[Any, bool], str]
 Id = Annotated[str, Parameter(name="id", help="Its id, in hexadecimal.")]
 Peer = Annotated[str, Parameter(name="peer", help="A peer id.")]
@@ -162,7 +164,7 @@ def audit(identity: Id, *, common: Common = _PLAIN) -> None:
 @app.command
 def evidence(identity: Id = "", *, common: Common = _PLAIN) -> None:
     """All convictions, or one with what it rests on."""
-    columns = ("subject", "kind", "account", "task", "height", "slashed")
+    columns = ("subject", "kind", "account", "task", "height", "slashed", "id")
     if identity:
         _show(common, "evidence", {"id": identity}, render_chain.evidence)
     else:
@@ -207,8 +209,8 @@ def genesis(*, common: Common = _PLAIN) -> None:
 
 @app.command
 def proof(
-    kind: Annotated[str, Parameter(help="account, validator, task, worker, claim, audit, evidence, params or chain.")],
-    key: Annotated[str, Parameter(help="A peer id, an id, TASK:PEER for a worker; none for params and chain.")] = "",
+    kind: Annotated[str, Parameter(help="account, validator, task, worker, claim, audit, evidence, params or supply.")],
+    key: Annotated[str, Parameter(help="A peer id, an id, TASK:PEER for a worker; none for params and supply.")] = "",
     *,
     from_: Annotated[
         int,
@@ -217,7 +219,7 @@ def proof(
     common: Common = _PLAIN,
 ) -> None:
     """What the chain's state holds, or that it holds nothing, as a file that anybody can verify."""
-    arguments = {"kind": kind, "id": key} | ({"from": str(from_)} if from_ else {})
+    arguments = {"kind": _PROVEN.get(kind, kind), "id": key} | ({"from": str(from_)} if from_ else {})
     _show(common, "proof", arguments, lambda data, _: json.dumps(data, indent=1))
 
 

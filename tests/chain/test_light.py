@@ -5,8 +5,20 @@ from collections.abc import Callable
 import pytest
 from msgspec import structs
 
-from chain.blocks import Header, Reason, Refused, ValidatorSet, Vote, VoteKind, certify, transactions_root, vote_bytes
+from chain.blocks import (
+    MAX_VALIDATORS,
+    Header,
+    Reason,
+    Refused,
+    ValidatorSet,
+    Vote,
+    VoteKind,
+    certify,
+    transactions_root,
+    vote_bytes,
+)
 from chain.codec import DecodeError, encode
+from chain.evidence import Watch
 from chain.hashing import ZERO, digest
 from chain.keys import PrivateKey, verify
 from chain.light import (
@@ -157,6 +169,10 @@ LIES: dict[str, tuple[Reason, Callable[[], LightBlock]]] = {
     "a set of the server's own": (Reason.WRONG_VALIDATORS, forged_set),
     "a set that the header does not name": (Reason.WRONG_VALIDATORS, named_set),
     "a member twice": (Reason.WRONG_VALIDATORS, doubled_set),
+    "no validators": (
+        Reason.WRONG_VALIDATORS,
+        lambda: structs.replace(BLOCKS[0], validators=ValidatorSet(())),
+    ),
     "another chain": (
         Reason.WRONG_CHAIN,
         lambda: finalized(structs.replace(BLOCKS[0].header, chain_id=ZERO), SET),
@@ -231,6 +247,31 @@ def test_a_light_block_has_one_encoding() -> None:
     assert decode_light_block(data) == BLOCKS[0]
     with pytest.raises(DecodeError):
         decode_light_block(data + b"\x00")
+
+
+@pytest.mark.parametrize("members", [MAX_VALIDATORS + 1, 100_000])
+def test_a_giant_set_is_not_even_decoded(members: int) -> None:
+    giant = ValidatorSet(tuple((i.to_bytes(32, "big"), 1) for i in range(members)))
+    with pytest.raises(DecodeError):
+        decode_light_block(encode(structs.replace(BLOCKS[0], validators=giant)))
+
+
+@pytest.mark.parametrize("power", [0, -1, 2**63])
+def test_a_power_that_is_none_is_not_decoded(power: int) -> None:
+    odd = ValidatorSet(((KEYS[0].account, power),))
+    with pytest.raises(DecodeError):
+        decode_light_block(encode(structs.replace(BLOCKS[0], validators=odd)))
+
+
+def test_two_headers_of_one_height_convict_who_signed_both() -> None:
+    watch = Watch(verify)
+    watch.cover(1, SET)
+    other = finalized(structs.replace(BLOCKS[0].header, state_root=digest("other")), SET, KEYS[1:4])
+    for block in (BLOCKS[0], other):
+        client().update(block, NOW)  # each alone is as good as the other
+    assert not watch.examine(BLOCKS[0].certificate)
+    assert watch.examine(other.certificate)
+    assert watch.has_news
 
 
 def test_a_client_needs_a_beginning() -> None:

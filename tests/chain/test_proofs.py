@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from chain.blocks import Refused
-from chain.codec import DecodeError, encode
+from chain.codec import DecodeError, decode, encode
 from chain.hashing import ZERO, digest
 from chain.keys import peer_id
 from chain.light import LightBlock, Trust
-from chain.proofs import KINDS, Proof, Proven, check, from_text, key_of, prove, to_document
+from chain.proofs import KINDS, MAX_PROOF_BYTES, Proof, Proven, check, from_text, key_of, prove, to_document
 from chain.records import Account
 from chain.state import State, Table
 from tests.chain.ledger_kit import KEYS, Ledger, genesis_of, start_swarm
@@ -154,19 +154,45 @@ def test_a_spoilt_file_is_no_proof(spoil: str) -> None:
         from_text(SPOILT[spoil]())
 
 
-@settings(max_examples=300)
-@given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
-def test_no_altered_byte_proves_anything_else(place: int, byte: int, inside: bool) -> None:
-    text = json.dumps(document())
-    good = shown(proof_of("account", ALICE))
+@cache
+def mutated() -> tuple[tuple[str, str, Trust, Proven], ...]:
+    """Return proofs of a record, of an absence and over a path: file, bytes in it, trust, meaning."""
+    blocks = life()[0]
+    proofs = (
+        (proof_of("account", ALICE), trust()),
+        (proof_of("account", peer_id(digest("nobody"))), trust()),
+        (proof_of("params", "", blocks[0], blocks[3], blocks[-1]), trust(0)),
+    )
+    return tuple((json.dumps(to_document(p)), encode(p).hex(), t, shown(p, t)) for p, t in proofs)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, 2), st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+def test_no_altered_byte_proves_anything_else(which: int, place: int, byte: int, inside: bool) -> None:
+    text, encoded, trusted, good = mutated()[which]
     if inside:
-        data = bytearray(bytes.fromhex(document()["proof"]))
+        data = bytearray(bytes.fromhex(encoded))
         data[place % len(data)] = byte
-        changed = json.dumps(document(proof=data.hex()))
+        changed = text.replace(encoded, data.hex())
     else:
         changed = text[: place % len(text)] + chr(byte) + text[place % len(text) + 1 :]
     try:
-        found = check(from_text(changed), trust(), now_ms(), HOUR)
+        found = check(from_text(changed), trusted, now_ms(), HOUR)
+    except (DecodeError, Refused):
+        return
+    assert found == good
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 10**6), st.integers(0, 40))
+def test_bytes_put_in_or_taken_out_prove_nothing_else(junk: bytes, place: int, taken: int) -> None:
+    """The bytes alone, without what the file says of them for people: the decoding itself is strict."""
+    _, encoded, trusted, good = mutated()[0]
+    data = bytes.fromhex(encoded)
+    start = place % len(data)
+    try:
+        proof: Proof = decode(Proof, data[:start] + junk + data[start + taken :], MAX_PROOF_BYTES)
+        found = check(proof, trusted, now_ms(), HOUR)
     except (DecodeError, Refused):
         return
     assert found == good

@@ -1,6 +1,8 @@
 """`tdml-chain proof` and `verify`: from a database to a file, and from a file to somebody's trust."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,16 @@ def test_a_balance_is_proven_offline(run: Run, proof: Any, trusted: Any) -> None
     assert shown["success"] is True
     assert shown["data"]["record"]["balance"] == json.loads(path.read_text())["record"]["balance"]
     assert shown["data"]["present"] is True
+
+
+@pytest.mark.parametrize(("kind", "table"), [("supply", "chain"), ("conviction", "evidence")])
+def test_other_names_of_what_is_proven(
+    run: Run, proof: Any, trusted: Any, chain_db: Path, kind: str, table: str
+) -> None:
+    listed = json.loads(run("tdml-chain", "evidence", "--db", chain_db, "-o", "json").out)["data"]
+    path = proof(kind, *([listed[0]["id"]] if kind == "conviction" else []))
+    told = json.loads(run("tdml-chain", "verify", path, "--trust", trusted("latest"), "-o", "json").out)["data"]
+    assert (told["kind"], told["present"]) == (table, True)
 
 
 def test_a_stranger_is_proven_to_have_no_account(run: Run, proof: Any, trusted: Any) -> None:
@@ -103,6 +115,20 @@ def test_what_makes_no_sense_is_a_matter_of_usage(
     ran = run("tdml-chain", *[places.get(word, word) for word in words], *db)
     assert ran.code == 2
     assert said in ran.err
+
+
+def test_an_endless_file_is_no_proof(run: Run) -> None:
+    ran = run("tdml-chain", "verify", "/dev/zero", "--trust", "5:" + "00" * 32)
+    assert (ran.code, "at most" in ran.err) == (1, True)
+
+
+def test_verifying_loads_neither_network_nor_tensors() -> None:
+    code = (
+        "import sys, cli.chain, cli.verification, chain.proofs\n"
+        "print([name for name in ('torch', 'libp2p', 'trio', 'starlette', 'transformers') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 def test_a_binary_file_is_no_proof(run: Run, tmp_path: Path) -> None:
