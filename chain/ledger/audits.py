@@ -9,7 +9,8 @@ from chain.ledger.book import Book, name
 from chain.ledger.claims import start_audit
 from chain.ledger.convictions import convict, evict_without_slash
 from chain.ledger.pools import Pools
-from chain.ledger.settlement import end_audit
+from chain.ledger.settlement import end_audit, flag
+from chain.ledger.tasks import bond_for
 from chain.reasons import Reason, Refused
 from chain.records import Audit, AuditStatus, ClaimRecord, Voter, status_of
 from chain.state import Table
@@ -283,14 +284,22 @@ def _redraw(pools: Pools, audit: Audit) -> None:
 
 
 def _withhold(book: Book, audit: Audit) -> None:
-    """A worker that does not open loses the cell's pay and pays its auditor; three times, and it loses the seat."""
+    """A worker that does not open loses the cell's pay and is charged; three times, and it loses the seat.
+
+    One occasion, such as a crash, costs a cell's price for each audit, which pays the auditor. Who withholds
+    again later, and might do so whenever it has cheated, is charged what makes that a loss.
+    """
     task, worker = book.task(audit.task), book.worker(audit.task, audit.worker)
     assert worker is not None  # audits are of workers' claims only
-    charge = min(task.price, worker.bond + worker.withheld)
-    bond = min(worker.bond, charge)
+    is_again = worker.withholdings > 0 and worker.flagged_until <= book.height
+    fine = bond_for(task.price, task.audit_rate, book.params.colluding_share, 0) if is_again else 0
+    charge = min(max(fine, task.price), worker.bond + worker.withheld)
+    bond, kept = min(worker.bond, charge), min(task.price, charge)
     book.set_worker(worker, bond=worker.bond - bond, withheld=worker.withheld - charge + bond)
-    book.set_task(task, escrow=task.escrow + charge)
+    book.set_task(task, escrow=task.escrow + kept)
+    book.burn(charge - kept)
     end_audit(book, audit, AuditStatus.WITHHELD)
+    flag(book, audit)
     worker = book.worker(audit.task, audit.worker)
     assert worker is not None
     changed = book.set_worker(worker, withholdings=worker.withholdings + 1)

@@ -27,7 +27,7 @@ def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
         book.set_task(task, audit_pay=task.audit_pay + cost)
     book.engage(audit.task, audit.worker, -1)
     if state is AuditStatus.FAULTED:
-        _flag(book, audit)
+        flag(book, audit)
     book.note(
         str(ended.state),
         audit=audit.id.hex(),
@@ -40,8 +40,8 @@ def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
     )
 
 
-def _flag(book: Book, audit: Audit) -> None:
-    """Audit every cell of a worker whose result was off by more than honest noise, for a while."""
+def flag(book: Book, audit: Audit) -> None:
+    """Audit every cell of a worker for a while: its result was off by more than honest noise, or not opened."""
     worker = book.worker(audit.task, audit.worker)
     if worker is not None:
         book.set_worker(worker, flagged_until=book.height + book.params.absence_blocks)

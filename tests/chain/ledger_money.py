@@ -1,6 +1,8 @@
 """The money of a block worked out again: what everybody and every escrow must have after it."""
 
+import math
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 from chain.state import State
@@ -101,10 +103,11 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
             change[audit.auditor] -= min(_stake_of(block.before, audit.auditor), max(1, task.worker_bond))
         if str(audit.state) == "withheld":
             worker = rows(block.before, T.WORKERS)[key]
-            charge = min(task.price, left.setdefault(key, worker.bond + worker.withheld))
+            fine = _fine(block, task, worker) if key not in left else task.price
+            charge = min(fine, left.setdefault(key, worker.bond + worker.withheld))
             left[key] -= charge
             change[audit.worker] -= charge
-            escrow[audit.task] += charge
+            escrow[audit.task] += min(charge, task.price)
     order = [event.data["evidence"] for event in block.executed.events if event.kind == "slashed"]
     first: dict[int, tuple[bytes, int]] = {}
     for key, conviction in rows(block.after, T.CONVICTIONS).items():
@@ -124,6 +127,15 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
         if identity not in made_good:
             made_good[identity] = _made_good(block, identity, most, order)
     escrow.update(made_good)
+
+
+def _fine(block: Block, task: Any, worker: Any) -> int:
+    """Return what a worker is charged that does not open: more where it did so before, on another occasion."""
+    faulted = any(str(a.state) == "faulted" and a.worker == worker.account for a in ended(block) if a.task == task.id)
+    if not worker.withholdings or worker.flagged_until > block.height or faulted:
+        return task.price
+    h = max(1, task.audit_rate) * (10_000 - rows(block.before, T.PARAMS)[b""].colluding_share)
+    return task.price * max(1, math.ceil(Fraction(10**8, h) - 1))
 
 
 def _made_good(block: Block, task: bytes, most: int, order: list[str]) -> int:

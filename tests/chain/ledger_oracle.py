@@ -122,7 +122,7 @@ def bonds_stay_while_disputed(block: Block) -> None:
     charged: Counter[tuple[bytes, bytes]] = Counter()
     for audit in ended(block):
         if str(audit.state) == "withheld":
-            charged[audit.task, audit.worker] += rows(block.after, T.TASKS)[audit.task].price
+            charged[audit.task, audit.worker] += 30 * rows(block.after, T.TASKS)[audit.task].price
     for key, worker in rows(block.before, T.WORKERS).items():
         now = rows(block.after, T.WORKERS).get(key)
         place = (worker.task, worker.account)
