@@ -329,6 +329,7 @@ class ChainEngine:
             self._server.keep([tip])
             self._transactions.mempool.prune(tip.state)
             self._core.begin(trio.current_time(), restored, self._is_pending())
+            self._feed.tell(())
         self._pump()
 
     async def _commit_synced(self, finals: Sequence[FinalBlock]) -> None:
