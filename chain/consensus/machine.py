@@ -23,7 +23,6 @@ from typing import Final
 from msgspec import structs
 
 from chain.blocks import Block, Certificate, Proposal, Vote, VoteKind, proposal_subject
-from chain.codec import encode
 from chain.consensus.effects import (
     Accuse,
     Broadcast,
@@ -35,14 +34,13 @@ from chain.consensus.effects import (
     Sign,
     Validate,
 )
+from chain.consensus.standstill import Standstill
 from chain.consensus.tally import Tally
 from chain.hashing import ZERO
 from chain.randomness import leader
 
 HORIZON: Final = 32
 """Votes and proposals of views further ahead (or forgotten views further back) are not kept."""
-STANDSTILL_BYTES: Final = 128 * 1024
-"""Votes and certificates resent at one standstill."""
 _UNSIGNED: Final = bytes(64)
 _NO_VIEW: Final = (0, None)
 
@@ -63,7 +61,8 @@ class Consensus:
         self._drafts: dict[int, Proposal] = {}
         self._building = 0
         self._accused: set[bytes] = set()
-        self._cursor = 0
+        place = config.validators.positions.get(config.account or ZERO, 0)
+        self._standstill = Standstill(place, len(config.validators))
         self._out: list[Effect] = []
 
     @property
@@ -142,18 +141,9 @@ class Consensus:
         return self._drain()
 
     def on_standstill(self) -> list[Effect]:
-        """Nothing progresses: resend what others may lack, certificates and votes up to a byte cap."""
-        for message in self._resend_proposals():
-            self._out.append(Broadcast(message))
-        items = self._resend_items()
-        budget = STANDSTILL_BYTES
-        for offset in range(len(items)):
-            item = items[(self._cursor + offset) % len(items)]
-            budget -= len(encode(item))
-            if budget < 0:
-                self._cursor += offset
-                break
-            self._out.append(Broadcast(item))
+        """Nothing progresses: resend what others may lack, within a byte cap."""
+        messages = self._standstill.messages(self.tally.certificates, self._own, self._telling_proposals())
+        self._out += map(Broadcast, messages)
         return self._drain()
 
     def fullest(self, certificate: Certificate) -> Certificate:
@@ -298,6 +288,9 @@ class Consensus:
         return self.is_voter and not self.is_over and not any((view, other) in self._asked for other in forbids)
 
     def _record(self, vote: Vote) -> None:
+        held = self.tally.vote_of(vote.view, vote.kind, vote.validator)
+        if held is not None and held.block_hash == vote.block_hash:
+            return
         other = self.tally.conflict(vote)
         if other is not None and vote.validator not in self._accused:
             self._accused.add(vote.validator)
@@ -376,7 +369,7 @@ class Consensus:
             self._out.append(Broadcast(proposal))
             self._propose_received(proposal)
 
-    def _resend_proposals(self) -> list[Proposal]:
+    def _telling_proposals(self) -> list[Proposal]:
         """The proposals without which others cannot vote or decide: the current one and the notarized one."""
         views = {self.view}
         notarized = [view for view, kind in self.tally.certificates if kind == VoteKind.NOTARIZE]
@@ -385,12 +378,6 @@ class Consensus:
         own = {view for view, kind in self._own if kind == VoteKind.FINALIZE}
         views.update(sorted(own)[-1:])
         return [self.proposals[view] for view in sorted(views) if view in self.proposals]
-
-    def _resend_items(self) -> list[Vote | Certificate]:
-        certificates = self.tally.certificates
-        items: list[Vote | Certificate] = [certificates[key] for key in sorted(certificates, reverse=True)]
-        pending = (key for key in sorted(self._own, reverse=True) if key not in certificates)
-        return [*items, *(self._own[key] for key in pending if key[1] != VoteKind.PROPOSE)]
 
     def _drain(self) -> list[Effect]:
         out, self._out = self._out, []

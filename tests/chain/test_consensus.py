@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import pytest
 from msgspec import structs
 
 from chain.blocks import (
@@ -30,8 +31,9 @@ from chain.consensus import (
     Sign,
     Timers,
     Validate,
+    standstill,
 )
-from chain.consensus.machine import STANDSTILL_BYTES
+from chain.consensus.standstill import LEAST_BYTES, STANDSTILL_BYTES
 from chain.hashing import ZERO, digest
 from chain.randomness import leader
 
@@ -287,6 +289,65 @@ def test_standstill_is_capped_and_comes_round_to_everything() -> None:
         assert sum(map(len, sent)) <= STANDSTILL_BYTES
         seen.update(sent)
     assert {encode(one) for one in held} <= seen
+
+
+def test_standstill_begins_with_the_newest_certificate_and_the_votes_that_count() -> None:
+    driver = Driver(others(led(41))[0])
+    for view in range(1, 41):
+        driver.do(driver.machine.on_timer(view)).do(driver.machine.on_certificate(certificate(NULLIFY, view)))
+    driver.do(driver.machine.on_timer(41))
+    sent = [e.message for e in driver.machine.on_standstill() if isinstance(e, Broadcast)]
+    assert [(m.kind, m.view) for m in sent[:2] if isinstance(m, Certificate | Vote)] == [(NULLIFY, 40), (NULLIFY, 41)]
+    assert [m.view for m in sent if isinstance(m, Vote)] == [41]
+
+
+def test_only_so_many_large_proposals_are_said_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposals = [proposal(block(view), view) for view in (1, 2, 3)]
+    size = len(encode(proposals[0]))
+    for limit, expected in ((3 * size, 3), (2 * size, 2), (1, 1)):
+        monkeypatch.setattr(standstill, "PROPOSAL_BYTES", limit)
+        turns = standstill.Standstill(0, 4)
+        rounds = [turns.messages({}, {}, proposals) for _ in range(3)]
+        assert [len(sent) for sent in rounds] == [expected] * 3
+        assert {encode(sent) for turn in rounds for sent in turn} == set(map(encode, proposals))
+
+
+def crowd_certificate(members: ValidatorSet, view: int) -> Certificate:
+    accounts = [account for account, _ in members.members][: members.quorum]
+    return certify([vote(NULLIFY, view, ZERO, account) for account in accounts], members)
+
+
+def lateness(members: ValidatorSet, sources: int) -> tuple[int, int]:
+    """How many standstills of `sources` others a late peer needs to take up view 101, and the most bytes of one."""
+    held = {(view, NULLIFY): crowd_certificate(members, view) for view in range(1, 101)}
+    turns = [standstill.Standstill(place, len(members)) for place in range(sources)]
+    proposer, late = (
+        leader(members, SEED, 1, 101),
+        Consensus(HeightConfig(CHAIN, 1, members, SEED, members.members[-1][0])),
+    )
+    of, most = block(101, proposer=proposer), 0
+    late.start()
+    late.on_certificate(held[100, NULLIFY])
+    late.on_proposal(Proposal(vote(PROPOSE, 101, proposal_subject(of.hash, 0), proposer), 0, of))
+    effects: list[Effect] = []
+    for number in range(1, 100):
+        for turn in turns:
+            sent = turn.messages(held, {}, [])
+            most = max(most, sum(len(encode(message)) for message in sent))
+            for message in sent:
+                assert isinstance(message, Certificate)
+                effects += late.on_certificate(message)
+        if Validate(of) in effects:
+            return number, most
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize(("sources", "bound"), [(1, 25), (4, 10), (20, 3), (134, 1)])
+def test_a_late_peer_among_200_catches_up_on_100_nullified_views(sources: int, bound: int) -> None:
+    members = ValidatorSet.of((digest("crowd", bytes([i])), 1) for i in range(200))
+    standstills, most = lateness(members, sources)
+    assert standstills <= bound
+    assert most <= LEAST_BYTES
 
 
 def test_a_closed_machine_signs_nothing_and_still_accuses() -> None:

@@ -259,8 +259,8 @@ class Oracle:
 
     def _judge_certificates(self) -> None:
         """Where a block is final, that view has no other outcome, and no later one notarizes another block."""
-        said = {statement for statement, _ in self._certificates}
-        for height, view, _, block in [s for s in sorted(said) if s[2] == FINALIZE]:
+        said = sorted({statement for statement, _ in self._certificates})
+        for height, view, _, block in [statement for statement in said if statement[2] == FINALIZE]:
             for other in said:
                 if other[0] != height:
                     continue
