@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check soak bench setup clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,9 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+soak: setup
+	$(BIN)/python -m tests.testnet --draw 1 --minutes 10
 
 bench: setup
 	for bench in bench/*.py; do $(BIN)/python -m bench.$$(basename $$bench .py) --json || exit 1; done

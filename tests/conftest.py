@@ -29,5 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A network of peers takes both cores of a small machine; two at once would test the machine.
     """
     for item in items:
-        group = "end_to_end" if "end_to_end" in item.path.parts else str(item.path)
+        networks = {"end_to_end", "testnet"} & set(item.path.parts)
+        group = "networks" if networks else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

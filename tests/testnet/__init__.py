@@ -1,0 +1,1 @@
+"""Testnets of real peer processes from a manifest, judged by what `tdml-chain -o json` says."""
