@@ -1,4 +1,7 @@
-"""Parameters of a network, fixed in its genesis. Windows are block counts, amounts base units."""
+"""Parameters of a network, named by its genesis and changed by votes within `chain.bounds`.
+
+Windows are block counts, amounts base units.
+"""
 
 from typing import Annotated
 

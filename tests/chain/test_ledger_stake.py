@@ -198,3 +198,14 @@ def test_the_set_is_made_again_only_when_it_changes() -> None:
     next_epoch(ledger)
     assert ledger.state.validators() is not before.validators()
     assert structs.replace(ledger.state.validators(), members=()) != before.validators()
+
+
+def test_a_newcomer_of_equal_stake_doubles_a_lonely_set_in_five_epochs() -> None:
+    ledger = network(1)
+    assert ledger.block((KEYS[1], Bond(STAKE)), (KEYS[1], RegisterValidator(ONIONS[KEYS[1].account].tip)))
+    next_epoch(ledger)
+    seen = []
+    while power(ledger, 1) < STAKE:
+        next_epoch(ledger)
+        seen.append(power(ledger, 1))
+    assert seen == [250_000, 562_500, 953_125, STAKE]
