@@ -245,12 +245,14 @@ async def _open(config: PeerConfig, stage_factory: "StageFactory | None") -> Asy
             serve_queries(network, peer.answer)
             control = ControlServer(peer, home.socket_path, _status_port(config))
             peer.status_url = control.status_url
-            async with trio.open_nursery() as nursery:
-                for service in _services(peer, control, stage_factory):
-                    await nursery.start(service)
-                nursery.start_soon(peer.metrics.watch_stalls)
-                yield peer
-                nursery.cancel_scope.cancel()
+            # A service that fails to start must not leave the sockets behind.
+            with closing(control):
+                async with trio.open_nursery() as nursery:
+                    for service in _services(peer, control, stage_factory):
+                        await nursery.start(service)
+                    nursery.start_soon(peer.metrics.watch_stalls)
+                    yield peer
+                    nursery.cancel_scope.cancel()
 
 
 def _services(

@@ -241,7 +241,20 @@ def test_a_fault_of_the_program_is_not_dressed_up() -> None:
         raise ExceptionGroup("all", [RuntimeError("bug"), KeyError("other")])
 
 
-@pytest.mark.parametrize("changes", [{"device": "cuda:0"}, {"memory": -1}, {"threads": 0}], ids=str)
+@pytest.mark.trio
+@pytest.mark.slow
+async def test_a_chain_without_the_trusted_block_is_not_followed(tmp_path: Path) -> None:
+    home = quick_home(tmp_path / "a")
+    async with open_peer(config(home.path)) as peer:
+        await until(lambda: peer.engine.state.height >= 1, peer)
+    with pytest.raises(UserError, match="not the one that --trust names"):
+        async with open_peer(replace(config(home.path), trust="1:" + "00" * 32)):
+            pass
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "cuda:0"}, {"memory": -1}, {"threads": 0}, {"trust": "5:00"}, {"keep": 999}], ids=str
+)
 async def test_settings_that_a_peer_cannot_follow_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         async with open_peer(replace(config(tmp_path / "a"), **changes)):
