@@ -360,6 +360,8 @@ def registered(number: int) -> Shape:
     shape = Shape(validators=200)
     for index in range(number):
         shape.put(Table.VALIDATORS, name_of("registered", index), Validator(bytes(32), 1))
+        if index < 2048:  # as many as one block may register
+            shape.wake(HEIGHT + 1, Table.VALIDATORS, name_of("registered", index))
     shape.sent += [(key, Unbond(10**6)) for key in shape.keys]
     return shape
 
@@ -424,7 +426,7 @@ SHAPES: dict[str, tuple[Callable[[int], Shape], int]] = {
     "votes": (votes, 900),
     "claims": (claims, 4096),
     "conviction": (conviction, 20_000),
-    "registered": (registered, 50_000),
+    "registered": (registered, 40_960),
     "unbondings": (unbondings, 40_000),
     "duties": (duties, 5000),
     "everything": (everything, 4096),

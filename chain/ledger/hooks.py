@@ -26,6 +26,10 @@ def after_transactions(book: Book) -> None:
     handled = [row for row in woken if row[PREFIX] == Table.AUDITS][:MAX_EXPIRED]
     audits.expire(book, [row[PREFIX + 1 :] for row in handled])
     handled += _look_after(book, [row for row in woken if row[PREFIX] == Table.TASKS])
+    for row in woken:
+        if row[PREFIX] == Table.VALIDATORS:
+            validators.lapse(book, row[PREFIX + 1 :])
+            handled.append(row)
     for row in handled:
         book.draft.delete(Table.WAKE, row)
     for since in {row[:PREFIX] for row in set(woken).difference(handled)}:

@@ -2,10 +2,15 @@
 
 The set changes at the first block of an epoch only, and by at most `churn_share` of its power (or the
 least stake, so that a small network can grow): power then moves toward stake, everybody's by the same
-share of what it wants. So two sets an epoch apart differ by less than a third of their power, and
-whoever verified one can verify the other (light clients, weak subjectivity). Losses for cause do not
-wait: who is jailed or tombstoned is out with the next block. Leaving stake counts until the epoch ends,
-and can be slashed for as long: it is unbonding.
+share of what it wants, so that nobody waits behind a larger one. With a share under a third any quorum
+of the new set holds more than a third of the old one's power: whoever verified one can verify the other
+(light clients, weak subjectivity). One validator becomes many by a quarter more power an epoch: a newcomer
+of equal stake counts fully after five. At most `MAX_VALIDATORS` have power: the strongest by stake, and
+a stronger newcomer enters as a weaker one has left.
+
+Losses for cause do not wait: who is jailed, tombstoned or rotates its key is out with the next block, and
+slashed stake votes no more; but never the last validator. Leaving stake votes until power has followed,
+and is released a whole unbonding period after its last vote: so long it can be slashed.
 
 An onion counts only from a whole epoch after it was registered. Otherwise a proposer-to-be that knows
 the seed could try tips until its first reveal gives a seed to its liking.
@@ -30,6 +35,7 @@ def register(book: Book, sender: bytes, payload: RegisterValidator) -> None:
         raise Refused(Reason.TOMBSTONED)
     if known is None:
         fresh = Validator(payload.onion_tip, book.height)
+        book.wake(book.height + book.params.epoch_blocks, Table.VALIDATORS, sender)
     else:
         ready = book.height + book.params.epoch_blocks
         fresh = replace(known, next_tip=payload.onion_tip, next_tip_at=ready)
@@ -69,13 +75,10 @@ def count_presence(book: Book, absent: frozenset[bytes]) -> None:
 
 
 def begin_epoch(book: Book) -> None:
-    """Let power follow stake within the churn limit, registered onions come into force, and idle rows go."""
+    """Let power follow stake within the churn limit, and registered onions come into force."""
     rows: dict[bytes, Validator] = dict(book.draft.items(Table.VALIDATORS))
     powers = _moved({account: row.power for account, row in rows.items()}, _targets(book, rows), _limit(book, rows))
     for account, row in rows.items():
-        if not powers.get(account, row.power) and _has_lapsed(book, account, row):
-            book.draft.delete(Table.VALIDATORS, account)
-            continue
         is_due = row.next_tip is not None and row.next_tip_at <= book.height
         if is_due or powers.get(account, row.power) != row.power:
             changed = replace(row, power=powers.get(account, row.power))
@@ -85,11 +88,13 @@ def begin_epoch(book: Book) -> None:
         _hold(book, account, powers.get(account, row.power) - book.account(account).bonded)
 
 
-def _has_lapsed(book: Book, account: bytes, row: Validator) -> bool:
-    """Whether a validator has had an epoch to bond and has under half of the least stake, none of it leaving."""
-    is_idle = row.is_able and 2 * book.account(account).bonded < book.params.min_stake
-    is_past = book.height >= row.registered_at + book.params.epoch_blocks
-    return is_idle and is_past and not book.draft.items(Table.UNBONDINGS, account)
+def lapse(book: Book, account: bytes) -> None:
+    """Forget a registration that has under half of the least stake an epoch later, and nothing to be slashed."""
+    row: Validator | None = book.draft.get(Table.VALIDATORS, account)
+    if row is None or row.power or not row.is_able or book.draft.items(Table.UNBONDINGS, account):
+        return
+    if 2 * book.account(account).bonded < book.params.min_stake:
+        book.draft.delete(Table.VALIDATORS, account)
 
 
 def _targets(book: Book, rows: dict[bytes, Validator]) -> dict[bytes, int]:
