@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from chain.genesis import MAX_ISSUED
+from chain.hashing import digest
 from chain.ledger import check_envelope, is_owed
 from chain.reasons import Reason
 from chain.state import State
@@ -24,7 +25,9 @@ ACCOUNT_SHARE = 16
 DUTIES_A_BLOCK = 64
 """Duties of one account in a block: each carries up to 32 entries."""
 MAX_TRIED = 4096
-"""Duties that the choice of one block tries: most peers owe a few, whoever floods the lane owes none."""
+"""Duties that the choice of one block tries."""
+MAX_REFUSED = 128
+"""Duties that nobody waits for in a block: stale ones use up their nonce, a flood of them takes no more room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,26 +189,23 @@ class Mempool:
 
     def select(self, state: State, max_bytes: int, max_count: int) -> tuple[Transaction, ...]:
         """Return transactions for the next block: duties first, then by fee per byte, nonces in order."""
-        line = [(queue.rank(), sender) for sender, queue in self._queues.items()]
+        line = [(queue.rank(), digest("line", state.seed, sender), sender) for sender, queue in self._queues.items()]
         heapq.heapify(line)
         chosen: list[Transaction] = []
-        tries = iter(range(MAX_TRIED))
+        tries, refused = iter(range(MAX_TRIED)), iter(range(MAX_REFUSED))
         while line and len(chosen) < max_count:
-            for entry in self._runnable(state, heapq.heappop(line)[1], tries):
+            for entry in self._runnable(state, heapq.heappop(line)[2], tries, refused):
                 if entry.size > max_bytes or len(chosen) == max_count:
                     break
                 chosen.append(entry.transaction)
                 max_bytes -= entry.size
         return tuple(chosen)
 
-    def _runnable(self, state: State, sender: bytes, tries: Iterator[int]) -> Iterator[Entry]:
-        """Yield what an account can have in the next block, each duty tried first.
-
-        A duty that nobody waits for goes: whoever owes it later sends it again.
-        """
+    def _runnable(self, state: State, sender: bytes, tries: Iterator[int], refused: Iterator[int]) -> Iterator[Entry]:
+        """Yield what an account can have in the next block; duties that would be refused use up `refused`."""
         entries = self._queues[sender].entries
         nonce, balance = state.account(sender).nonce, state.account(sender).balance
-        first, duties = nonce, 0
+        duties = 0
         while (entry := entries.get(nonce)) is not None:
             body = entry.transaction.body
             if body.fee > balance or check_envelope(state, entry.transaction, state.height + 1, nonce) is not None:
@@ -213,9 +213,7 @@ class Mempool:
             duties += entry.is_duty
             if entry.is_duty and (duties > DUTIES_A_BLOCK or next(tries, None) is None):
                 return
-            if entry.is_duty and not is_owed(state, entry.transaction):
-                if nonce == first:
-                    self._drop(entry)
+            if entry.is_duty and not is_owed(state, entry.transaction) and next(refused, None) is None:
                 return
             balance = max(0, balance - body.fee - _spent(body.payload))
             yield entry

@@ -202,11 +202,11 @@ def test_what_is_selected_makes_a_valid_block_even_when_money_runs_out() -> None
     assert {receipt.reason for receipt in ledger.execute(chosen).receipts} == {"", Reason.NO_FUNDS}
 
 
-def test_a_duty_that_nobody_waits_for_is_not_selected_and_leaves() -> None:
+def test_a_duty_of_somebody_who_may_owe_none_is_not_selected() -> None:
     ledger = Ledger(genesis_of(min_fee_per_byte=1))
     ledger.execute((ledger.sign(ALICE, Bond(2000), fee=1000),))
     pool = Mempool()
     duty = ledger.sign(ALICE, Commit((Commitment(bytes(32), 0, bytes(32)),)))
     assert pool.add(ledger.state, duty) is None
-    assert pool.select(ledger.state, ROOMY, 100) == ()
-    assert len(pool) == 0
+    assert pool.select(ledger.state, ROOMY, 100) == (duty,)
+    assert pool.select(Ledger(genesis_of(min_fee_per_byte=1)).state, ROOMY, 100) == ()
