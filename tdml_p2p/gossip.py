@@ -32,6 +32,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 _MAX_RPC_BYTES = MAX_MESSAGE_BYTES + (64 << 10)
 _QUEUED_RPCS = 512
 _READ_BYTES = 64 << 10
+_MERGED_BYTES = 32 << 10
+"""Less by far than what an RPC may exceed the greatest message by."""
 _SEEN_SECONDS = 6.0
 _MAX_SEEN = 65536
 MAX_WAITING = 64
@@ -241,7 +243,25 @@ class _Pubsub(Pubsub):
     async def handle_sending_messages(self, peer_id: Any, stream: Any, queue: Any) -> None:
         queue.max_message_size = _MAX_RPC_BYTES
         queue._queue.max_size = _QUEUED_RPCS
-        await super().handle_sending_messages(peer_id, stream, queue)
+        await super().handle_sending_messages(peer_id, stream, _Merging(queue))
+
+
+class _Merging:
+    """A peer's outbound queue whose waiting messages leave together: one frame costs less than several."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    async def pop(self) -> Any:
+        """Return what waits, up to some bytes; None once the queue is closed."""
+        first = await self._queue.pop()
+        if first is None or not len(self._queue):
+            return first
+        merged = rpc_pb2.RPC()  # the messages themselves are in the queues of other peers too
+        merged.MergeFrom(first)
+        while len(self._queue) and merged.ByteSize() < _MERGED_BYTES:
+            merged.MergeFrom(await self._queue.pop())
+        return merged
 
 
 class _Frames:
