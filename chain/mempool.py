@@ -141,12 +141,10 @@ class Mempool:
             return True
         if not entry.is_duty or not is_owed(state, entry.transaction):
             return False
-        greediest = max(self._queues.values(), key=lambda queue: queue.held[True])
-        if greediest.held[True] <= taken + entry.weight:
-            return False
-        while greediest.held[True] and self._max[True] - self._held[True] < entry.weight:
-            self._drop(next(e for _, e in sorted(greediest.entries.items(), reverse=True) if e.is_duty))
-        return self._max[True] - self._held[True] >= entry.weight
+        return self._greediest().held[True] > taken + entry.weight
+
+    def _greediest(self) -> _Queue:
+        return max(self._queues.values(), key=lambda queue: queue.held[True])
 
     def _evict(self, entry: Entry, room: int, *, really: bool) -> bool:
         """Drop the cheapest of the entry's lane, each cheaper than it, until it fits; or only say whether it would."""
@@ -166,6 +164,9 @@ class Mempool:
 
     def _place(self, entry: Entry, last: int) -> None:
         self._evict(entry, self._max[entry.is_duty] - self._held[entry.is_duty], really=True)
+        while entry.is_duty and self._max[True] - self._held[True] < entry.weight:
+            held = self._greediest().entries
+            self._drop(held[max(nonce for nonce, other in held.items() if other.is_duty)])
         body = entry.transaction.body
         queue = self._queues.setdefault(body.sender, _Queue())
         present = queue.entries.get(body.nonce)

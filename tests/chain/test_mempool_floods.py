@@ -52,6 +52,9 @@ def test_a_lane_full_of_duties_that_nobody_owes_starves_nobody() -> None:
     pool = flooded(state, 32, 8)
     assert pool.add(state, blank(state, name(0), JUNK, 8)) == Reason.MEMPOOL_FULL
     owed = [blank(state, key.account, VoteParams(state.params)) for key in KEYS[:6]]
+    before = set(pool)
+    assert pool.refusal(state, owed[0]) is None
+    assert set(pool) == before
     for duty in owed:
         assert pool.add(state, duty) is None
     assert set(owed) <= set(pool.select(state, ROOMY, 2 * MAX_REFUSED))
