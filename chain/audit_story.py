@@ -6,7 +6,7 @@ from chain.keys import peer_id
 from chain.records import Audit, AuditStatus, ClaimRecord, Conviction, Voter
 from chain.state import State, Table
 from chain.store import Store
-from chain.transactions import Trace
+from chain.transactions import Reveal, Trace
 from chain.verdicts import (
     TENSORS,
     Ballot,
@@ -14,9 +14,10 @@ from chain.verdicts import (
     ballot,
     deviations,
     finding,
+    limits_for,
     quorum,
+    step_ballot,
     tally,
-    thresholds,
 )
 from chain.views import plain
 
@@ -24,6 +25,7 @@ _LONGEST = 2000
 """Blocks after its claim in which the events of an audit are looked for."""
 _KINDS = (
     "drawn", "committed", "opened", "disputed", "opinion", "ballot", "charged", "absent", "slashed", "evicted",
+    "reopened",
     *(str(state) for state in AuditStatus if state not in (AuditStatus.DRAWN, AuditStatus.COMMITTED)),
 )  # fmt: skip
 _OUTCOMES = {
@@ -34,12 +36,13 @@ _OUTCOMES = {
     AuditStatus.VOTING: "The results differ; the validators re-execute and vote.",
     AuditStatus.PASSED: "The re-execution agrees with the claim.",
     AuditStatus.CONVICTED: "A quorum of stake found the claim false: the worker was evicted and its bond slashed.",
-    AuditStatus.ACQUITTED: "A quorum of stake found the accusation false: the auditor was charged.",
+    AuditStatus.ACQUITTED: "A quorum of stake found the claim right: an auditor with a false result was charged.",
     AuditStatus.FAULTED: "A small deviation: the cell is not paid, nobody is slashed.",
     AuditStatus.UNDECIDED: "No quorum either way: the cell is not paid, nobody is slashed.",
-    AuditStatus.WITHHELD: "The worker did not open the cell in time: it is not paid.",
+    AuditStatus.WITHHELD: "The worker did not give what it had claimed in time: the cell is not paid.",
     AuditStatus.ABSENT: "No auditor answered in time.",
     AuditStatus.VOID: "The claim was voided before anybody disputed it.",
+    AuditStatus.REFUTED: "It had passed; a second audit found the cell false, and the auditor was charged.",
 }
 
 
@@ -59,7 +62,7 @@ class Chronicle(Protocol):
 def audit_story(reader: Chronicle, audit: Audit) -> dict[str, Any]:
     """Return one audit from the claim to what came of it."""
     state, claim = reader.state, reader.claim(audit.claim)
-    opening, reveal, params = audit.opening, audit.reveal, state.params
+    opening, reveal, limits = audit.opening, audit.reveal, limits_for(state.params, audit.reveal)
     convictions: list[Conviction] = list(state.tables[Table.CONVICTIONS].values())
     story: dict[str, Any] = {
         "id": audit.id.hex(),
@@ -68,6 +71,7 @@ def audit_story(reader: Chronicle, audit: Audit) -> dict[str, Any]:
         "step": audit.step,
         "stage": audit.stage,
         "cell": audit.cell,
+        "is_step": _is_step(state, audit),
         "worker": peer_id(audit.worker),
         "auditor": peer_id(audit.auditor),
         "status": str(audit.state),
@@ -78,14 +82,14 @@ def audit_story(reader: Chronicle, audit: Audit) -> dict[str, Any]:
         "claim": audit.claim.hex(),
         "claimed": _claimed(claim),
         "trace": _trace(opening.trace) if opening else None,
-        "thresholds": _by_tensor(thresholds(params)),
-        "fraud_factor": params.fraud_factor,
+        "thresholds": _by_tensor(limits.tau),
+        "fraud_factor": limits.fraud_factor,
+        "other_kernel": reveal is not None and reveal.other_kernel,
     }
     if opening and reveal:
         found = deviations(opening.sketch, reveal.shared)
-        story["deviations"] = _by_tensor(found)
-        story["finding"] = finding(found, state.params)
-        story["contradiction"] = reveal.contradiction
+        story |= {"deviations": _by_tensor(found), "finding": finding(found, limits)}
+        story |= {"contradiction": reveal.contradiction, "missing": reveal.missing}
     story["timeline"] = _timeline(reader, audit, claim)
     ballots = {e["data"]["by"]: e["data"] for e in story["timeline"] if e["kind"] == "ballot"}
     story["votes"] = [_opinion(state, audit, audit.third)] if audit.third else []
@@ -126,6 +130,7 @@ def _vote(role: str, voter: Voter, said: dict[str, Any] | None) -> dict[str, Any
         found = dict(zip(TENSORS, said["deviations"], strict=True))
         told |= {"ballot": said["ballot"], "deviations": found, "finding": said["finding"]}
         told["contradiction"] = said["contradiction"]
+        told["missing"] = said["missing"]
     return told
 
 
@@ -135,12 +140,26 @@ def _opinion(state: State, audit: Audit, third: Voter) -> dict[str, Any]:
         return _vote("third", third, None)
     found = deviations(audit.opening.sketch, third.reveal.shared)
     said = {
-        "ballot": str(ballot(third.reveal, audit.opening.sketch, audit.reveal.shared, state.params)),
+        "ballot": str(_ballot(state, audit, third.reveal)),
         "deviations": list(_by_tensor(found).values()),
-        "finding": finding(found, state.params),
+        "finding": finding(found, limits_for(state.params, third.reveal)),
         "contradiction": third.reveal.contradiction,
+        "missing": third.reveal.missing,
     }
     return _vote("third", third, said)
+
+
+def _is_step(state: State, audit: Audit) -> bool:
+    """Whether it is the optimiser's step that was audited."""
+    task = state.task(audit.task)
+    return task is not None and audit.cell == task.transition
+
+
+def _ballot(state: State, audit: Audit, told: Reveal) -> Ballot:
+    """Return what a re-execution says of accused and accuser."""
+    assert audit.opening is not None
+    assert audit.reveal is not None
+    return (step_ballot if _is_step(state, audit) else ballot)(told, audit.opening.sketch, audit.reveal, state.params)
 
 
 def _tally(state: State, audit: Audit) -> dict[str, str] | None:

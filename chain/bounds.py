@@ -25,6 +25,7 @@ MOST = {
     "jail_missed": 1000,  # so many heights are remembered of every validator
     "newcomer_rate": BASIS,
     "floor_rate": BASIS,
+    "reaudit_rate": BASIS,
     "redraws": 100,
     "max_block_transactions": 8192,
     "max_block_bytes": 1_000_000,  # leaves room for a header and the certificate of the largest set
@@ -69,8 +70,12 @@ def _problems(params: Params) -> Iterator[str]:
         yield "heartbeat_ms is less than block_interval_ms"
     if params.max_block_bytes < LEAST_BLOCK_BYTES:
         yield f"max_block_bytes is less than {LEAST_BLOCK_BYTES}"
-    if not all(1 <= tau <= MOST_TAU for tau in params.tau):
-        yield f"tau is not from 1 to {MOST_TAU}"
+    for name, factor in (("tau", "fraud_factor"), ("wide_tau", "wide_factor")):
+        limits, multiple = getattr(params, name), getattr(params, factor)
+        if not all(1 <= tau <= MOST_TAU for tau in limits):
+            yield f"{name} is not from 1 to {MOST_TAU}"
+        if any(multiple * tau > MOST_TAU for tau in limits):
+            yield f"a result of nothing but zeros would be no fraud ({name}, {factor})"
 
 
 def vote_problem(now: Params, wanted: Params) -> str | None:
@@ -81,10 +86,14 @@ def vote_problem(now: Params, wanted: Params) -> str | None:
     """
     if (found := problem(wanted)) is not None:
         return found
-    if wanted.unbonding_blocks * wanted.block_interval_ms < now.unbonding_blocks * now.block_interval_ms:
+    seconds = wanted.unbonding_blocks * wanted.block_interval_ms >= now.unbonding_blocks * now.block_interval_ms
+    if wanted.unbonding_blocks < now.unbonding_blocks or not seconds:
         return "leaving stake would be bound for less time (unbonding_blocks, block_interval_ms)"
-    if any(wanted.fraud_factor * new < old for new, old in zip(wanted.tau, now.tau, strict=True)):
+    narrow, wide = zip(wanted.tau, now.tau, strict=True), zip(wanted.wide_tau, now.wide_tau, strict=True)
+    if any(wanted.fraud_factor * new < old for new, old in narrow):
         return "results that are honest now would be frauds (tau, fraud_factor)"
+    if any(wanted.wide_factor * new < old for new, old in wide):
+        return "results that are honest now would be frauds (wide_tau, wide_factor)"
     return None
 
 

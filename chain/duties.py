@@ -16,6 +16,7 @@ class Duty:
     round: int
     key: bytes
     deadline: int
+    drawn_at: int
 
 
 def parties(audit: Audit) -> set[bytes]:
@@ -29,11 +30,11 @@ def duties_of(audit: Audit, account: bytes) -> Iterator[Duty]:
     """Yield what `account` owes in an audit now."""
     match audit.state:
         case AuditStatus.DRAWN if audit.auditor == account:
-            yield Duty("commit", audit.id, 0, audit.key, audit.deadline)
+            yield Duty("commit", audit.id, 0, audit.key, audit.deadline, audit.drawn_at)
         case AuditStatus.COMMITTED if audit.worker == account:
-            yield Duty("open", audit.id, 0, audit.key, audit.deadline)
+            yield Duty("open", audit.id, 0, audit.key, audit.deadline, audit.drawn_at)
         case AuditStatus.OPENED if audit.auditor == account:
-            yield Duty("reveal", audit.id, 0, audit.key, audit.deadline)
+            yield Duty("reveal", audit.id, 0, audit.key, audit.deadline, audit.drawn_at)
         case AuditStatus.OPINION if audit.third is not None and audit.third.account == account:
             yield from _voter_duties(audit, audit.third, 1)
         case AuditStatus.VOTING:
@@ -48,9 +49,9 @@ def _voter_duties(audit: Audit, voter: Voter, round_: int) -> Iterator[Duty]:
     key = digest("sketch key", audit.dispute_seed or ZERO, voter.account, audit.id)
     if voter.commitment is None:
         if round_ == 1 or not has_commit_phase_ended(audit):
-            yield Duty("commit", audit.id, round_, key, audit.deadline)
+            yield Duty("commit", audit.id, round_, key, audit.deadline, audit.drawn_at)
     elif not voter.has_revealed and (round_ == 1 or has_commit_phase_ended(audit)):
-        yield Duty("reveal", audit.id, round_, key, audit.deadline)
+        yield Duty("reveal", audit.id, round_, key, audit.deadline, audit.drawn_at)
 
 
 def has_commit_phase_ended(audit: Audit) -> bool:

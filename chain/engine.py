@@ -17,7 +17,7 @@ import trio
 
 from chain.blocks import Block, Refused, VerifiedSignatures
 from chain.engine_blocks import assemble, check_proposal, follow
-from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, ValidateJob
+from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, KeepJob, ValidateJob
 from chain.engine_feed import Feed
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
@@ -136,6 +136,7 @@ class ChainEngine:
                 self._core.remember(self._files.recent())
                 restored = self._files.restored(self._core.tip.height + 1)
                 self._core.begin(trio.current_time(), restored, self._is_pending())
+                self._core.watch.reopen(self._files.store.cases())
                 self._pump()
                 self._syncing.ring()
                 for loop in loops:
@@ -213,7 +214,9 @@ class ChainEngine:
         """Return where the chain stands, ready for JSON."""
         report = describe(self._core, self._catch_up, self._follows_because, trio.current_time())
         said = {"mempool": len(self._transactions.mempool), "joining": self._join.said}
-        return report | said | {"warning": warning(self._core, self._config.trust, self._config.clock_ms())}
+        now_ms = self._config.clock_ms()
+        said |= {"clock_behind_ms": max(0, self._core.tip.timestamp - now_ms)}
+        return report | said | {"warning": warning(self._core, self._config.trust, now_ms)}
 
     # Loops.
 
@@ -225,6 +228,9 @@ class ChainEngine:
             self._pump(clock=False)
 
     async def _sign_loop(self) -> None:
+        if self._files.is_record_new and len(self.state.validators().members) > 1:
+            await self._catch_up.settle_in()  # the record may have been lost: blocks tell of forgotten votes
+            self._core.drop_stale_signing()
         while True:
             await self._signing.heard()
             while self._core.signing:
@@ -279,6 +285,8 @@ class ChainEngine:
             case ValidateJob():
                 executed = await self._validate(job.block)
                 self._core.validated(job, executed, trio.current_time())
+            case KeepJob(cases):
+                await self._threads.disk(partial(self._files.store.keep_cases, cases))
             case CommitJob(block, certificate):
                 try:
                     await self._commit([FinalBlock(block, certificate)])
@@ -377,6 +385,8 @@ class ChainEngine:
             self._clock.ring()
 
     def _pursue(self) -> None:
+        if self._core.watch.has_news:
+            self._core.jobs.append(KeepJob(self._core.watch.open_cases()))
         if self._core.watch.pursue(self.state, self._transactions):
             self._core.pace.hurry(trio.current_time())
             self._sending.ring()

@@ -44,6 +44,7 @@ from chain.ledger import Executed
 from chain.light import LightBlock
 from chain.randomness import onion_of
 from chain.sync import FinalBlock
+from chain.transactions import Evidence
 
 MAX_EXECUTED = 8
 """Executed candidates of one height that are kept."""
@@ -77,7 +78,14 @@ class CommitJob:
     certificate: Certificate
 
 
-Job = BuildJob | ValidateJob | CommitJob
+@dataclass(frozen=True)
+class KeepJob:
+    """Store the open cases of evidence, so that a restart loses none."""
+
+    cases: tuple[Evidence, ...]
+
+
+Job = BuildJob | ValidateJob | CommitJob | KeepJob
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,10 @@ class Core:
         taken = self.gate.take(data, self.machine, self.previous, now)
         self._taken(taken, now)
         return taken.disposition
+
+    def drop_stale_signing(self) -> None:
+        """Sign nothing more of heights that are decided."""
+        self.signing = deque(job for job in self.signing if job.vote.height > self.tip.height)
 
     def signed(self, job: SignJob, vote: Vote, now: float) -> None:
         """A vote is durable."""

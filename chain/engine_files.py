@@ -19,7 +19,7 @@ from chain.ledger import Receipt
 from chain.light import Trust
 from chain.signing import Conflict, RecordMissing, SigningRecord
 from chain.store import Store
-from chain.sync import NOTHING, pack_range
+from chain.sync import NOTHING, RANGE_BYTES, pack_range
 
 KEPT_SIGNED_HEIGHTS = 64
 """Heights below the tip whose signing record is kept."""
@@ -43,6 +43,7 @@ class Files:
         self.store.keep = keep
         self._chain_id = genesis.chain_id
         self._record: SigningRecord | None = None
+        self._is_record_known = False
         self.refusal: str | None = None
         """Why this peer may not sign votes, in words."""
         tip = self.store.tip()
@@ -66,6 +67,11 @@ class Files:
     def may_sign(self) -> bool:
         """Whether there is a signing record to sign with."""
         return self._record is not None
+
+    @property
+    def is_record_new(self) -> bool:
+        """Whether the signing record was made just now, maybe in the place of one that was lost."""
+        return self._record is not None and self._record.is_new
 
     @property
     def base(self) -> int:
@@ -131,6 +137,8 @@ class Files:
             for step in steps:
                 self.store.commit(step.final.block, step.final.certificate, step.before.state, step.executed)
         first, last = steps[0].final.block.height, steps[-1].final.block.height
+        for step in steps:
+            self._compare(step.final.certificate, step.before.state.validators(), last)
         if self._record is not None and last // KEPT_SIGNED_HEIGHTS > (first - 1) // KEPT_SIGNED_HEIGHTS:
             self._record.forget(last - KEPT_SIGNED_HEIGHTS)
         return self.restored(last + 1)
@@ -139,11 +147,27 @@ class Files:
         """Take a verified snapshot into an empty store; return what was signed at the next height."""
         final = joined.final
         self.store.install(final.block, final.certificate, joined.signers, joined.state)
+        self._compare(final.certificate, joined.signers, final.block.height)
         return self.restored(final.block.height + 1)
+
+    def _compare(self, certificate: Certificate, signers: ValidatorSet, last: int) -> None:
+        """Sign nothing up to the height after `last` if the certificate has a vote of ours that the record has not.
+
+        The record was lost with the home then, and whoever has lost it may have voted at that height, at most.
+        """
+        record, height = self._record, certificate.height
+        if record is None or self._is_record_known or height <= record.floor:
+            return
+        if record.account not in certificate.accounts(signers):
+            return
+        self._is_record_known = bool(record.votes(height))
+        if not self._is_record_known:
+            _log.warning("this key signed at height %d before its record was lost; it waits two heights", height)
+            record.forget(last + 1)
 
     def range(self, first: int, last: int) -> bytes:
         """Return the sync reply with these heights."""
-        return pack_range(self.store.raw_blocks(first, last))
+        return pack_range(self.store.raw_blocks(first, last, RANGE_BYTES))
 
     def light(self, height: int) -> bytes:
         """Return the encoded `chain.light.LightBlock` of a height, `NOTHING` if it is not here."""

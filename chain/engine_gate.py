@@ -27,6 +27,8 @@ MAX_BUFFERED = 512
 MAX_BUFFERED_BY_ONE = 32
 """Messages of the next heights that are kept of one signer."""
 MAX_BUFFERED_BYTES = 8 * 1024 * 1024
+MAX_BYTES_OF_ONE = 2 * 1024 * 1024 + 64 * 1024
+"""Bytes of them of one signer: room for a full block of each height."""
 MAX_AHEAD = 2
 """Heights beyond the one under decision whose messages are kept."""
 SILENCE_SECONDS = 12.0
@@ -94,6 +96,7 @@ class Gate:
     _buffer: deque[tuple[ConsensusMessage, int]] = field(default_factory=deque)
     _buffered: int = 0
     _kept: Counter[bytes] = field(default_factory=Counter)
+    _kept_bytes: Counter[bytes] = field(default_factory=Counter)
 
     @property
     def buffered(self) -> tuple[int, int]:
@@ -126,6 +129,7 @@ class Gate:
         """Feed what was kept for the height of `machine`."""
         kept, self._buffer, self._buffered = self._buffer, deque(), 0
         self._kept.clear()
+        self._kept_bytes.clear()
         taken = []
         for message, size in kept:
             height = chain_of(message)[1]
@@ -146,8 +150,10 @@ class Gate:
     def _keep(self, message: ConsensusMessage, size: int) -> None:
         signer = _signer(message)
         full = len(self._buffer) >= MAX_BUFFERED or self._buffered + size > MAX_BUFFERED_BYTES
-        if not full and self._kept[signer] < MAX_BUFFERED_BY_ONE:
+        enough = self._kept[signer] >= MAX_BUFFERED_BY_ONE or self._kept_bytes[signer] + size > MAX_BYTES_OF_ONE
+        if not full and not enough:
             self._kept[signer] += 1
+            self._kept_bytes[signer] += size
             self._buffer.append((message, size))
             self._buffered += size
 

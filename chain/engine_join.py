@@ -46,7 +46,7 @@ from chain.sync import (
 PATIENCE_SECONDS = 30.0
 """How long nobody may offer a usable snapshot before the chain is fetched from its first block."""
 LONGEST_SECONDS = 600.0
-"""How long offers that come to nothing may go on before that."""
+"""How long offers that come to nothing, or servers that drip, may go on before that."""
 ASKED_PEERS = 16
 CHUNK_PEERS = 4
 MAX_STEPS = 4096
@@ -115,15 +115,17 @@ class Join:
                 heard = trio.current_time()
             began = began if self._peers.connected() else heard
             try:
-                for offer in sorted(offers, key=lambda offer: (-len(offers[offer]), -offer.height)):
-                    joined = await self._take(offer, offers[offer])
-                    if joined is not None:
-                        self.said = None
-                        return joined
+                with trio.move_on_at(began + LONGEST_SECONDS):
+                    for offer in sorted(offers, key=lambda offer: (-len(offers[offer]), -offer.height)):
+                        joined = await self._take(offer, offers[offer])
+                        if joined is not None:
+                            self.said = None
+                            return joined
             except _Expired as error:
                 self.said = str(error)
                 return None
             await trio.sleep(1)
+        self.said = None
         return None
 
     async def _offers(self) -> dict[_Offer, list[str]]:

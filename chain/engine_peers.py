@@ -84,9 +84,12 @@ class Peers:
         self.faults[reason] += 1
 
     def blame(self, name: str, error: DecodeError | Refused) -> None:
-        """Ban and report a peer for a false answer; an empty one may come of pruning and is left alone."""
+        """Ban and report a peer for a false answer.
+
+        An empty one may come of pruning, one from the future of this machine's clock: such a peer is left alone.
+        """
         reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
-        if reason is Reason.EMPTY_ANSWER:
+        if reason in (Reason.EMPTY_ANSWER, Reason.WRONG_TIME):
             self.avoid(name, reason)
             return
         _log.warning("sync: %s served something false: %s", name, error)

@@ -6,7 +6,7 @@ from functools import partial
 from chain.codec import encode
 from chain.engine_blocks import Tip
 from chain.engine_files import Files
-from chain.engine_threads import Threads
+from chain.engine_threads import Threads, one_at_a_time
 from chain.snapshots import Snapshot
 from chain.state import State
 from chain.sync import (
@@ -36,6 +36,7 @@ class Server:
         self._tip = tip
         self._states: dict[int, State] = {}
         self._snapshots: dict[int, Snapshot] = {}
+        self._cutting = one_at_a_time()
 
     def keep(self, tips: Sequence[Tip]) -> None:
         """Keep the states of these consecutive tips that are snapshots."""
@@ -75,9 +76,11 @@ class Server:
 
     async def _snapshot(self, height: int) -> Snapshot:
         """Return a kept state cut into chunks, cut when first asked for."""
-        found = self._snapshots.get(height)
-        if found is None:
-            found = await self._threads.compute(partial(Snapshot, self._states[height]))
-            if height in self._states:
-                self._snapshots[height] = found
+        state = self._states[height]
+        async with self._cutting:  # else everyone who asks meanwhile costs as much
+            found = self._snapshots.get(height)
+            if found is None:
+                found = await self._threads.compute(partial(Snapshot, state))
+                if height in self._states:
+                    self._snapshots[height] = found
         return found

@@ -14,7 +14,7 @@ import trio
 from chain.blocks import Reason, Refused, ValidatorSet, Verifier, verify_certificate
 from chain.codec import DecodeError
 from chain.engine_blocks import Tip
-from chain.engine_peers import Peer, Peers
+from chain.engine_peers import Peers
 from chain.engine_ranges import Batch, Lease, Ranges
 from chain.engine_threads import Bell, Threads
 from chain.light import Trust, decode_light_block
@@ -33,6 +33,10 @@ SYNC_PEERS = 4
 """Peers that ranges are fetched from at once."""
 ASKED_PEERS = 16
 """Peers asked for their height in one round."""
+FIRST_ANSWER_SECONDS = 10.0
+"""How long a validator without a record waits for a peer before it signs."""
+CATCH_UP_SECONDS = 120.0
+"""How long it then follows who claims to be ahead."""
 MAX_AHEAD = 1024
 """Peers remembered for having spoken of a greater height."""
 
@@ -65,6 +69,7 @@ class CatchUp:
         self._ranges: Ranges | None = None
         self._idle = 0
         self._changed, self._arrival = trio.Event(), Bell()
+        self._answered = trio.Event()
 
     @property
     def target(self) -> int:
@@ -77,6 +82,14 @@ class CatchUp:
         connected = self._peers.connected().values()
         unheard = bool(connected) and all(peer.asked == float("-inf") for peer in connected)
         return unheard or self.target > self._config.tip().height + 1
+
+    async def settle_in(self) -> None:
+        """Wait until a peer has told its height and no peer is ahead, within bounds."""
+        with trio.move_on_after(FIRST_ANSWER_SECONDS):
+            await self._answered.wait()
+        with trio.move_on_after(CATCH_UP_SECONDS):
+            while self.target > self._config.tip().height:
+                await self._changed.wait()
 
     def hear_of_more(self, peer: str) -> None:
         """Note that a peer spoke of a greater height."""
@@ -131,6 +144,7 @@ class CatchUp:
         if trust is not None and tip.height < trust.height <= status.height and not await self._is_trusty(name, trust):
             return
         peer.height, peer.base = status.height, status.base
+        self._answered.set()
         self._ring()
         if status.height == tip.height and status.block_hash != tip.hash:
             await self._look_at_fork(name, tip)
@@ -186,10 +200,9 @@ class CatchUp:
                 await self._changed.wait()
                 self._idle -= 1
                 continue
-            peer = self._peers[name]
-            peer.is_busy = True
-            await self._drain(name, peer, ranges)
-            peer.is_busy = False
+            self._peers[name].is_busy = True
+            await self._drain(name, ranges)
+            self._peers[name].is_busy = False
 
     def _source(self, ranges: Ranges) -> str | None:
         """Return a peer that has what is missing and that nobody asks yet."""
@@ -198,9 +211,12 @@ class CatchUp:
         }
         return min(free, key=lambda name: (free[name].stalls, -free[name].height), default=None)
 
-    async def _drain(self, name: str, peer: Peer, ranges: Ranges) -> None:
+    async def _drain(self, name: str, ranges: Ranges) -> None:
         """Fetch from a peer while it answers truly and has what is missing."""
-        while peer.base <= ranges.next <= peer.height and peer.until <= trio.current_time():
+        while self._peers.is_usable(name):
+            peer = self._peers[name]  # known anew when it was gone for a moment
+            if not peer.base <= ranges.next <= peer.height:
+                return
             lease = ranges.lease(peer.base, peer.height, trio.current_time())
             if lease is not None:
                 await self._fetch(name, lease, ranges)

@@ -24,6 +24,11 @@ class Bell:
         self._event = trio.Event()
 
 
+def one_at_a_time() -> trio.Lock:
+    """Return a lock for work that all who want it at once need done only once."""
+    return trio.Lock()
+
+
 class Threads:
     """Runs blocking work; in threads only where `offload` says so, which a virtual clock does not bear."""
 

@@ -6,7 +6,7 @@ until the ledger knows it, by one validator after the other lest all send the sa
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,6 +149,15 @@ class Watch:
         self._cases[culprit] = _Case(Evidence(encode(first), encode(second)), first.height, self._height)
         self.has_news = True
         return True
+
+    def open_cases(self) -> tuple[Evidence, ...]:
+        """Return what convicts, of every culprit that the ledger has not punished yet."""
+        return tuple(case.evidence for case in self._cases.values())
+
+    def reopen(self, cases: Iterable[Evidence]) -> None:
+        """Open the cases again that were open before a restart."""
+        for pair in filter(None, map(_pair, cases)):
+            self.accuse(*pair)
 
     def pursue(self, state: State, sender: Sender) -> bool:
         """Send the cases that the ledger lacks and forget those it knows; whether anything was sent."""

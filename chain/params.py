@@ -39,13 +39,21 @@ class Params(Record, frozen=True):
     lease_blocks: Count = 120
     absence_blocks: Count = 60
     redraws: Uint = 2
+    reaudit_rate: Uint = 500
+    """Basis points of passed audits whose cell another auditor executes again."""
     newcomer_cells: Uint = 50
     newcomer_rate: Uint = 5000
     floor_rate: Uint = 500
+    step_share: Annotated[int, Meta(ge=0, le=10_000)] = 2500
+    """Basis points of the cells' audit rate at which optimiser's steps are drawn, for each of which all gradients of a
+    worker travel; in full where the rate is, and where two claims differ."""
     withheld_limit: Count = 3
     tau: tuple[Uint, Uint, Uint] = (2500, 27_000, 35_000)
     """Thresholds of y, gx and gw in units of 1e-9 (relative L2)."""
     fraud_factor: Count = 100
+    wide_tau: tuple[Uint, Uint, Uint] = (5_000_000, 50_000_000, 50_000_000)
+    """The same between kernel classes, for tasks whose results are exact inside one only."""
+    wide_factor: Count = 4
     reporter_share: Annotated[int, Meta(ge=0, lt=5000)] = 2500
     """Basis points of a slashed bond that go to the auditor; the rest is burnt."""
     colluding_share: Annotated[int, Meta(ge=0, lt=10_000)] = 2500

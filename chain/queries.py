@@ -82,7 +82,7 @@ def answer(reader: Reader, query: str, arguments: Arguments) -> Any:
 def _earlier(reader: Reader, height: int) -> Reader:
     """Return a reader of the state as it was after block `height`."""
     try:
-        state = reader.store.state_at(height)
+        state = reader.store.state_at(height, reader.state)
     except LookupError as error:
         raise NotFound(f"{str(error)[:1].upper()}{str(error)[1:]}.", "the newest thousand heights are") from None
     return Reader(reader.store, lambda: state)

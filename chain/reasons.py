@@ -32,6 +32,7 @@ class Reason(StrEnum):
     ALREADY_GRANTED = "already-granted"  # One grant an account.
     TASK_EXISTS = "task-exists"  # The same task was posted before.
     TASK_TOO_LARGE = "task-too-large"  # More cells a step, or more seats, than a block could look after.
+    BAD_REDUNDANCY = "bad-redundancy"  # An even number has no clear majority; seats must be as many.
     TASK_FULL = "task-full"  # As many have applied as a task may have.
     UNKNOWN_TASK = "unknown-task"  # No such task.
     TASK_CLOSED = "task-closed"  # The task has ended.
@@ -42,10 +43,13 @@ class Reason(StrEnum):
     RATE_TOO_SMALL = "rate-too-small"  # Fewer audits than the network's floor.
     ALREADY_APPLIED = "already-applied"  # The sender has a seat or an application.
     BARRED = "barred"  # Convicted before.
+    BAD_KERNEL = "bad-kernel"  # Neither a kernel class nor nothing.
+    OTHER_KERNEL = "other-kernel"  # Of another kernel class than the task, or there is none to differ from.
     NO_SEAT = "no-seat"  # The sender holds no seat of that stage.
     NOT_RUNNING = "not-running"  # The seats are not drawn yet.
     WRONG_GENERATION = "wrong-generation"  # A rollback has ended that generation.
     WRONG_STEP = "wrong-step"  # Settled already, or further ahead than the ring is deep.
+    WRONG_STATE = "wrong-state"  # Nobody of the stage has claimed the state that the claim starts from.
     BAD_CELLS = "bad-cells"  # Cells out of order or out of range.
     CELL_CLAIMED = "cell-claimed"  # Somebody has claimed that cell of the step.
     UNKNOWN_AUDIT = "unknown-audit"  # No such audit.

@@ -20,6 +20,10 @@ class Account(Record, frozen=True):
     granted: bool = False
     barred: bool = False
     absent_until: Uint = 0
+    committed_at: Uint = 0
+    """The height at which it last committed to a re-execution that it was drawn for."""
+    committed_draw: Uint = 0
+    """The height of the newest draw among those that it has committed to."""
 
 
 class Validator(Record, frozen=True):
@@ -101,6 +105,19 @@ class Task(Record, frozen=True):
     """What the audits of unsettled claims have cost."""
     applicants: Uint = 0
     """How many have, or had, a seat or an application."""
+    patience: Uint = 0
+    """Blocks that one re-execution may take beyond what the network's windows allow."""
+    redundancy: Uint = 1
+    """How many workers compute, claim and are paid for every cell."""
+    kernel: bytes = b""
+    """The kernel class of the workers, where results are exact inside one only."""
+    roots: tuple[bytes, ...] = ()
+    """By stage the state after the last settled step, as in `StepProgress.after`."""
+
+    @property
+    def transition(self) -> int:
+        """The number, after those of the cells, under which the optimiser's step is audited."""
+        return self.microbatches
 
     @property
     def state(self) -> TaskStatus:
@@ -143,6 +160,8 @@ class Worker(Record, frozen=True):
     withholdings: Uint = 0
     engaged: Uint = 0
     """How many of its claims are unsettled, and audits of them open."""
+    watched_until: Uint = 0
+    """Until then the task's client has every cell of it audited."""
 
     @property
     def state(self) -> WorkerStatus:
@@ -174,14 +193,22 @@ class ClaimRecord(Record, frozen=True):
     is_settled: bool = False
     audit_pay: Uint = 0
     """What its audits have cost the escrow."""
+    is_questioned: bool = False
+    """Whether another worker of the stage claims another state after the step."""
 
 
 class StepProgress(Record, frozen=True):
-    """Claims of one step of one generation: which cells of each stage are claimed."""
+    """Claims of one step of one generation: which cells of each stage are claimed, and how often.
+
+    `covered` has as many bitmaps for each stage, one stage after the other, as the task has redundancy: the first
+    one shows the cells that are claimed at all, the next one those that are claimed twice, and so on.
+    """
 
     first_height: Uint
     covered: tuple[bytes, ...]
     claims: tuple[Hash, ...] = ()
+    after: tuple[bytes, ...] = ()
+    """By stage the root of the state after the step, as claimed; see `chain.ledger.transitions`."""
 
 
 class AuditStatus(StrEnum):
@@ -200,6 +227,7 @@ class AuditStatus(StrEnum):
     WITHHELD = "withheld"
     ABSENT = "absent"
     VOID = "void"
+    REFUTED = "refuted"
 
 
 _AUDIT_STATES = tuple(AuditStatus)
@@ -221,7 +249,7 @@ class Voter(Record, frozen=True):
     power: Uint
     commitment: Hash | None = None
     reveal: Reveal | None = None
-    said: Annotated[int, Meta(ge=0, le=3)] | None = None
+    said: Annotated[int, Meta(ge=0, le=5)] | None = None
     """The place of the voter's ballot in `verdicts.Ballot`."""
 
     @property
@@ -256,6 +284,10 @@ class Audit(Record, frozen=True):
     voters: tuple[Voter, ...] = ()
     is_revealing: bool = False
     """Whether the voters' commit window is over."""
+    first: Hash | None = None
+    """The passed audit of the same cell that this one repeats."""
+    is_reopened: bool = False
+    """Whether the cell was found false after this audit had passed."""
 
     @property
     def state(self) -> AuditStatus:
@@ -273,7 +305,7 @@ class Conviction(Record, frozen=True):
 
     id: Hash
     kind: Uint
-    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding."""
+    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults."""
     account: AccountId
     task: Hash | None
     height: Uint

@@ -63,6 +63,8 @@ class SigningRecord:
         self._chain_id, self._account, self._floor = connection.execute(
             "SELECT chain_id, account, floor FROM owner"
         ).fetchone()
+        self.is_new = False
+        """Whether it was made just now: what its key may have signed before is not in it."""
         self._is_exported = bool(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'exported'").fetchone())
 
     @classmethod
@@ -84,6 +86,7 @@ class SigningRecord:
             elif owner != (chain_id, account):
                 raise RecordMissing(f"{path.name} belongs to another key or network")
             record = cls(connection, sign)
+            record.is_new = owner is None
             if record._is_exported:
                 raise RecordMissing(f"{path.name} was exported: this key signs somewhere else now")
             return record
@@ -111,6 +114,16 @@ class SigningRecord:
             raise RecordMissing(f"{path.name} is empty")
         return cls(connection, sign)
 
+    @property
+    def account(self) -> bytes:
+        """Whose votes these are."""
+        return self._account
+
+    @property
+    def floor(self) -> int:
+        """The height up to which nothing is signed any more."""
+        return self._floor
+
     def export(self) -> bytes:
         """Return the whole record for another place, after closing this one for signing for good.
 
@@ -130,9 +143,10 @@ class SigningRecord:
     def import_(cls, path: Path, data: bytes, account: bytes) -> int:
         """Make a new record of exported bytes; return the newest height with a vote, 0 without any.
 
-        Raises `FileExistsError`, `DecodeError`, and `RecordMissing` for another account's record.
+        An import that was cut off leaves an empty file and can be made again. Raises `FileExistsError`,
+        `DecodeError`, and `RecordMissing` for another account's record.
         """
-        if path.exists():
+        if _is_begun(path):
             raise FileExistsError(path)
         found: Exported = decode(Exported, data, MAX_EXPORT_BYTES)
         if found.account != account:
@@ -257,6 +271,20 @@ def _owner(connection: sqlite3.Connection) -> tuple[bytes, bytes] | None:
         return None
     row: tuple[bytes, bytes] | None = connection.execute("SELECT chain_id, account FROM owner").fetchone()
     return row
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether there is anything at `path` but a file that no record was made in."""
+    if not path.exists():
+        return False
+    try:
+        connection = _connect(path)
+    except sqlite3.DatabaseError:
+        return True
+    try:
+        return _owner(connection) is not None
+    finally:
+        connection.close()
 
 
 def _create(

@@ -235,13 +235,18 @@ class State:
         """Return an audit by id."""
         return self.tables[Table.AUDITS].get(audit)
 
+    def audits_of(self, task: bytes) -> Iterator[Audit]:
+        """Yield the audits of a task that are in the state."""
+        return (audit for audit in self.tables[Table.AUDITS].values() if audit.task == task)
+
     def active_audits(self) -> Iterator[Audit]:
         """Yield the audits in which somebody owes something, by id."""
         return (self.tables[Table.AUDITS][audit] for audit in sorted(self.tables[Table.ACTIVE]))
 
     def duties(self, account: bytes) -> tuple[Duty, ...]:
-        """Return what `account` owes now."""
-        return tuple(duty for audit in self.active_audits() for duty in duties_of(audit, account))
+        """Return what `account` owes now; who was convicted judges nobody any more."""
+        owed = (duty for audit in self.active_audits() for duty in duties_of(audit, account))
+        return tuple(duty for duty in owed if duty.kind == "open" or not self.account(account).barred)
 
     def is_busy(self) -> bool:
         """Whether blocks are due at full rate: draws, audits, seats to fill or steps to settle."""

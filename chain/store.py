@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from chain.state import (
     value_hash,
 )
 from chain.store_schema import StoreCorrupt, check_schema, corrupt, create, damage_named, migrate
+from chain.transactions import Evidence
 
 __all__ = ["LEAST_KEPT", "Store", "StoreCorrupt"]
 
@@ -210,11 +211,18 @@ class Store:
         with damage_named(self._path):
             return decode(ValidatorSet, rows[0][0]) if rows else None
 
-    def raw_blocks(self, first: int, last: int) -> list[tuple[bytes, bytes]]:
-        """Return the encoded blocks and certificates of a range of heights."""
-        return self._rows(
-            "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height", first, last
-        )
+    def raw_blocks(self, first: int, last: int, most: float = float("inf")) -> list[tuple[bytes, bytes]]:
+        """Return the encoded blocks and certificates of a range of heights, none beyond the first `most` bytes."""
+        found: list[tuple[bytes, bytes]] = []
+        with damage_named(self._path):
+            for block, certificate in self._db.execute(
+                "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height", (first, last)
+            ):
+                found.append((block, certificate))
+                most -= len(block) + len(certificate)
+                if most <= 0:
+                    break
+        return found
 
     def load_state(self) -> State:
         """Return the state after the newest block, which its header commits to."""
@@ -227,19 +235,23 @@ class Store:
             raise corrupt(self._path, "the state does not hash to the newest header")
         return state
 
-    def state_at(self, height: int) -> State:
+    def state_at(self, height: int, newest: State) -> State:
         """Return the state after block `height`, its root checked; raise `LookupError` where it is not kept.
 
-        The newest `UNDO_HEIGHTS` states can be had: the journal holds what each block replaced.
+        `newest` is a later state of this chain that is stored already, such as `load_state` returns. The last
+        `UNDO_HEIGHTS` states can be had: the journal holds what each block replaced.
         """
+        if height == newest.height:
+            return newest
         with self.snapshot():
-            newest, found = self.load_state(), self.block(height)
-            if height == newest.height:
-                return newest
-            oldest = self._rows("SELECT MIN(height) FROM undo")[0][0]
+            found, oldest = self.block(height), self._rows("SELECT MIN(height) FROM undo")[0][0]
             if found is None or oldest is None or not oldest - 1 <= height < newest.height:
                 raise LookupError(f"the state of height {height} is not kept")
-            rows = self._rows("SELECT tbl, key, value FROM undo WHERE height > ? ORDER BY height DESC", height)
+            rows = self._rows(
+                "SELECT tbl, key, value FROM undo WHERE height > ? AND height <= ? ORDER BY height DESC",
+                height,
+                newest.height,
+            )
         state = _undone(newest, rows)
         if state.root != found[0].header.state_root:
             raise corrupt(self._path, f"the journal does not lead to the state of height {height}")
@@ -255,6 +267,16 @@ class Store:
                 base.tables[table][key] = record
                 hashes[state_key(table, key)] = value_hash(record)
         return State(base.tables, base.tree.update(hashes))
+
+    def keep_cases(self, cases: Sequence[Evidence]) -> None:
+        """Write the open cases of evidence durably, in the place of the ones before."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('cases', ?)", (encode(tuple(cases)),))
+
+    def cases(self) -> tuple[Evidence, ...]:
+        """Return the cases that were open when they were last written."""
+        rows = self._rows("SELECT value FROM meta WHERE name = 'cases'")
+        with damage_named(self._path):
+            return decode(tuple[Evidence, ...], rows[0][0]) if rows else ()
 
     def archived(self, table: Table, key: bytes) -> Record | None:
         """Return an audit or claim as it was when it left the state."""

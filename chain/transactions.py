@@ -18,12 +18,16 @@ from chain.params import Params
 VERSION = 1
 MAX_TRANSACTION_BYTES = 64 * 1024
 SKETCH_BYTES = 3 * 32 * 4
+MAX_PATIENCE = 3600
+MAX_REDUNDANCY = 7
 
 Index = Annotated[int, Meta(ge=0, le=2**20)]
 BasisPoints = Annotated[int, Meta(ge=0, le=10_000)]
 Sketch = Annotated[bytes, Meta(min_length=SKETCH_BYTES, max_length=SKETCH_BYTES)]
 """32 random-sign projections (float32, little-endian) of each of y, gx and gw."""
 Proof = Annotated[tuple[Hash, ...], Meta(max_length=20)]
+Kernel = Annotated[bytes, Meta(max_length=32)]
+"""A kernel class: nothing, or the 32-byte digest of a machine's known answers."""
 
 
 class Transfer(Record, frozen=True, tag=1):
@@ -78,6 +82,12 @@ class PostTask(Record, frozen=True, tag=8):
     depth: Annotated[int, Meta(ge=1, le=1024)]
     lifetime: Annotated[int, Meta(ge=1, le=2**31)]
     """Heights until the task's deadline."""
+    patience: Annotated[int, Meta(ge=0, le=MAX_PATIENCE)]
+    """Blocks that fetching a stage's weights and re-executing one cell may take on a slow machine."""
+    redundancy: Annotated[int, Meta(ge=1, le=MAX_REDUNDANCY)] = 1
+    """How many workers compute, claim and are paid for every cell."""
+    kernel: Kernel = b""
+    """The kernel class of the workers, where results are exact inside one only; empty where any may work."""
 
 
 class TopUp(Record, frozen=True, tag=9):
@@ -181,7 +191,9 @@ class Reveal(Record, frozen=True):
     """A re-execution's result: sketches under the audit's key and under the revealer's own key.
 
     `contradiction` says that the tensors behind the opened roots, fetched by hash, differ from the
-    re-execution beyond the threshold although the opened sketch may not.
+    re-execution beyond the threshold although the opened sketch may not; `missing` that a claimed tensor is
+    not, bit for bit, that of the re-execution, and that nobody gave it in time. `other_kernel` says that the revealer's
+    machine is of another kernel class than the task's workers: it can only tell what is wide of the mark.
     """
 
     audit: Hash
@@ -190,6 +202,8 @@ class Reveal(Record, frozen=True):
     shared: Sketch
     own: Sketch
     contradiction: bool
+    missing: bool
+    other_kernel: bool = False
 
 
 class RevealAll(Record, frozen=True, tag=17):
@@ -222,10 +236,17 @@ class VoteParams(Record, frozen=True, tag=20):
     params: Params
 
 
+class WatchWorker(Record, frozen=True, tag=21):
+    """Have every cell of a worker of the sender's task audited for a while; nothing else follows from it."""
+
+    task: Hash
+    worker: AccountId
+
+
 Payload = (
     Transfer | Bond | Unbond | Withdraw | RegisterValidator | Unjail | Faucet
     | PostTask | TopUp | CloseTask | TakeSeat | RenewLease | LeaveSeat
-    | SubmitClaims | Commit | Open | RevealAll | Evidence | RotateKey | VoteParams
+    | SubmitClaims | Commit | Open | RevealAll | Evidence | RotateKey | VoteParams | WatchWorker
 )  # fmt: skip
 
 DUTIES = (RenewLease, SubmitClaims, Commit, Open, RevealAll, Evidence, VoteParams)
@@ -290,6 +311,6 @@ def decode_transaction(data: bytes) -> Transaction:
 def reveal_commitment(account: bytes, reveal: Reveal) -> bytes:
     """Return the digest that `account` must have committed to before it may send `reveal`.
 
-    The contradiction flag is left out: it speaks of an opening that comes after the commitment.
+    The flags are left out: they speak of an opening that comes after the commitment.
     """
-    return digest("reveal", account, encode(structs.replace(reveal, contradiction=False)))
+    return digest("reveal", account, encode(structs.replace(reveal, contradiction=False, missing=False)))

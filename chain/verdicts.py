@@ -6,18 +6,28 @@ estimates the norm of the difference of the tensors (Achlioptas 2003), here with
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from typing import NamedTuple
 
 from chain.params import Params
 from chain.records import Voter
-from chain.transactions import Reveal, Sketch
+from chain.transactions import SKETCH_BYTES, Reveal, Sketch
 
 TENSORS = ("y", "gx", "gw")
 PROJECTIONS = 32
+BLANK = bytes(SKETCH_BYTES)
+"""The sketch of who was given nothing to execute."""
 _TINY = 1e-30
 
 Deviations = tuple[float, float, float]
+
+
+class Limits(NamedTuple):
+    """Thresholds τ of y, gx and gw, and the multiple of them above which a deviation is fraud."""
+
+    tau: Deviations
+    fraud_factor: int
 
 
 class Ballot(StrEnum):
@@ -27,9 +37,12 @@ class Ballot(StrEnum):
     AGAINST_AUDITOR = "against-auditor"
     AGAINST_BOTH = "against-both"
     AGAINST_NEITHER = "against-neither"
+    DATA_MISSING = "data-missing"
+    SMALL_DEVIATION = "small-deviation"
 
 
 _BALLOTS = tuple(Ballot)
+_OF_THE_WORKER = (Ballot.AGAINST_WORKER, Ballot.DATA_MISSING, Ballot.SMALL_DEVIATION)
 
 
 def deviations(claimed: Sketch, own: Sketch) -> Deviations:
@@ -49,48 +62,113 @@ def _deviation(claimed: bytes, own: bytes) -> float:
     return math.sqrt(gap) / max(norm, _TINY) if math.isfinite(gap) else math.inf
 
 
-def is_match(found: Deviations, params: Params) -> bool:
+def is_match(found: Deviations, limits: Limits) -> bool:
     """Whether every tensor is within its threshold τ."""
-    return all(value <= tau for value, tau in zip(found, thresholds(params), strict=True))
+    return all(value <= tau for value, tau in zip(found, limits.tau, strict=True))
 
 
-def is_fraud(found: Deviations, params: Params) -> bool:
+def is_fraud(found: Deviations, limits: Limits) -> bool:
     """Whether some tensor deviates by more than the fraud factor times τ."""
-    limits = thresholds(params)
-    return any(value > params.fraud_factor * tau for value, tau in zip(found, limits, strict=True))
+    return any(value > limits.fraud_factor * tau for value, tau in zip(found, limits.tau, strict=True))
 
 
-def finding(found: Deviations, params: Params) -> str:
+def finding(found: Deviations, limits: Limits) -> str:
     """Return what deviations mean: match, fault or fraud."""
-    if is_match(found, params):
+    if is_match(found, limits):
         return "match"
-    return "fraud" if is_fraud(found, params) else "fault"
+    return "fraud" if is_fraud(found, limits) else "fault"
 
 
-def thresholds(params: Params) -> Deviations:
-    """Return τ of y, gx and gw."""
-    y, gx, gw = (tau / 1e9 for tau in params.tau)
-    return y, gx, gw
+def limits_for(params: Params, *reveals: Reveal | None) -> Limits:
+    """Return the limits for comparing these re-executions: wide if one is of another kernel class than the task."""
+    is_wide = any(entry is not None and entry.other_kernel for entry in reveals)
+    return wide_limits(params) if is_wide else _limits(params.tau, params.fraud_factor)
 
 
-def ballot(reveal: Reveal, opened: Sketch, audited: Sketch, params: Params) -> Ballot:
-    """Return what a voter's re-execution says of the opened result and of the auditor's."""
-    worker = reveal.contradiction or is_fraud(deviations(opened, reveal.shared), params)
-    auditor = is_fraud(deviations(audited, reveal.shared), params)
+def wide_limits(params: Params) -> Limits:
+    """Return the limits between machines of different kernel classes, for tasks that are exact inside one only."""
+    return _limits(params.wide_tau, params.wide_factor)
+
+
+def _limits(tau: tuple[int, int, int], factor: int) -> Limits:
+    y, gx, gw = (each / 1e9 for each in tau)
+    return Limits((y, gx, gw), factor)
+
+
+def is_blank(reveal: Reveal) -> bool:
+    """Whether a reveal says that there was nothing to execute: it is no opinion of anybody's result."""
+    return reveal.missing and not reveal.contradiction and reveal.shared == BLANK
+
+
+def ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> Ballot:
+    """Return what a voter's re-execution says of the opened result of a cell and of the auditor's."""
+    if is_blank(reveal):
+        return Ballot.DATA_MISSING
+    if reveal.contradiction and reveal.shared == BLANK:
+        return Ballot.AGAINST_WORKER  # what was opened has other inputs than this voter was given: it compares nothing
+    found, limits = deviations(opened, reveal.shared), limits_for(params, reveal)
+    worker = reveal.contradiction or is_fraud(found, limits)
+    between = deviations(audited.shared, reveal.shared)
+    auditor = not is_blank(audited) and is_fraud(between, limits_for(params, reveal, audited))
+    if worker:
+        return Ballot.AGAINST_BOTH if auditor else Ballot.AGAINST_WORKER
+    if auditor:
+        return Ballot.AGAINST_AUDITOR
+    if reveal.missing:
+        return Ballot.DATA_MISSING
+    return Ballot.AGAINST_NEITHER if is_match(found, limits) else Ballot.SMALL_DEVIATION
+
+
+def step_ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> Ballot:
+    """Return what a voter's re-execution says of an optimiser's step, whose material only its worker may hold.
+
+    Whoever could not have it has no sketch to be judged by, and its arithmetic is exact: there is no small deviation.
+    """
+    if reveal.missing and not reveal.contradiction:
+        return Ballot.DATA_MISSING
+    limits = limits_for(params)
+    worker = reveal.contradiction or not is_match(deviations(opened, reveal.shared), limits)
+    auditor = not audited.missing and is_fraud(deviations(audited.shared, reveal.shared), limits)
     if worker:
         return Ballot.AGAINST_BOTH if auditor else Ballot.AGAINST_WORKER
     return Ballot.AGAINST_AUDITOR if auditor else Ballot.AGAINST_NEITHER
 
 
 def tally(voters: Iterable[Voter]) -> dict[Ballot, int]:
-    """Return the stake whose ballots speak against the worker, and that against the auditor."""
-    powers = [0] * len(_BALLOTS)
+    """Return the stake behind each finding: who finds the worse of the worker backs the milder ones as well.
+
+    Worse to milder: against the worker, data missing, a small deviation; beside them against the auditor, neither.
+    """
+    powers = dict.fromkeys(Ballot, 0)
     for voter in voters:
         if voter.said is not None:
-            powers[voter.said] += voter.power
-    both = powers[_BALLOTS.index(Ballot.AGAINST_BOTH)]
-    sides = (Ballot.AGAINST_WORKER, Ballot.AGAINST_AUDITOR)
-    return {side: powers[_BALLOTS.index(side)] + both for side in sides}
+            powers[_BALLOTS[voter.said]] += voter.power
+    worker = powers[Ballot.AGAINST_WORKER] + powers[Ballot.AGAINST_BOTH]
+    missing = worker + powers[Ballot.DATA_MISSING]
+    return {
+        Ballot.AGAINST_WORKER: worker,
+        Ballot.AGAINST_AUDITOR: powers[Ballot.AGAINST_AUDITOR] + powers[Ballot.AGAINST_BOTH],
+        Ballot.DATA_MISSING: missing,
+        Ballot.SMALL_DEVIATION: missing + powers[Ballot.SMALL_DEVIATION],
+        Ballot.AGAINST_NEITHER: powers[Ballot.AGAINST_NEITHER],
+    }
+
+
+def decided(voters: Sequence[Voter], accuser: Voter) -> Ballot | None:
+    """Return the finding that more than two thirds of the stake back; None if there is none.
+
+    An accuser has bound itself before it saw anything of the worker's. Where most of the voters find the same its
+    stake counts with theirs: else a third of the voters, who are less of the whole set, could keep every verdict from
+    them. It never counts in the accuser's own favour, nor where its own result is found false.
+    """
+    behind, total = tally(voters), sum(voter.power for voter in voters)
+    joined, all_power = tally((*voters, accuser)), total + accuser.power
+    is_heard = behind[Ballot.AGAINST_AUDITOR] < quorum(total)
+    for side, stake in behind.items():
+        is_joined = is_heard and 2 * stake > total and joined[side] >= quorum(all_power)
+        if stake >= quorum(total) or (is_joined and side in _OF_THE_WORKER):
+            return side
+    return None
 
 
 def quorum(total: int) -> int:

@@ -159,6 +159,8 @@ class Consensus:
     def _enter(self, view: int) -> None:
         self.view = view
         self._forget(view - HORIZON)
+        # A block whose time had not come here is looked at again where a quorum notarized it.
+        self._valid = {block_hash: ok for block_hash, ok in self._valid.items() if ok is not False}
         self._out.append(SetTimer(view, self.config.timers.seconds(view)))
         if self.tally.vote_of(view, VoteKind.NULLIFY, self.leader(view)):
             self._nullify_early(view)
@@ -200,10 +202,11 @@ class Consensus:
     def _base(self, view: int) -> tuple[int, bytes | None] | None:
         """Return what a proposal of `view` must build on: (view, block hash), (0, None) or not known yet."""
         for earlier in range(view - 1, 0, -1):
-            block_hash = self.tally.notarized(earlier)
-            if block_hash is not None:
+            block_hash, passable = self.tally.notarized(earlier), self._is_passable(earlier)
+            # A block that is not here may be withheld for ever; past a nullified view nobody needs it.
+            if block_hash is not None and (block_hash in self._blocks or not passable):
                 return earlier, block_hash
-            if not self._is_passable(earlier):
+            if not passable:
                 return None
         return _NO_VIEW
 

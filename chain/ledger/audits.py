@@ -7,30 +7,54 @@ from chain.duties import has_commit_phase_ended
 from chain.hashing import digest
 from chain.ledger.book import Book, name
 from chain.ledger.claims import start_audit
-from chain.ledger.convictions import convict, evict_without_slash
+from chain.ledger.convictions import convict
 from chain.ledger.pools import Pools
-from chain.ledger.settlement import end_audit, flag
-from chain.ledger.tasks import bond_for
+from chain.ledger.reaudits import draw_second, judge_auditor, reopen
+from chain.ledger.settlement import end_audit
+from chain.ledger.strikes import end_with_strike, is_new_occasion, withhold
+from chain.ledger.transitions import leaves_of
 from chain.reasons import Reason, Refused
 from chain.records import Audit, AuditStatus, ClaimRecord, Voter, status_of
 from chain.state import Table
 from chain.transactions import Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
-from chain.verdicts import Ballot, ballot, deviations, finding, is_fraud, is_match, quorum, tally
+from chain.verdicts import (
+    Ballot,
+    ballot,
+    decided,
+    deviations,
+    finding,
+    is_blank,
+    is_fraud,
+    is_match,
+    limits_for,
+    quorum,
+    step_ballot,
+    tally,
+)
 
 _AUDITOR_OWES = (AuditStatus.DRAWN, AuditStatus.OPENED)
 
 
 def commit(book: Book, sender: bytes, payload: Commit) -> None:
     """Take commitments to re-executions; those not owed are refused, all or none."""
+    _check_not_barred(book, sender)
     for entry in payload.entries:
         _commit(book, sender, entry)
+
+
+def _check_not_barred(book: Book, sender: bytes) -> None:
+    """Let nobody who was convicted judge others."""
+    if book.account(sender).barred:
+        raise Refused(Reason.BARRED)
 
 
 def _commit(book: Book, sender: bytes, entry: Commitment) -> None:
     audit = _audit(book, entry.audit)
     state = audit.state
     if entry.round == 0 and state is AuditStatus.DRAWN and audit.auditor == sender:
-        deadline = book.height + book.params.open_window
+        deadline = book.height + book.params.open_window + book.task(audit.task).patience
+        newest = max(audit.drawn_at, book.account(sender).committed_draw)
+        book.set_account(sender, committed_at=book.height, committed_draw=newest)
         book.set_audit(audit, AuditStatus.COMMITTED, commitment=entry.digest, deadline=deadline)
         book.note("committed", audit=audit.id.hex(), by=name(sender))
         return
@@ -56,7 +80,12 @@ def _with_voter(audit: Audit, account: bytes, commitment: bytes) -> tuple[Voter,
 def _start_reveals(book: Book, audit: Audit) -> None:
     """Once all voters have committed they have the whole reveal window, whatever was left of the first."""
     if has_commit_phase_ended(audit):
-        book.set_audit(audit, is_revealing=True, deadline=book.height + book.params.reveal_window)
+        book.set_audit(audit, is_revealing=True, deadline=book.height + _reveal_window(book, audit))
+
+
+def _reveal_window(book: Book, audit: Audit) -> int:
+    """Return the blocks for a reveal, before which the claimed tensors may have to be fetched."""
+    return book.params.reveal_window + book.task(audit.task).patience
 
 
 def open_cells(book: Book, sender: bytes, payload: Open) -> None:
@@ -71,18 +100,19 @@ def _open(book: Book, sender: bytes, opening: Opening) -> None:
         raise Refused(Reason.NOT_OWED)
     claim = book.claim(audit.claim).claim
     one = leaf(opening.salt, opening.trace)
-    index = claim.cells.index(audit.cell)
-    if not is_member(claim.root, one, index, len(claim.cells), opening.proof):
+    leaves = leaves_of(book.task(audit.task), claim)
+    if not is_member(claim.root, one, leaves.index(audit.cell), len(leaves), opening.proof):
         raise Refused(Reason.FALSE_OPENING)
     if opening.trace.state != claim.state_before:
         raise Refused(Reason.FALSE_OPENING)
-    deadline = book.height + book.params.reveal_window
+    deadline = book.height + _reveal_window(book, audit)
     book.set_audit(audit, AuditStatus.OPENED, opening=opening, deadline=deadline)
     book.note("opened", audit=audit.id.hex(), by=name(sender))
 
 
 def reveal(book: Book, sender: bytes, payload: RevealAll) -> None:
     """Take reveals of committed re-executions."""
+    _check_not_barred(book, sender)
     for entry in payload.entries:
         _reveal(book, sender, entry)
 
@@ -94,6 +124,9 @@ def _reveal(book: Book, sender: bytes, entry: Reveal) -> None:
         raise Refused(Reason.NOT_OWED)
     if reveal_commitment(sender, entry) != expected:
         raise Refused(Reason.WRONG_COMMITMENT)
+    task = book.task(audit.task)
+    if entry.other_kernel and (not task.kernel or audit.cell == task.transition):
+        raise Refused(Reason.OTHER_KERNEL)
     match entry.round:
         case 0:
             _judge_audit(book, book.set_audit(audit, reveal=entry))
@@ -124,8 +157,10 @@ def _judge_audit(book: Book, audit: Audit) -> None:
     assert audit.opening is not None
     assert audit.reveal is not None
     found = deviations(audit.opening.sketch, audit.reveal.shared)
-    if is_match(found, book.params) and not audit.reveal.contradiction:
+    is_right = is_match(found, limits_for(book.params, audit.reveal))
+    if is_right and not audit.reveal.contradiction and not audit.reveal.missing:
         end_audit(book, audit, AuditStatus.PASSED)
+        draw_second(book, audit)
         return
     book.note(
         "disputed",
@@ -154,12 +189,12 @@ def _ask_third(book: Book, audit: Audit) -> None:
         open_vote(book, changed)
         return
     third = Voter(drawn, book.account(drawn).bonded)
-    deadline = book.height + book.params.commit_window + book.params.reveal_window
+    deadline = book.height + book.params.commit_window + book.params.reveal_window + book.task(audit.task).patience
     book.set_audit(changed, AuditStatus.OPINION, third=third, deadline=deadline)
 
 
 def _judge_opinion(book: Book, audit: Audit) -> None:
-    """End as a fault if auditor and third peer both find a small deviation only; else let the voters decide."""
+    """Let the voters decide, unless it is one more small deviation of an occasion that is known already."""
     assert audit.opening is not None
     assert audit.reveal is not None
     assert audit.third is not None
@@ -171,31 +206,34 @@ def _judge_opinion(book: Book, audit: Audit) -> None:
         by=name(audit.third.account),
         deviations=list(map(_shown, found)),
         contradiction=audit.third.reveal.contradiction,
+        missing=audit.third.reveal.missing,
     )
     reveals = (audit.reveal, audit.third.reveal)
-    both = [deviations(audit.opening.sketch, entry.shared) for entry in reveals]
-    is_small = all(not is_match(one, book.params) and not is_fraud(one, book.params) for one in both)
-    if is_small and not any(entry.contradiction for entry in reveals):
+    both = [(deviations(audit.opening.sketch, entry.shared), limits_for(book.params, entry)) for entry in reveals]
+    is_small = all(not is_match(*one) and not is_fraud(*one) for one in both)
+    is_plain = not any(entry.contradiction or entry.missing for entry in reveals)
+    if is_small and is_plain and not is_new_occasion(book, audit):
         end_audit(book, audit, AuditStatus.FAULTED)
     else:
         open_vote(book, audit)
 
 
 def open_vote(book: Book, audit: Audit) -> None:
-    """Let every validator but accused and accuser re-execute and vote."""
+    """Let every validator but accused, accuser and who was convicted before re-execute and vote."""
     parties = (audit.worker, audit.auditor)
-    voters = tuple(Voter(a, power) for a, power in book.validators.members if a not in parties)
-    deadline = book.height + book.params.vote_window
+    members = ((a, power) for a, power in book.validators.members if not book.account(a).barred)
+    voters = tuple(Voter(a, power) for a, power in members if a not in parties)
+    deadline = book.height + book.params.vote_window + book.task(audit.task).patience
     changed = book.set_audit(audit, AuditStatus.VOTING, voters=voters, deadline=deadline)
     if not voters:
-        end_audit(book, changed, AuditStatus.UNDECIDED)
+        decide(book, changed)
 
 
 def note_ballot(book: Book, audit: Audit, sender: bytes, entry: Reveal) -> Ballot:
     """Record and return what a voter's re-execution says."""
     assert audit.opening is not None
     assert audit.reveal is not None
-    said = ballot(entry, audit.opening.sketch, audit.reveal.shared, book.params)
+    said = _ballot(book, audit, entry)
     found = deviations(audit.opening.sketch, entry.shared)
     book.note(
         "ballot",
@@ -203,22 +241,60 @@ def note_ballot(book: Book, audit: Audit, sender: bytes, entry: Reveal) -> Ballo
         by=name(sender),
         ballot=str(said),
         deviations=list(map(_shown, found)),
-        finding=finding(found, book.params),
+        finding=finding(found, limits_for(book.params, entry)),
         contradiction=entry.contradiction,
+        missing=entry.missing,
     )
     return said
 
 
+def _ballot(book: Book, audit: Audit, entry: Reveal) -> Ballot:
+    """Return what a re-execution says of an audit's opened result, and of its auditor's."""
+    assert audit.opening is not None
+    assert audit.reveal is not None
+    is_step = audit.cell == book.task(audit.task).transition
+    return (step_ballot if is_step else ballot)(entry, audit.opening.sketch, audit.reveal, book.params)
+
+
+def _accuser(book: Book, audit: Audit) -> Voter:
+    """Return the auditor as a voter: with its power in the set, if it has any, for what it has found."""
+    assert audit.reveal is not None
+    power = 0 if book.account(audit.auditor).barred else book.validators.powers.get(audit.auditor, 0)
+    return Voter(audit.auditor, power, said=status_of(Ballot, _ballot(book, audit, audit.reveal)))
+
+
 def decide(book: Book, audit: Audit) -> None:
     """Count the stake of the ballots and carry out the verdict."""
-    against = tally(audit.voters)
-    least = quorum(sum(voter.power for voter in audit.voters))
-    if against[Ballot.AGAINST_WORKER] >= least:
-        convict(book, audit)
-    elif against[Ballot.AGAINST_AUDITOR] >= least:
-        _acquit(book, audit)
-    else:
-        end_audit(book, audit, AuditStatus.UNDECIDED)
+    if audit.is_reopened:
+        least = quorum(sum(voter.power for voter in audit.voters))
+        judge_auditor(book, audit, is_false=tally(audit.voters)[Ballot.AGAINST_AUDITOR] >= least)
+        return
+    match decided(audit.voters, _accuser(book, audit)):
+        case Ballot.AGAINST_WORKER:
+            convict(book, audit)
+            if first := reopen(book, audit):
+                open_vote(book, first)
+        case Ballot.AGAINST_AUDITOR:
+            _acquit(book, audit)
+        case Ballot.DATA_MISSING:
+            withhold(book, audit)
+        case Ballot.SMALL_DEVIATION:
+            end_with_strike(book, audit, AuditStatus.FAULTED)
+        case Ballot.AGAINST_NEITHER:
+            _dismiss(book, audit)
+        case _:
+            end_audit(book, audit, AuditStatus.UNDECIDED)
+
+
+def _dismiss(book: Book, audit: Audit) -> None:
+    """Clear the worker; the accuser has the draws pass it over, unless it lacked data and yet computed the cell.
+
+    Somebody may have kept data from it alone; who had nothing to compute on is not charged either.
+    """
+    assert audit.reveal is not None
+    if not audit.reveal.missing or is_blank(audit.reveal):
+        _mark_absent(book, audit, audit.auditor)
+    end_audit(book, audit, AuditStatus.ACQUITTED)
 
 
 def _acquit(book: Book, audit: Audit) -> None:
@@ -231,8 +307,9 @@ def _acquit(book: Book, audit: Audit) -> None:
 
 
 def expire(book: Book, due: list[bytes]) -> None:
-    """End or redraw the audits whose deadline has passed."""
-    overdue: list[Audit] = [book.draft.get(Table.AUDITS, identity) for identity in due]
+    """End or redraw the audits whose deadline has passed, unless their auditor works on what came before them."""
+    woken: list[Audit] = [book.draft.get(Table.AUDITS, identity) for identity in due]
+    overdue = [audit for audit in woken if not _is_extended(book, audit)]
     for audit in overdue:
         _expire(book, audit)
     pools = Pools(book)  # nobody becomes absent or loses a seat from here on
@@ -241,12 +318,27 @@ def expire(book: Book, due: list[bytes]) -> None:
             _redraw(pools, audit)
 
 
+def _is_extended(book: Book, audit: Audit) -> bool:
+    """Give an auditor with more than one cell to re-execute a whole window after each; whether that is not over.
+
+    It has to take them in the order of their draws: who goes on to later ones has missed this one.
+    """
+    auditor = book.account(audit.auditor)
+    if audit.state is not AuditStatus.DRAWN or auditor.absent_until > book.height:
+        return False
+    deadline = auditor.committed_at + book.params.commit_window + book.task(audit.task).patience
+    if deadline < book.height or auditor.committed_draw > audit.drawn_at:
+        return False
+    book.set_audit(audit, deadline=deadline)
+    return True
+
+
 def _expire(book: Book, audit: Audit) -> None:
     match audit.state:
         case AuditStatus.DRAWN | AuditStatus.OPENED:
             _mark_absent(book, audit, audit.auditor)
         case AuditStatus.COMMITTED:
-            _withhold(book, audit)
+            withhold(book, audit)
         case AuditStatus.OPINION:
             if audit.third is not None:
                 _mark_absent(book, audit, audit.third.account)
@@ -259,8 +351,7 @@ def _expire(book: Book, audit: Audit) -> None:
 
 def _expire_vote(book: Book, audit: Audit) -> None:
     if not has_commit_phase_ended(audit) and any(v.commitment is not None for v in audit.voters):
-        deadline = book.height + book.params.reveal_window
-        book.set_audit(audit, is_revealing=True, deadline=deadline)
+        book.set_audit(audit, is_revealing=True, deadline=book.height + _reveal_window(book, audit))
         return
     for voter in audit.voters:
         if voter.said is None:
@@ -277,34 +368,8 @@ def _mark_absent(book: Book, audit: Audit, account: bytes) -> None:
 def _redraw(pools: Pools, audit: Audit) -> None:
     """Give the audit to another auditor, a few times; then it ends."""
     record: ClaimRecord = pools.book.claim(audit.claim)
-    if audit.redraws >= pools.book.params.redraws or not start_audit(
-        pools, record, audit.cell, audit.id, (audit.auditor,), audit.redraws + 1
-    ):
+    if audit.redraws >= pools.book.params.redraws or not start_audit(pools, record, audit.cell, audit.id, audit):
         end_audit(pools.book, audit, AuditStatus.ABSENT)
-
-
-def _withhold(book: Book, audit: Audit) -> None:
-    """A worker that does not open loses the cell's pay and is charged; three times, and it loses the seat.
-
-    One occasion, such as a crash, costs a cell's price for each audit, which pays the auditor. Who withholds
-    again later, and might do so whenever it has cheated, is charged what makes that a loss.
-    """
-    task, worker = book.task(audit.task), book.worker(audit.task, audit.worker)
-    assert worker is not None  # audits are of workers' claims only
-    is_again = worker.withholdings > 0 and worker.flagged_until <= book.height
-    fine = bond_for(task.price, task.audit_rate, book.params.colluding_share, 0) if is_again else 0
-    charge = min(max(fine, task.price), worker.bond + worker.withheld)
-    bond, kept = min(worker.bond, charge), min(task.price, charge)
-    book.set_worker(worker, bond=worker.bond - bond, withheld=worker.withheld - charge + bond)
-    book.set_task(task, escrow=task.escrow + kept)
-    book.burn(charge - kept)
-    end_audit(book, audit, AuditStatus.WITHHELD)
-    flag(book, audit)
-    worker = book.worker(audit.task, audit.worker)
-    assert worker is not None
-    changed = book.set_worker(worker, withholdings=worker.withholdings + 1)
-    if changed.is_seated and changed.withholdings >= book.params.withheld_limit:
-        evict_without_slash(book, changed, audit)
 
 
 def _audit(book: Book, identity: bytes) -> Audit:

@@ -27,7 +27,7 @@ from chain.records import (
 )
 from chain.state import Draft, Marker, Table
 
-EVIDENCE = (AuditStatus.CONVICTED, AuditStatus.WITHHELD)
+EVIDENCE = (AuditStatus.CONVICTED, AuditStatus.WITHHELD, AuditStatus.FAULTED, AuditStatus.REFUTED)
 """Ends of audits that a conviction may rest on: they stay."""
 _SUMMONING = (AuditStatus.OPINION, AuditStatus.VOTING)
 _ONLY = b""
@@ -254,6 +254,11 @@ def step_key(task: bytes, generation: int, step: int) -> bytes:
 def audit_id(record: ClaimRecord, cell: int) -> bytes:
     """Return the 32-byte id of the audit of a claimed cell."""
     return digest("audit", record.id, cell.to_bytes(4, "big"))
+
+
+def second_id(audit: bytes) -> bytes:
+    """Return the 32-byte id of the second audit of the cell of an audit."""
+    return digest("second audit", audit)
 
 
 @lru_cache(maxsize=4096)

@@ -5,11 +5,14 @@ from msgspec.structs import replace
 from chain.hashing import digest
 from chain.ledger.book import Book, audit_id, name, step_key
 from chain.ledger.pools import Pools
+from chain.ledger.transitions import audited_leaves, check_state, is_in_question, with_claim
 from chain.randomness import chance
 from chain.reasons import Reason, Refused
 from chain.records import Audit, ClaimRecord, StepProgress, Task, TaskStatus, Worker
 from chain.state import Marker, Table
 from chain.transactions import Claim, SubmitClaims
+
+BASIS = 10_000
 
 
 def submit(book: Book, sender: bytes, payload: SubmitClaims) -> None:
@@ -33,14 +36,14 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
     key = step_key(task.id, claim.generation, claim.step)
     progress: StepProgress | None = book.draft.get(Table.STEPS, key)
     if progress is None:
-        progress = StepProgress(book.height, (bytes((task.microbatches + 7) // 8),) * task.stages)
+        bitmaps = task.stages * task.redundancy
+        progress = StepProgress(book.height, (bytes((task.microbatches + 7) // 8),) * bitmaps)
         book.wake(book.height + book.params.claim_window + 1, Table.TASKS, task.id)
     identity = claim_id(claim, sender)
     if book.draft.get(Table.CLAIMS, identity) is not None:
         raise Refused(Reason.CELL_CLAIMED)
-    covered = list(progress.covered)
-    covered[claim.stage] = _cover(covered[claim.stage], claim.cells)
-    changed = replace(progress, covered=tuple(covered), claims=(*progress.claims, identity))
+    covered = _cover(progress.covered, claim.stage * task.redundancy, task.redundancy, claim.cells)
+    changed = with_claim(book, task, replace(progress, covered=covered), claim, identity)
     book.draft.put(Table.STEPS, key, changed)
     book.reserve(task.id, len(claim.cells))
     book.engage(task.id, sender, 1)
@@ -68,15 +71,18 @@ def _check(book: Book, task: Task, worker: Worker | None, claim: Claim) -> None:
         raise Refused(Reason.WRONG_STEP)
     if list(claim.cells) != sorted(set(claim.cells)) or claim.cells[-1] >= task.microbatches:
         raise Refused(Reason.BAD_CELLS)
+    check_state(book, task, claim)
 
 
-def _cover(bitmap: bytes, cells: tuple[int, ...]) -> bytes:
-    marked = bytearray(bitmap)
+def _cover(covered: tuple[bytes, ...], first: int, copies: int, cells: tuple[int, ...]) -> tuple[bytes, ...]:
+    """Return the bitmaps with each cell marked in the first of a stage's `copies` where it is not."""
+    marked = [bytearray(bitmap) for bitmap in covered[first : first + copies]]
     for cell in cells:
-        if marked[cell // 8] >> (cell % 8) & 1:
+        free = next((bitmap for bitmap in marked if not bitmap[cell // 8] >> (cell % 8) & 1), None)
+        if free is None:
             raise Refused(Reason.CELL_CLAIMED)
-        marked[cell // 8] |= 1 << (cell % 8)
-    return bytes(marked)
+        free[cell // 8] |= 1 << (cell % 8)
+    return (*covered[:first], *map(bytes, marked), *covered[first + copies :])
 
 
 def draw_due(book: Book) -> None:
@@ -93,7 +99,7 @@ def draw_due(book: Book) -> None:
             break
         book.draft.delete(Table.QUEUE, key)
         if record is not None and not record.is_void:
-            left -= len(record.claim.cells)
+            left -= len(record.claim.cells) + 1
             _draw(book, record, pools)
 
 
@@ -105,31 +111,42 @@ def _draw(book: Book, record: ClaimRecord, pools: Pools) -> None:
         return
     worker = book.worker(claim.task, record.worker)
     assert worker is not None  # a claim is only taken from a worker
-    rate = audit_rate(book, task, worker)
+    rate, is_disputed = audit_rate(book, task, worker), is_in_question(book, record)
     count = 0
-    for cell in claim.cells:
-        identity = audit_id(record, cell)
-        if chance(book.seed, identity, rate):
+    step_rate = rate if rate == BASIS else rate * book.params.step_share // BASIS
+    for cell in audited_leaves(task, record):
+        identity, is_step = audit_id(record, cell), cell == task.transition
+        if (is_disputed and is_step) or chance(book.seed, identity, step_rate if is_step else rate):
             count += start_audit(pools, record, cell, identity)
-    book.set_claim(record, drawn=True, open_audits=count)
+    book.set_claim(record, drawn=True, open_audits=record.open_audits + count)
     book.engage(claim.task, record.worker, count)
 
 
 def audit_rate(book: Book, task: Task, worker: Worker) -> int:
     """Return the audit rate of a worker now, in basis points."""
-    if worker.flagged_until > book.height:
-        return 10_000
+    if max(worker.flagged_until, worker.watched_until) > book.height:
+        return BASIS
     if worker.settled_cells < book.params.newcomer_cells or worker.bond + worker.withheld < task.worker_bond:
         return max(task.audit_rate, book.params.newcomer_rate)
     return max(task.audit_rate, book.params.floor_rate)
 
 
-def start_audit(
-    pools: Pools, record: ClaimRecord, cell: int, identity: bytes, excluded: tuple[bytes, ...] = (), redraws: int = 0
-) -> int:
-    """Draw an auditor and open the audit; return 1, or 0 with an event when nobody is eligible."""
+def start_audit(pools: Pools, record: ClaimRecord, cell: int, identity: bytes, former: Audit | None = None) -> int:
+    """Draw an auditor and open the audit; return 1, or 0 with an event when nobody can be.
+
+    `former` is the same audit with an auditor that did not answer, or a passed one of the same cell. Peers that missed
+    a duty lately are drawn only when nobody else is left, for a first audit: a step that nobody audits must not settle
+    sooner than one that somebody does.
+    """
     book, claim = pools.book, record.claim
-    auditor = pools.draw(record, cell, digest("auditor", book.seed, identity), excluded)
+    task = book.task(claim.task)
+    seed = digest("auditor", book.seed, identity)
+    is_redrawn = former is not None and former.id == identity
+    first = None if former is None else former.first if is_redrawn else former.id
+    auditor = pools.draw(record, cell, seed, _auditors(book, former))
+    if auditor is None and first is not None:
+        return 0
+    auditor = auditor or pools.draw_absent(record, cell, seed)
     if auditor is None:
         book.note("unaudited", claim=record.id.hex(), cell=cell, worker=name(record.worker))
         return 0
@@ -145,20 +162,33 @@ def start_audit(
         auditor=auditor,
         key=digest("sketch key", book.seed, auditor, identity),
         drawn_at=book.height,
-        deadline=book.height + book.params.commit_window,
-        redraws=redraws,
+        deadline=book.height + book.params.commit_window + task.patience,
+        redraws=former.redraws + 1 if former is not None and is_redrawn else 0,
+        first=first,
     )
-    book.draft.put(Table.AUDITS, identity, audit)
-    book.draft.put(Table.ACTIVE, identity, Marker())
-    book.wake(audit.deadline + 1, Table.AUDITS, identity)
+    _open_audit(book, audit)
+    return 1
+
+
+def _open_audit(book: Book, audit: Audit) -> None:
+    """Write a drawn audit, wake the ledger after its deadline and tell who has to re-execute what."""
+    book.draft.put(Table.AUDITS, audit.id, audit)
+    book.draft.put(Table.ACTIVE, audit.id, Marker())
+    book.wake(audit.deadline + 1, Table.AUDITS, audit.id)
     book.note(
         "drawn",
-        audit=identity.hex(),
-        task=claim.task.hex(),
-        step=claim.step,
-        stage=claim.stage,
-        cell=cell,
-        worker=name(record.worker),
-        auditor=name(auditor),
+        audit=audit.id.hex(),
+        task=audit.task.hex(),
+        step=audit.step,
+        stage=audit.stage,
+        cell=audit.cell,
+        worker=name(audit.worker),
+        auditor=name(audit.auditor),
+        **({} if audit.first is None else {"first": audit.first.hex()}),
     )
-    return 1
+
+
+def _auditors(book: Book, former: Audit | None) -> tuple[bytes, ...]:
+    """Return who has been the auditor of an audit, and of the one that it repeats."""
+    first: Audit | None = book.draft.get(Table.AUDITS, former.first) if former and former.first else None
+    return tuple(audit.auditor for audit in (former, first) if audit is not None)

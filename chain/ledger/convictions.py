@@ -2,8 +2,9 @@
 
 from chain.hashing import digest
 from chain.ledger import seats
-from chain.ledger.book import Book, audit_id, name, step_key
+from chain.ledger.book import Book, audit_id, name, second_id, step_key
 from chain.ledger.settlement import end_audit
+from chain.ledger.transitions import leaves_of
 from chain.records import Audit, AuditStatus, ClaimRecord, Conviction, Task, Worker, WorkerStatus, status_of
 from chain.state import Table
 
@@ -56,8 +57,8 @@ def _vacate_other_seats(book: Book, audit: Audit) -> None:
             seats.leave(book, worker)
 
 
-def evict_without_slash(book: Book, worker: Worker, audit: Audit) -> None:
-    """End the seat of a worker that keeps withholding what it claimed; its bond returns."""
+def evict_without_slash(book: Book, worker: Worker, audit: Audit, state: AuditStatus) -> None:
+    """End the seat of a worker that keeps withholding what it claimed, or erring; its bond returns."""
     _remember(book, audit, 2, 0)
     book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
     book.note(
@@ -67,7 +68,7 @@ def evict_without_slash(book: Book, worker: Worker, audit: Audit) -> None:
         step=audit.step,
         stage=worker.stage,
         evidence=audit.id.hex(),
-        reason="withheld",
+        reason=str(state),
     )
 
 
@@ -100,7 +101,12 @@ def _void(book: Book, record: ClaimRecord) -> None:
     book.engage(record.claim.task, record.worker, -1)
     worker = book.worker(record.claim.task, record.worker)
     is_out = worker is not None and worker.state is WorkerStatus.EVICTED
-    for cell in record.claim.cells if record.open_audits else ():
-        audit: Audit | None = book.draft.get(Table.AUDITS, audit_id(record, cell))
-        if audit is not None and audit.is_active and (is_out or audit.state in _UNDISPUTED):
+    leaves = leaves_of(book.task(record.claim.task), record.claim) if record.open_audits else ()
+    firsts = [audit_id(record, cell) for cell in leaves]
+    for identity in (*firsts, *map(second_id, firsts)):
+        audit: Audit | None = book.draft.get(Table.AUDITS, identity)
+        is_of_auditor = audit is not None and (audit.first is not None or audit.is_reopened)
+        if audit is None or not audit.is_active:
+            continue
+        if (is_out and not is_of_auditor) or audit.state in _UNDISPUTED:
             end_audit(book, audit, AuditStatus.VOID)

@@ -1,7 +1,8 @@
 """Parameters changed by stake: one standing vote a validator, counted as each epoch begins.
 
 A vote names all parameters. It takes effect at the first block of an epoch once more than two thirds of
-the active power stand behind the very same ones; the next block runs on them. Every change ends all votes,
+the active power stand behind the very same ones, unless their least stake would leave the set without a
+quorum of those that have it; the next block runs on them. Every change ends all votes,
 which were about the parameters that went before. Only the power of the set that decided the epoch counts:
 whoever has left the set, for any reason, has no say. What is stored as a height (releases, deadlines,
 leases, draws waiting) stays as it was promised.
@@ -42,9 +43,18 @@ def enact(book: Book) -> None:
             behind[row.wish] += row.power
     total = sum(row.power for row in members)
     chosen = next((params for params, power in behind.items() if 3 * power > 2 * total), None)
+    if chosen is not None and 3 * _power_above(book, rows, chosen.min_stake) <= 2 * total:
+        chosen = None  # the set would lose its quorum at once
     for account, row in rows:
         if row.wish is not None and (chosen is not None or not row.power):
             book.draft.put(Table.VALIDATORS, account, replace(row, wish=None))
     if chosen is not None:
         book.draft.put(Table.PARAMS, b"", chosen)
         book.note("params-changed", changes=changes(book.params, chosen))
+
+
+def _power_above(book: Book, rows: list[tuple[bytes, Validator]], stake: int) -> int:
+    """Return the active power of members that have bonded at least `stake`."""
+    return sum(
+        row.power for account, row in rows if account in book.validators and book.account(account).bonded >= stake
+    )

@@ -73,13 +73,13 @@ def _look_after(book: Book, woken: list[bytes]) -> list[bytes]:
 
 
 def _forget(book: Book) -> None:
-    """Drop what was to leave the state at this height; a claim stays while a dispute rests on it."""
+    """Drop what was to leave the state at this height; what an open audit rests on stays."""
     for waiting, _ in book.draft.items(Table.ENDED, book.height.to_bytes(32, "big")):
         book.draft.delete(Table.ENDED, waiting)
         table, key = Table(waiting[32]), waiting[33:]
         if table is Table.CLAIMS and book.claim(key).open_audits:
             book.retire(table, key)
-        else:
+        elif table is not Table.AUDITS or book.draft.get(Table.ACTIVE, key) is None:
             book.draft.delete(table, key)
 
 

@@ -25,6 +25,7 @@ from chain.transactions import (
     Unbond,
     Unjail,
     VoteParams,
+    WatchWorker,
     Withdraw,
 )
 
@@ -52,7 +53,7 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
             rotation.rotate(book, sender, payload)
         case VoteParams():
             governance.vote(book, sender, payload)
-        case PostTask() | TopUp() | CloseTask() | TakeSeat() | RenewLease() | LeaveSeat():
+        case PostTask() | TopUp() | CloseTask() | TakeSeat() | RenewLease() | LeaveSeat() | WatchWorker():
             _apply_to_task(book, sender, payload)
         case SubmitClaims():
             claims.submit(book, sender, payload)
@@ -67,7 +68,7 @@ def apply(book: Book, sender: bytes, payload: Payload) -> None:  # noqa: C901 - 
 
 
 def _apply_to_task(
-    book: Book, sender: bytes, payload: PostTask | TopUp | CloseTask | TakeSeat | RenewLease | LeaveSeat
+    book: Book, sender: bytes, payload: PostTask | TopUp | CloseTask | TakeSeat | RenewLease | LeaveSeat | WatchWorker
 ) -> None:
     """Apply a payload about a task or its seats."""
     match payload:
@@ -83,5 +84,7 @@ def _apply_to_task(
             seats.renew_lease(book, sender, payload)
         case LeaveSeat():
             seats.leave_seat(book, sender, payload)
+        case WatchWorker():
+            seats.watch(book, sender, payload)
         case _:
             assert_never(payload)

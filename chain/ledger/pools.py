@@ -48,7 +48,7 @@ class Pools:
         self.book = book
         self.cost = 0
         """Rows of workers looked through so far."""
-        self._far: dict[tuple[bytes, int], Pool] = {}
+        self._far: dict[tuple[bytes, int, bool], Pool] = {}
 
     @cached_property
     def _validators(self) -> list[tuple[bytes, int]]:
@@ -75,20 +75,34 @@ class Pools:
         return {worker.account: worker.stage for worker in workers if worker.is_seated}
 
     def draw(self, record: ClaimRecord, cell: int, seed: bytes, excluded: tuple[bytes, ...]) -> bytes | None:
-        """Return who re-executes a cell: not the worker, nor, if others can, its neighbours in the pipeline."""
+        """Return who re-executes a cell: not the worker, nor, if others can, its neighbours in the pipeline.
+
+        A partial sum of one cell is the cell's weight gradient: if others can, those who receive it are left out, too.
+        """
         claim = record.claim
-        far = self._far.get((claim.task, claim.stage))
+        is_alone = len(claim.cells) == 1
+        far = self._far.get((claim.task, claim.stage, is_alone))
         if far is None:
             seated = self._seated(claim.task)
-            beside = {account for account, stage in seated.items() if abs(stage - claim.stage) == 1}
+            near = (0, 1) if is_alone else (1,)
+            beside = {account for account, stage in seated.items() if abs(stage - claim.stage) in near}
             far = self._pool(seated, beside)
-            self._far[claim.task, claim.stage] = far
+            self._far[claim.task, claim.stage, is_alone] = far
         left_out = (*excluded, record.worker)
         drawn = far.draw(seed, left_out)
         if drawn is not None:
             return drawn
         touching = _touching(self.book, claim, cell)
         return self._pool(self._seated(claim.task), set()).draw(seed, (*left_out, *touching))
+
+    def draw_absent(self, record: ClaimRecord, cell: int, seed: bytes) -> bytes | None:
+        """Return who re-executes a cell of those who lately missed a duty, for when nobody else is left."""
+        seated = self._seated(record.claim.task)
+        left_out = {record.worker, *_touching(self.book, record.claim, cell)}
+        able = {*self.book.validators.powers, *seated} - left_out
+        self.cost += len(able)
+        accounts = ((account, self.book.account(account)) for account in able)
+        return Pool((account, found.bonded) for account, found in accounts if not found.barred).draw(seed, ())
 
 
 def is_fit(book: Book, account: bytes) -> bool:

@@ -24,7 +24,7 @@ from chain.transactions import RotateKey, rotation_bytes
 def rotate(book: Book, sender: bytes, payload: RotateKey) -> None:
     """Move everything of the sender to its successor and close the sender."""
     heir = payload.successor
-    if book.draft.get(Table.ACCOUNTS, heir) is not None or book.draft.get(Table.ROTATIONS, heir) is not None:
+    if heir == sender or _is_in_use(book, heir):
         raise Refused(Reason.KEY_IN_USE)
     if not verify(heir, rotation_bytes(book.chain.chain_id, sender), payload.proof):
         raise Refused(Reason.BAD_PROOF)
@@ -32,13 +32,21 @@ def rotate(book: Book, sender: bytes, payload: RotateKey) -> None:
         raise Refused(Reason.OBLIGED)
     _move_validator(book, sender, payload)
     account = book.account(sender)
-    book.draft.put(Table.ACCOUNTS, heir, replace(account, nonce=0))
+    book.draft.put(
+        Table.ACCOUNTS, heir, replace(account, nonce=0, balance=account.balance + book.account(heir).balance)
+    )
     book.set_account(sender, balance=0, bonded=0)
     for key, leaving in book.draft.items(Table.UNBONDINGS, sender):
         book.draft.delete(Table.UNBONDINGS, key)
         book.draft.put(Table.UNBONDINGS, heir + key[len(sender) :], leaving)
     _succeed(book, sender, heir)
     book.note("rotated", account=name(sender), successor=name(heir))
+
+
+def _is_in_use(book: Book, heir: bytes) -> bool:
+    """Whether a key has signed or staked anything; being paid, which anybody can do to it, is no use of it."""
+    known = book.account(heir)
+    return bool(known.nonce or known.bonded) or book.draft.get(Table.ROTATIONS, heir) is not None
 
 
 def is_obliged(book: Book, account: bytes) -> bool:

@@ -1,5 +1,7 @@
 """Seats: who applies, who gets one, and how it ends without blame."""
 
+from collections import Counter
+
 from msgspec.structs import replace
 
 from chain.hashing import digest
@@ -7,7 +9,7 @@ from chain.ledger.book import Book, name
 from chain.reasons import Reason, Refused
 from chain.records import Task, TaskStatus, Worker, WorkerStatus, status_of
 from chain.state import Marker, Table
-from chain.transactions import LeaveSeat, RenewLease, TakeSeat
+from chain.transactions import LeaveSeat, RenewLease, TakeSeat, WatchWorker
 
 MAX_APPLICANTS = 4096
 """Accounts with a seat or an application in one task, those who have left a seat included."""
@@ -18,6 +20,8 @@ def take_seat(book: Book, sender: bytes, payload: TakeSeat) -> None:
     task = book.open_task(payload.task)
     if book.account(sender).barred:
         raise Refused(Reason.BARRED)
+    if task.kernel not in (b"", payload.kernel):
+        raise Refused(Reason.OTHER_KERNEL)
     known = book.worker(task.id, sender)
     if known is not None and known.is_present:
         raise Refused(Reason.ALREADY_APPLIED)
@@ -82,6 +86,8 @@ def fill(book: Book, task: Task) -> None:
         w for w in workers if w.state is WorkerStatus.SPARE and w.applied_at < book.height
         and not book.account(w.account).barred
     ]  # fmt: skip
+    if task.redundancy > 1:
+        spares = _alike(workers, spares)
     spares.sort(key=lambda w: digest("seat", book.seed, task.id, w.account))
     for worker in spares:
         stage = min(range(task.stages), key=lambda index: (held[index], index))
@@ -91,6 +97,26 @@ def fill(book: Book, task: Task) -> None:
         held[stage] += 1
     if task.state is TaskStatus.POSTED and all(held):
         book.set_task(task, status=status_of(TaskStatus, TaskStatus.RUNNING))
+
+
+def _alike(workers: list[Worker], spares: list[Worker]) -> list[Worker]:
+    """Return the applicants of one kernel class, that of most who have a seat: their results can be equal bit for bit.
+
+    Before anybody has one it is that of most applicants.
+    """
+    kernels = Counter(worker.kernel for worker in workers if worker.is_seated)
+    kernels = kernels or Counter(worker.kernel for worker in spares)
+    usual = min(kernels, key=lambda kernel: (-kernels[kernel], kernel), default=b"")
+    return [worker for worker in spares if worker.kernel == usual]
+
+
+def watch(book: Book, sender: bytes, payload: WatchWorker) -> None:
+    """Have all cells of a worker audited for a while, at the wish of the client who pays for it."""
+    if book.open_task(payload.task).client != sender:
+        raise Refused(Reason.NOT_THE_CLIENT)
+    worker = _present(book, payload.task, payload.worker)
+    book.set_worker(worker, watched_until=book.height + book.params.absence_blocks)
+    book.note("watched", task=worker.task.hex(), worker=name(worker.account), stage=worker.stage)
 
 
 def _seat(book: Book, task: Task, worker: Worker, stage: int) -> None:

@@ -1,5 +1,7 @@
 """What follows from finished work: audits ended, steps settled and paid, bonds returned."""
 
+from collections import Counter
+
 from chain.ledger.book import Book, name, step_key
 from chain.records import (
     Audit,
@@ -19,15 +21,13 @@ def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
     """End an audit, pay its auditor where the audit was done, and note what the cell is worth."""
     ended = book.set_audit(audit, state)
     record: ClaimRecord = book.claim(audit.claim)
-    cost = _pay_auditor(book, audit) if state in _PAID_AUDIT else 0
+    cost = _pay_auditor(book, audit) if state in _PAID_AUDIT and not audit.is_reopened else 0
     unpaid = (*record.unpaid, audit.cell) if state in _UNPAID else record.unpaid
     book.set_claim(record, open_audits=max(0, record.open_audits - 1), unpaid=unpaid, audit_pay=record.audit_pay + cost)
     task = book.task(audit.task)
     if cost and audit.generation == task.generation and not record.is_void:
         book.set_task(task, audit_pay=task.audit_pay + cost)
     book.engage(audit.task, audit.worker, -1)
-    if state is AuditStatus.FAULTED:
-        flag(book, audit)
     book.note(
         str(ended.state),
         audit=audit.id.hex(),
@@ -41,7 +41,7 @@ def end_audit(book: Book, audit: Audit, state: AuditStatus) -> None:
 
 
 def flag(book: Book, audit: Audit) -> None:
-    """Audit every cell of a worker for a while: its result was off by more than honest noise, or not opened."""
+    """Audit every cell of a worker for a while: its result was off by more than honest noise, or not given."""
     worker = book.worker(audit.task, audit.worker)
     if worker is not None:
         book.set_worker(worker, flagged_until=book.height + book.params.absence_blocks)
@@ -101,12 +101,25 @@ def _is_late(book: Book, task: bytes, first_height: int) -> bool:
 
 
 def _is_resolved(book: Book, task: Task, progress: StepProgress) -> bool:
-    full = (1 << task.microbatches) - 1
-    is_covered = all(int.from_bytes(bitmap, "little") == full for bitmap in progress.covered)
+    is_covered = _is_covered(book, task, progress.covered)
     claims = [book.claim(identity) for identity in progress.claims]
     return (is_covered or _is_late(book, task.id, progress.first_height)) and all(
         c.drawn and c.open_audits == 0 for c in claims
     )
+
+
+def _is_covered(book: Book, task: Task, covered: tuple[bytes, ...]) -> bool:
+    """Whether every cell is claimed as often as it is computed: by all that its stage has, if these are too few."""
+    full = ((1 << task.microbatches) - 1).to_bytes((task.microbatches + 7) // 8, "little")
+    if task.redundancy == 1:
+        return all(bitmap == full for bitmap in covered)
+    held = Counter(worker.stage for worker in book.workers(task.id) if worker.is_seated)
+    for stage in range(task.stages):
+        copies = min(task.redundancy, max(task.redundancy // 2 + 1, held[stage]))
+        first = stage * task.redundancy
+        if any(bitmap != full for bitmap in covered[first : first + copies]):
+            return False
+    return True
 
 
 def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
@@ -124,7 +137,7 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
             continue
         book.set_worker(worker, settled_cells=worker.settled_cells + paid)
         _pay(book, book.task(task.id), record.worker, paid * task.price)
-    settled = book.set_task(book.task(task.id), settled=task.settled + 1)
+    settled = book.set_task(book.task(task.id), settled=task.settled + 1, roots=progress.after)
     book.draft.delete(Table.STEPS, key)
     book.note("settled", task=task.id.hex(), step=settled.settled, generation=settled.generation)
 

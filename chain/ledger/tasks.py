@@ -11,12 +11,12 @@ from chain.transactions import CloseTask, PostTask, TopUp
 
 BASIS = 10_000
 MAX_CELLS = 16_384
-"""Cells of a task in one step: micro-batches times stages."""
+"""Cells of a task in one step: micro-batches times stages times redundancy."""
 MAX_SEATS = 1024
 
 
 def post(book: Book, sender: bytes, payload: PostTask) -> None:
-    """Open a task; its escrow must cover every cell and one audit of each, its bond outweigh cheating."""
+    """Open a task; its escrow must cover every cell, audits of all, and its bond outweigh cheating."""
     task_id = digest("task", sender, book.account(sender).nonce.to_bytes(8, "big"), encode(payload))
     if book.draft.get(Table.TASKS, task_id) is not None:
         raise Refused(Reason.TASK_EXISTS)
@@ -37,6 +37,9 @@ def post(book: Book, sender: bytes, payload: PostTask) -> None:
         depth=payload.depth,
         posted_at=book.height,
         deadline=book.height + payload.lifetime,
+        patience=payload.patience,
+        redundancy=payload.redundancy,
+        kernel=payload.kernel,
     )
     book.draft.put(Table.TASKS, task_id, task)
     book.draft.put(Table.OPEN, task_id, Marker())
@@ -45,14 +48,24 @@ def post(book: Book, sender: bytes, payload: PostTask) -> None:
     book.note("posted", task=task_id.hex(), client=name(sender), manifest=payload.manifest.hex())
 
 
+def least_escrow(task: PostTask | Task) -> int:
+    """Return what a task may cost: every cell, one audit of each, and one of every worker's step."""
+    cells = task.stages * task.microbatches * task.redundancy
+    claims = 0 if task.redundancy > 1 else task.stages * min(task.replicas, task.microbatches)
+    return task.steps * task.price * (2 * cells + claims)
+
+
 def _check(params: Params, payload: PostTask) -> None:
     if payload.price == 0 and not params.free_tasks:
         raise Refused(Reason.PRICE_TOO_SMALL)
-    per_step = payload.stages * payload.microbatches
+    if payload.redundancy % 2 == 0 or payload.redundancy > payload.replicas:
+        raise Refused(Reason.BAD_REDUNDANCY)
+    if len(payload.kernel) not in (0, 32):
+        raise Refused(Reason.BAD_KERNEL)
+    per_step = payload.stages * payload.microbatches * payload.redundancy
     if per_step > MAX_CELLS or payload.stages * payload.replicas > MAX_SEATS:
         raise Refused(Reason.TASK_TOO_LARGE)
-    cells = payload.steps * per_step
-    if payload.escrow < 2 * cells * payload.price:
+    if payload.escrow < least_escrow(payload):
         raise Refused(Reason.ESCROW_TOO_SMALL)
     if payload.audit_rate < params.floor_rate:
         raise Refused(Reason.RATE_TOO_SMALL)

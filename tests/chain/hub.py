@@ -122,7 +122,7 @@ async def running(
     A `name` is for the second instance of a key: its clock is 5 ms ahead, so that it builds other blocks.
     """
     peer = name or peer_id(key.account)
-    config = replace(hub.config, validate=validate, clock_ms=_clock_ahead if name else clock_ms)
+    config = replace(hub.config, validate=validate, clock_ms=_clock_ahead if name else hub.config.clock_ms)
     engine = ChainEngine(_made(home), genesis, key, Link(hub, peer), config)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)

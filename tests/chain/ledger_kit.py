@@ -17,6 +17,7 @@ from chain.genesis import Allocation, Genesis, GenesisValidator
 from chain.hashing import digest
 from chain.keys import PrivateKey
 from chain.ledger import Event, Executed, execute
+from chain.ledger.tasks import least_escrow
 from chain.params import Params
 from chain.randomness import Onion, next_seed
 from chain.records import Audit
@@ -58,11 +59,11 @@ ONIONS = {key.account: Onion(key.seed, ONION_LAYERS) for key in KEYS}
 
 
 def genesis_of(validators: int = 6, others: int = 3, faucet: int = 0, **params: object) -> Genesis:
-    """Return a network of equal stakes in which everybody has the same balance."""
+    """Return a network of equal stakes in which everybody has the same balance; no cell is audited twice by default."""
     return Genesis(
         b"test",
         START_MS,
-        structs.replace(Params(), **params),
+        structs.replace(Params(), **{"reaudit_rate": 0, **params}),
         tuple(Allocation(key.account, BALANCE) for key in KEYS[: validators + others]),
         tuple(GenesisValidator(key.account, STAKE, ONIONS[key.account].tip) for key in KEYS[:validators]),
         faucet,
@@ -167,13 +168,15 @@ def post_task(**changes: object) -> PostTask:
         steps=8,
         microbatches=4,
         price=10,
-        escrow=2 * 8 * 2 * 4 * 10,
+        escrow=0,
         worker_bond=1000,
         audit_rate=10_000,
         depth=4,
         lifetime=10_000,
+        patience=0,
     )
-    return structs.replace(plain, **changes)
+    task = structs.replace(plain, **changes)
+    return task if "escrow" in changes else structs.replace(task, escrow=least_escrow(task))
 
 
 @dataclass
@@ -190,18 +193,25 @@ class Swarm:
     """Workers and auditors that answer whatever they owe, honestly unless told otherwise.
 
     `deviation` is what an account's claimed results are off by, `lies` its re-executions; `silent` are
-    the (account, kind of duty) that are never answered, `contradicts` who reports a contradiction.
+    the (account, kind of duty) that are never answered, `contradicts` who reports a contradiction,
+    `misses` who reports data that is not given.
     """
 
     ledger: Ledger
     client: PrivateKey
     task: bytes
     deviation: dict[bytes, float] = field(default_factory=dict)
+    step_deviation: dict[bytes, float] = field(default_factory=dict)
+    """The same of openings of optimiser's steps."""
     lies: dict[bytes, float] = field(default_factory=dict)
+    lies_in_steps: bool = True
     silent: set[tuple[bytes, str]] = field(default_factory=set)
     contradicts: set[bytes] = field(default_factory=set)
+    misses: set[bytes] = field(default_factory=set)
+    unlike: set[bytes] = field(default_factory=set)
+    """Whose machines say that they are of another kernel class than the task."""
     claimed: set[tuple[int, int]] = field(default_factory=set)
-    _material: dict[tuple[bytes, int], Material] = field(default_factory=dict)
+    _material: dict[tuple[bytes, int, tuple[int, ...]], Material] = field(default_factory=dict)
     _pending: dict[tuple[bytes, bytes, int, bytes], Reveal] = field(default_factory=dict)
 
     @property
@@ -227,8 +237,9 @@ class Swarm:
         sent = []
         for stage in range(task.stages):
             workers = self.seated(stage)
-            for place, account in enumerate(workers):
-                cells = tuple(range(place, task.microbatches, len(workers)))
+            teams = max(1, len(workers) // task.redundancy)
+            for place, account in enumerate(workers[: teams * task.redundancy]):
+                cells = tuple(range(place % teams, task.microbatches, teams))
                 if cells:
                     sent.append((by_account(account), SubmitClaims((self.claim(step, stage, cells),))))
         self.claimed.add((task.generation, step))
@@ -239,7 +250,7 @@ class Swarm:
         task = self.state.task(self.task)
         assert task is not None
         leaves, kept = [], []
-        for cell in cells:
+        for cell in (*cells, task.transition):
             place = bytes([task.generation, step, stage, cell])
             names = [digest("test content", place, name.encode()) for name in Trace.__struct_fields__]
             trace = structs.replace(Trace(*names), state=state_root(step - 1, stage))
@@ -248,7 +259,8 @@ class Swarm:
             kept.append((cell, salt, trace))
         for index, (cell, salt, trace) in enumerate(kept):
             name = bytes([task.generation, step, stage]) + b"cell"
-            self._material[name, cell] = Material(salt, trace, prove(leaves, index))
+            whose = cells if cell == task.transition else ()
+            self._material[name, cell, whose] = Material(salt, trace, prove(leaves, index))
         return Claim(
             self.task,
             task.generation,
@@ -263,7 +275,11 @@ class Swarm:
     def opening(self, audit: Audit, deviation: float = 0.0) -> Opening:
         """Return the opening of an audited cell."""
         name = bytes([audit.generation, audit.step, audit.stage]) + b"cell"
-        kept = self._material[name, audit.cell]
+        task, record = self.state.task(self.task), self.state.claim(audit.claim)
+        assert task is not None
+        assert record is not None
+        whose = record.claim.cells if audit.cell == task.transition else ()
+        kept = self._material[name, audit.cell, whose]
         return Opening(audit.id, kept.salt, kept.trace, kept.proof, sketch(audit.key, deviation))
 
     def answers(self) -> list[Sent]:
@@ -277,17 +293,20 @@ class Swarm:
 
     def answer(self, key: PrivateKey, duty: Duty) -> Payload:
         """Return what a peer answers to one duty."""
-        audit = self.state.audit(duty.audit)
+        audit, task = self.state.audit(duty.audit), self.state.task(self.task)
         assert audit is not None
+        assert task is not None
+        is_step = audit.cell == task.transition
         if duty.kind == "open":
-            return Open((self.opening(audit, self.deviation.get(key.account, 0.0)),))
-        off = self.lies.get(key.account, 0.0)
+            apart = self.step_deviation if is_step else self.deviation
+            return Open((self.opening(audit, apart.get(key.account, 0.0)),))
+        off = 0.0 if is_step and not self.lies_in_steps else self.lies.get(key.account, 0.0)
         name = (key.account, duty.audit, duty.round, audit.key)
         if duty.kind == "commit":
-            said = key.account in self.contradicts
-            reveal = Reveal(
-                duty.audit, duty.round, digest("salt", key.seed), sketch(audit.key, off), sketch(duty.key, off), said
-            )
+            is_unlike = key.account in self.unlike and not is_step
+            flags = key.account in self.contradicts, key.account in self.misses, is_unlike
+            sketches = sketch(audit.key, off), sketch(duty.key, off)
+            reveal = Reveal(duty.audit, duty.round, digest("salt", key.seed), *sketches, *flags)
             self._pending[name] = reveal
             return Commit((Commitment(duty.audit, duty.round, reveal_commitment(key.account, reveal)),))
         return RevealAll((self._pending[name],))

@@ -23,6 +23,7 @@ from chain.transactions import (
     Unbond,
     Unjail,
     VoteParams,
+    WatchWorker,
     Withdraw,
     rotation_bytes,
 )
@@ -39,7 +40,8 @@ SHAPES = st.fixed_dictionaries(
     {
         "price": st.sampled_from([1, 10]),
         "stages": st.integers(1, 3),
-        "replicas": st.integers(1, 2),
+        "replicas": st.integers(1, 3),
+        "redundancy": st.sampled_from([1, 1, 3]),
         "microbatches": st.integers(1, 3),
         "steps": st.integers(1, 5),
         "depth": st.integers(1, 4),
@@ -74,8 +76,7 @@ class Machine(RuleBasedStateMachine):
     @rule(client=EVERYBODY, shape=SHAPES, spare=st.sampled_from([0, 0, 5]))
     def post(self, client: PrivateKey, shape: dict[str, int], spare: int) -> None:
         """Post a task."""
-        escrow = 2 * shape["steps"] * shape["stages"] * shape["microbatches"] * shape["price"] + spare
-        self.players.post(client, escrow=escrow, **shape)
+        self.players.post(client, spare, **shape)
 
     @rule(
         key=EVERYBODY, index=INDEX, kind=st.sampled_from([RenewLease, RenewLease, LeaveSeat, CloseTask, TopUp]),
@@ -85,6 +86,14 @@ class Machine(RuleBasedStateMachine):
         """Do something to a task."""
         task = self.task(index)
         self.players.send(key, TopUp(task, amount) if kind is TopUp else kind(task))
+
+    @rule(index=INDEX, client=EVERYBODY, worker=EVERYBODY)
+    def watch(self, index: int, client: PrivateKey, worker: PrivateKey) -> None:
+        """Let somebody, now and then the client, have a worker audited in full."""
+        task = self.players.state.task(self.task(index))
+        keys = {key.account: key for key in KEYS}
+        sender = keys.get(task.client, client) if task is not None and client in KEYS[:5] else client
+        self.players.send(sender, WatchWorker(self.task(index), worker.account))
 
     @rule(index=INDEX, leaver=EVERYBODY)
     def close_or_leave(self, index: int, leaver: PrivateKey) -> None:
@@ -138,6 +147,7 @@ class Machine(RuleBasedStateMachine):
         if sum(v.is_able for v in map(self.players.state.validator, self._members()) if v) > 2:
             self.players.send(reporter, self.players.evidence(culprit, view, is_real))
             if again:
+                self.players.block()
                 self.players.send(culprit, RegisterValidator(ONIONS[culprit.account].tip))
                 self.players.send(culprit, Bond(2000))
 
@@ -150,11 +160,17 @@ class Machine(RuleBasedStateMachine):
         if key not in KEYS[:2] or not isinstance(payload, RegisterValidator):
             self.players.send(key, payload)
 
-    @rule(key=EVERYBODY, off=st.sampled_from([FRAUD, FRAUD, SMALL, 0.0]), how=st.sampled_from(["work", "lie", "tell"]))
+    @rule(
+        key=EVERYBODY,
+        off=st.sampled_from([FRAUD, FRAUD, SMALL, 0.0]),
+        how=st.sampled_from(["work", "lie", "tell", "miss"]),
+    )
     def turn(self, key: PrivateKey, off: float, how: str) -> None:
         """Let somebody become dishonest, or honest again."""
         if how == "tell":
             self.players.contradicts ^= {key.account}
+        elif how == "miss":
+            self.players.misses ^= {key.account}
         else:
             (self.players.deviation if how == "work" else self.players.lies)[key.account] = off
 
@@ -197,7 +213,8 @@ class Machine(RuleBasedStateMachine):
             self.players.answer_all(dice)
             self.players.claim_all(2)
             self.players.block()
-        for kept in (self.players.deviation, self.players.lies, self.players.contradicts, self.players.silent):
+        players = self.players
+        for kept in (players.deviation, players.lies, players.contradicts, players.misses, players.silent):
             kept.clear()
 
     @rule(count=st.integers(1, 6))

@@ -64,14 +64,10 @@ def _by_payloads(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
                 escrow[payload.task] += payload.amount
             case "PostTask":
                 change[sender] -= payload.escrow
-    for identity, task in rows(block.after, T.TASKS).items():
-        if identity not in rows(block.before, T.TASKS):
-            escrow[identity] += sum(p.escrow for _, p in block.applied() if _is_post(p, task))
-
-
-def _is_post(payload: Any, task: Any) -> bool:
-    same = ("manifest", "stages", "replicas", "steps", "microbatches", "price", "depth", "audit_rate", "worker_bond")
-    return type(payload).__name__ == "PostTask" and all(getattr(payload, f) == getattr(task, f) for f in same)
+    posts = [payload for _, payload in block.applied() if type(payload).__name__ == "PostTask"]
+    posted = [event.data["task"] for event in block.executed.events if event.kind == "posted"]
+    for identity, payload in zip(posted, posts, strict=True):
+        escrow[bytes.fromhex(identity)] += payload.escrow
 
 
 def _by_work(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -> None:
@@ -80,13 +76,13 @@ def _by_work(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -> No
     for key, claim in rows(block.after, T.CLAIMS).items():
         if claim.is_settled and not (key in before and before[key].is_settled):
             worker = rows(block.after, T.WORKERS)[claim.claim.task + claim.worker]
-            pay = price[claim.claim.task] * (len(claim.claim.cells) - len(set(claim.unpaid)))
+            pay = price[claim.claim.task] * len(set(claim.claim.cells).difference(claim.unpaid))
             if str(worker.state) != "evicted":
                 change[claim.worker] += pay
                 escrow[claim.claim.task] -= pay
     cost: Counter[bytes] = Counter()
     for audit in ended(block):
-        if str(audit.state) in PAID:
+        if str(audit.state) in PAID and not audit.is_reopened:
             change[audit.auditor] += price[audit.task]
             escrow[audit.task] -= price[audit.task]
             cost[audit.claim] += price[audit.task]
@@ -99,11 +95,11 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
     left: dict[bytes, int] = {}
     for audit in ended(block):
         key, task = audit.task + audit.worker, rows(block.before, T.TASKS)[audit.task]
-        if str(audit.state) == "acquitted":
+        if _is_against_auditor(audit):
             change[audit.auditor] -= min(_stake_of(block.before, audit.auditor), max(1, task.worker_bond))
         if str(audit.state) == "withheld":
             worker = rows(block.before, T.WORKERS)[key]
-            fine = _fine(block, task, worker) if key not in left else task.price
+            fine = _fine(block, task, worker, audit) if key not in left else task.price
             charge = min(fine, left.setdefault(key, worker.bond + worker.withheld))
             left[key] -= charge
             change[audit.worker] -= charge
@@ -125,30 +121,40 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
     made_good: dict[bytes, int] = {}
     for _, (identity, most) in sorted(first.items()):
         if identity not in made_good:
-            made_good[identity] = _made_good(block, identity, most, order)
+            made_good[identity] = _made_good(block, identity, most)
     escrow.update(made_good)
 
 
-def _fine(block: Block, task: Any, worker: Any) -> int:
+def _is_against_auditor(audit: Any) -> bool:
+    """Whether two thirds of the voters' stake found the auditor's own result false."""
+    against = sum(voter.power for voter in audit.voters if voter.said in (1, 2))
+    is_judged = str(audit.state) in ("acquitted", "refuted")
+    return is_judged and 3 * against > 2 * sum(voter.power for voter in audit.voters)
+
+
+def _fine(block: Block, task: Any, worker: Any, audit: Any) -> int:
     """Return what a worker is charged that does not open: more where it did so before, on another occasion."""
     faulted = any(str(a.state) == "faulted" and a.worker == worker.account for a in ended(block) if a.task == task.id)
     if not worker.withholdings or worker.flagged_until > block.height or faulted:
         return task.price
-    h = max(1, task.audit_rate) * (10_000 - rows(block.before, T.PARAMS)[b""].colluding_share)
+    claim, params = rows(block.before, T.CLAIMS)[audit.claim], rows(block.before, T.PARAMS)[b""]
+    if claim.height + params.absence_blocks <= worker.flagged_until:
+        return task.price
+    h = max(1, task.audit_rate) * (10_000 - params.colluding_share)
     return task.price * max(1, math.ceil(Fraction(10**8, h) - 1))
 
 
-def _made_good(block: Block, task: bytes, most: int, order: list[str]) -> int:
+def _made_good(block: Block, task: bytes, most: int) -> int:
     """Return what a slashed bond gives back to the escrow for audits, paid before, of work that it made void."""
     before = rows(block.before, T.CLAIMS)
     voided = [
         claim for key, claim in rows(block.after, T.CLAIMS).items()
         if claim.claim.task == task and claim.is_void and not before[key].is_void
     ]  # fmt: skip
-    price, own = rows(block.after, T.TASKS)[task].price, [a for a in ended(block) if a.task == task]
-    later = [a for a in own if str(a.state) == "convicted" and order.index(a.id.hex())]
-    if len(later) == len([a for a in own if str(a.state) == "convicted"]):
-        later = later[1:]
+    price, events = rows(block.after, T.TASKS)[task].price, block.executed.events
+    paid = {a.id.hex() for a in ended(block) if a.task == task and str(a.state) in PAID and not a.is_reopened}
+    begun = next(i for i, e in enumerate(events) if e.kind == "slashed" and e.data.get("task") == task.hex())
+    later = [e for e in events[begun:] if e.kind in PAID and e.data.get("audit") in paid]
     return min(most, sum(claim.audit_pay for claim in voided) - len(later) * price)
 
 
@@ -185,9 +191,9 @@ def _stakes(block: Block, state: State) -> Counter[bytes]:
 
 
 def _punished(block: Block) -> set[bytes]:
-    """Return who may lose stake in the block: offenders and false accusers."""
+    """Return who may lose stake in the block: offenders, false accusers, auditors that let false cells pass."""
     offenders = {c.account for c in rows(block.after, T.CONVICTIONS).values() if c.height == block.height}
-    accusers = {audit.auditor for audit in ended(block) if str(audit.state) == "acquitted"}
+    accusers = {audit.auditor for audit in ended(block) if str(audit.state) in ("acquitted", "refuted")}
     return {owner(block.after, account) for account in offenders | accusers}
 
 

@@ -14,7 +14,7 @@ import msgspec
 from blake3 import blake3
 
 from chain.state import KINDS, State
-from chain.transactions import RevealAll
+from chain.transactions import Commit, RevealAll
 from tests.chain.ledger_money import conserved, escrow_covers, everybody_gets_theirs, released_in_time, stake_stays
 from tests.chain.ledger_view import LIVE, Block, T, claims_of, ended, owner, rows
 
@@ -61,24 +61,33 @@ def drawn_when_final(block: Block) -> None:
         claim = rows(block.after, T.CLAIMS)[audit.claim]
         assert audit.drawn_at == block.height >= claim.height + delay, f"drawn after {block.height - claim.height}"
         assert audit.auditor != audit.worker == claim.worker, "a worker audits itself"
-        assert audit.cell in claim.claim.cells
-        _may_be_drawn(block, audit.auditor)
+        task = rows(block.after, T.TASKS)[audit.task]
+        assert audit.cell in claim.claim.cells or (audit.cell == task.microbatches and task.redundancy == 1)
+        _may_be_drawn(block, audit)
+        first = rows(block.before, T.AUDITS).get(audit.first)
+        assert first is None or audit.auditor != first.auditor, "an auditor repeats its own audit"
         is_neighbour = all(_is_beside(state, audit, audit.auditor) for state in (block.before, block.after))
         assert not is_neighbour or not _others(block, audit), "a neighbour audits though others could"
 
 
-def _may_be_drawn(block: Block, account: bytes) -> None:
-    before, after = (rows(state, T.ACCOUNTS).get(account) for state in (block.before, block.after))
+def _may_be_drawn(block: Block, audit: Any) -> None:
+    before, after = (rows(state, T.ACCOUNTS).get(audit.auditor) for state in (block.before, block.after))
     assert after is not None
     assert before is None or not before.barred, "a barred account was drawn"
     stake = max(after.bonded, before.bonded if before else 0)
     assert stake > 0, "an account without stake was drawn"
-    assert before is None or before.absent_until <= block.height, "an absent account was drawn"
+    is_absent = before is not None and before.absent_until > block.height
+    assert not is_absent or not _others(block, audit), "an absent account was drawn though others could be"
 
 
 def _is_beside(state: State, audit: Any, account: bytes) -> bool:
+    """Whether an account is in the next stage, or in this one where a partial sum may be the cell's gradient."""
     worker = rows(state, T.WORKERS).get(audit.task + account)
-    return worker is not None and worker.is_seated and abs(worker.stage - audit.stage) == 1
+    if worker is None or not worker.is_seated:
+        return False
+    claim = rows(state, T.CLAIMS).get(audit.claim)
+    is_bare = claim is not None and len(claim.claim.cells) == 1
+    return abs(worker.stage - audit.stage) == 1 or (is_bare and worker.stage == audit.stage)
 
 
 def _others(block: Block, audit: Any) -> list[bytes]:
@@ -89,7 +98,9 @@ def _others(block: Block, audit: Any) -> list[bytes]:
         is_fit = known.bonded and record.bonded and not record.barred
         is_here = max(known.absent_until, record.absent_until) <= block.height
         is_far = not any(_is_beside(state, audit, account) for state in (block.before, block.after))
-        if is_fit and is_here and is_far and account not in (audit.worker, audit.auditor):
+        first = rows(block.before, T.AUDITS).get(audit.first)
+        taken = (audit.worker, audit.auditor, first.auditor if first else b"")
+        if is_fit and is_here and is_far and account not in taken:
             free.append(account)
     return free
 
@@ -110,9 +121,54 @@ def seated_by_the_rules(block: Block) -> None:
             assert worker.applied_at < block.height
             account = rows(block.before, T.ACCOUNTS).get(worker.account)
             assert account is None or not account.barred, "a barred account was seated"
+            _is_alike(block, task, worker)
         assert not rows(block.after, T.ACCOUNTS)[worker.account].barred, "a barred account keeps its seat"
     for (identity, _), count in held.items():
         assert count <= rows(block.after, T.TASKS)[identity].replicas
+
+
+def _is_alike(block: Block, task: Any, worker: Any) -> None:
+    """With redundancy no class of kernels has more seats than that of who is seated."""
+    if task.redundancy == 1:
+        return
+    seated = [w for w in rows(block.before, T.WORKERS).values() if w.task == task.id and w.is_seated]
+    kept = [w for w in seated if rows(block.after, T.WORKERS)[w.task + w.account].is_seated]
+    often = Counter(w.kernel for w in kept)
+    assert not often or often[worker.kernel] == max(often.values()), "seated among peers of another kernel class"
+
+
+def settled_with_all_copies(block: Block) -> None:
+    """A step settles once every cell is claimed as often as it is computed, or when the claims' time is over."""
+    window = rows(block.before, T.PARAMS)[b""].claim_window
+    claims = list(rows(block.after, T.CLAIMS).values())
+    for identity, task in rows(block.after, T.TASKS).items():
+        known = rows(block.before, T.TASKS).get(identity, task)
+        for step in range(known.settled + 1, task.settled + 1):
+            own = [c for c in claims if c.claim.task == identity and c.claim.step == step and not c.is_void]
+            own = [c for c in own if c.claim.generation == task.generation]
+            if not own or min(c.height for c in own) + window < block.height:
+                continue
+            for stage in range(task.stages):
+                held = min(_held(state, identity, stage) for state in (block.before, block.after))
+                least = min(task.redundancy, max((task.redundancy + 1) // 2, held))
+                often = Counter(cell for c in own if c.claim.stage == stage for cell in c.claim.cells)
+                assert all(often[cell] >= least for cell in range(task.microbatches)), f"{often} of {least} each"
+
+
+def _held(state: State, task: bytes, stage: int) -> int:
+    return sum(1 for w in rows(state, T.WORKERS).values() if w.task == task and w.is_seated and w.stage == stage)
+
+
+def watched_by_the_client(block: Block) -> None:
+    """Only who pays for it has all of a worker's cells audited."""
+    wishes = [(s, p.task + p.worker) for s, p in block.applied() if type(p).__name__ == "WatchWorker"]
+    for sender, key in wishes:
+        assert rows(block.before, T.TASKS)[key[:32]].client == sender
+        assert rows(block.after, T.WORKERS)[key].watched_until > block.height
+    for key, worker in rows(block.after, T.WORKERS).items():
+        known = rows(block.before, T.WORKERS).get(key)
+        if known is not None and known.watched_until != worker.watched_until:
+            assert key in {place for _, place in wishes}
 
 
 def bonds_stay_while_disputed(block: Block) -> None:
@@ -148,30 +204,120 @@ def _apart(claimed: bytes, own: bytes) -> list[float]:
 def ballots_are_what_was_revealed(block: Block) -> None:
     """What stays of a voter's reveal is whether it speaks against the worker, the auditor, both or neither."""
     params = rows(block.before, T.PARAMS)[b""]
-    limits = [params.fraud_factor * tau / 1e9 for tau in params.tau]
+    judged = (*LIVE, "convicted", "acquitted", "undecided", "withheld", "faulted", "refuted", "passed")
     for sender, payload in block.applied():
         for entry in payload.entries if isinstance(payload, RevealAll) else ():
-            audit = rows(block.after, T.AUDITS)[entry.audit]
-            if entry.round != 2 or audit.state not in (*LIVE, "convicted", "acquitted", "undecided"):
+            audit = rows(block.after, T.AUDITS).get(entry.audit)
+            assert audit is not None, "a reveal of no audit was taken"
+            if entry.round != 2 or audit.state not in judged:
                 continue
             voter = next(v for v in audit.voters if v.account == sender)
-            off = [
-                any(v > m for v, m in zip(_apart(sketch, entry.shared), limits, strict=True))
-                for sketch in (audit.opening.sketch, audit.reveal.shared)
-            ]
-            against = (off[0] or entry.contradiction, off[1])
-            assert voter.said == [(True, False), (False, True), (True, True), (False, False)].index(against)
+            assert voter.said == _said(block, audit, entry, params)
+
+
+def _said(block: Block, audit: Any, entry: Any, params: Any) -> int:
+    """Return the ballot that a re-execution amounts to."""
+    if audit.cell == rows(block.after, T.TASKS)[audit.task].microbatches:
+        return _said_of_step(audit, entry, params)
+    wide = entry.other_kernel, entry.other_kernel or audit.reveal.other_kernel
+    taus = [params.wide_tau if one else params.tau for one in wide]
+    factors = [params.wide_factor if one else params.fraud_factor for one in wide]
+    off = [
+        any(v > factor * tau / 1e9 for v, tau in zip(_apart(sketch, entry.shared), limits, strict=True))
+        for sketch, limits, factor in zip((audit.opening.sketch, audit.reveal.shared), taus, factors, strict=True)
+    ]
+    nothing = [r.missing and not r.contradiction and not any(r.shared) for r in (entry, audit.reveal)]
+    if nothing[0]:
+        return 4
+    if entry.contradiction and not any(entry.shared):
+        return 0
+    against = (off[0] or entry.contradiction, off[1] and not nothing[1])
+    plain = [(True, False), (False, True), (True, True), (False, False)].index(against)
+    if plain == 3 and entry.missing:
+        return 4
+    found = zip(_apart(audit.opening.sketch, entry.shared), taus[0], strict=True)
+    return 5 if plain == 3 and any(v > tau / 1e9 for v, tau in found) else plain
+
+
+def _said_of_step(audit: Any, entry: Any, params: Any) -> int:
+    """Return the ballot on an optimiser's step: exact, and without a word on who says that it lacked data."""
+    if entry.missing and not entry.contradiction:
+        return 4
+    worker = any(v > tau / 1e9 for v, tau in zip(_apart(audit.opening.sketch, entry.shared), params.tau, strict=True))
+    limits = [params.fraud_factor * tau / 1e9 for tau in params.tau]
+    found = _apart(audit.reveal.shared, entry.shared)
+    auditor = not audit.reveal.missing and any(v > limit for v, limit in zip(found, limits, strict=True))
+    return [(True, False), (False, True), (True, True), (False, False)].index((worker or entry.contradiction, auditor))
+
+
+def states_follow(block: Block) -> None:
+    """A claim starts from a state that its stage has claimed; two claims that differ are both audited."""
+    claims = rows(block.after, T.CLAIMS)
+    for key, progress in rows(block.after, T.STEPS).items():
+        task, own = rows(block.after, T.TASKS)[key[:32]], [claims[identity] for identity in progress.claims]
+        for stage in range(task.stages):
+            roots = [c.claim.state_after for c in own if c.claim.stage == stage]
+            said = {0: b"", 1: roots[0] if roots else b""}.get(len(set(roots)), b"?")
+            assert not progress.after or progress.after[stage] == said
+        for one in (c for c in own if c.drawn and not c.is_void and c.claim.generation == task.generation):
+            steps = [a for a in rows(block.after, T.AUDITS).values() if a.claim == one.id]
+            is_split = task.redundancy == 1 and progress.after[one.claim.stage] == b"?"
+            is_one = any(a.cell == task.microbatches for a in steps)
+            notes = [e for e in block.executed.events if e.kind == "unaudited"]
+            assert not is_split or is_one or notes or one.height + 1 < block.height, "a step in question is not audited"
+
+
+_BACKED = {
+    "convicted": [(0, 2)],
+    "acquitted": [(1, 2), (3,)],
+    "withheld": [(0, 2, 4)],
+    "faulted": [(0, 2, 4, 5)],
+    "refuted": [(1, 2)],
+}
+"""Ballots whose stake must be more than two thirds."""
 
 
 def verdicts_have_two_thirds(block: Block) -> None:
+    """Verdicts have two thirds of the voters' stake; against a worker also with its accuser's, if most voters agree."""
     for audit in ended(block):
-        if str(audit.state) not in ("convicted", "acquitted"):
+        sides = _BACKED.get(str(audit.state))
+        if sides is None or (str(audit.state) in ("withheld", "faulted") and not audit.voters):
             continue
-        against = 0
-        for voter in audit.voters:
-            assert voter.account not in (audit.worker, audit.auditor)
-            against += voter.power if voter.said in ((0, 2) if str(audit.state) == "convicted" else (1, 2)) else 0
-        assert 3 * against > 2 * sum(v.power for v in audit.voters), f"{audit.state} with {against}"
+        assert not {voter.account for voter in audit.voters} & {audit.worker, audit.auditor}
+        total = sum(v.power for v in audit.voters)
+        backed = [sum(v.power for v in audit.voters if v.said in side) for side in sides]
+        is_enough = any(3 * one > 2 * total for one in backed)
+        if not is_enough and str(audit.state) in ("convicted", "withheld", "faulted"):
+            said = _said(block, audit, audit.reveal, rows(block.before, T.PARAMS)[b""])
+            power = block.before.validators().powers.get(audit.auditor, 0)
+            is_enough = any(
+                2 * one > total and 3 * (one + power * (said in side)) > 2 * (total + power)
+                for side, one in zip(sides, backed, strict=True)
+            )
+        assert is_enough, f"{audit.state} with {backed}"
+
+
+def reopened_by_conviction(block: Block) -> None:
+    """A passed audit is judged again only when another audit of the cell has convicted or found it false."""
+    audits = rows(block.after, T.AUDITS)
+    judged = {a.first for a in ended(block) if a.voters and a.first}
+    for key, audit in audits.items():
+        known = rows(block.before, T.AUDITS).get(key)
+        if audit.is_reopened and not (known and known.is_reopened):
+            assert known is not None
+            assert str(known.state) == "passed"
+            assert key in judged
+        assert audit.is_reopened or str(audit.state) != "refuted"
+
+
+def the_convicted_judge_nobody(block: Block) -> None:
+    barred = {key for key, account in rows(block.before, T.ACCOUNTS).items() if account.barred}
+    for sender, payload in block.applied():
+        assert sender not in barred or not isinstance(payload, Commit | RevealAll), "a convict has judged"
+    for key, audit in rows(block.after, T.AUDITS).items():
+        known = rows(block.before, T.AUDITS).get(key)
+        is_new = known is None or {v.account for v in known.voters} != {v.account for v in audit.voters}
+        assert not is_new or not {v.account for v in audit.voters} & barred, "a convict may vote"
 
 
 def convicted_by_verdict(block: Block) -> None:
@@ -214,9 +360,11 @@ def tables_agree(block: Block) -> None:
         own = [claims[identity] for identity in progress.claims]
         task = rows(state, T.TASKS)[key[:32]]
         for stage in range(task.stages):
-            cells = sorted(cell for c in own if c.claim.stage == stage for cell in c.claim.cells)
-            assert len(set(cells)) == len(cells)
-            assert sum(1 << cell for cell in cells) == int.from_bytes(progress.covered[stage], "little")
+            often = Counter(cell for c in own if c.claim.stage == stage for cell in c.claim.cells)
+            assert max(often.values(), default=0) <= task.redundancy, "claimed more often than computed"
+            for copy in range(task.redundancy):
+                bitmap = progress.covered[stage * task.redundancy + copy]
+                assert sum(1 << cell for cell in often if often[cell] > copy) == int.from_bytes(bitmap, "little")
 
 
 def _watched(state: State) -> None:
@@ -272,9 +420,14 @@ RULES = (
     released_in_time,
     drawn_when_final,
     seated_by_the_rules,
+    settled_with_all_copies,
+    watched_by_the_client,
     bonds_stay_while_disputed,
     ballots_are_what_was_revealed,
     verdicts_have_two_thirds,
+    reopened_by_conviction,
+    states_follow,
+    the_convicted_judge_nobody,
     convicted_by_verdict,
     nonces_count,
     tables_agree,

@@ -52,6 +52,7 @@ QUICK = {
     "lease_blocks": 9,
     "absence_blocks": 5,
     "redraws": 1,
+    "reaudit_rate": 3000,
     "newcomer_cells": 3,
     "history_blocks": 5,
     "max_drawn_cells": 5,
@@ -79,6 +80,7 @@ class Players:
     lies: dict[bytes, float] = field(default_factory=dict)
     deviation: dict[bytes, float] = field(default_factory=dict)
     contradicts: set[bytes] = field(default_factory=set)
+    misses: set[bytes] = field(default_factory=set)
     silent: set[bytes] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     """Kinds of events and reasons of refusals so far."""
@@ -100,13 +102,12 @@ class Players:
         """Let a payload be in the next block."""
         self.waiting.append((key, payload))
 
-    def post(self, client: PrivateKey, **changes: object) -> None:
-        """Post a small task with escrow for exactly what it may cost, unless told otherwise."""
+    def post(self, client: PrivateKey, spare: int = 0, **changes: object) -> None:
+        """Post a small task with escrow for what it may cost, some of it done again, and some to spare."""
         if len(self.swarms) < LIMIT:
             plain: dict[str, object] = {"steps": 4, "microbatches": 2, "depth": 3, "lifetime": 40, "worker_bond": 200}
             task = post_task(**{**plain, **changes})
-            cells = task.steps * task.stages * task.microbatches
-            self.send(client, task if "escrow" in changes else structs.replace(task, escrow=2 * cells * task.price))
+            self.send(client, structs.replace(task, escrow=3 * task.escrow + spare))
 
     def apply_all(self, keys: list[PrivateKey]) -> None:
         """Let these apply in every open task."""
@@ -146,6 +147,8 @@ class Players:
                 assert audit is not None
                 swarm = self.swarms[audit.task]
                 swarm.deviation, swarm.lies, swarm.contradicts = self.deviation, self.lies, self.contradicts
+                swarm.step_deviation = self.deviation
+                swarm.misses = self.misses
                 name = (key.account, duty.audit, duty.round, audit.key)
                 if dice.random() < share and (duty.kind != "reveal" or name in swarm._pending):
                     self.send(key, swarm.answer(key, duty))
@@ -157,7 +160,7 @@ class Players:
                 audit = self.state.audit(duty.audit)
                 assert audit is not None
                 noise = dice.randbytes(32)
-                blank = Reveal(duty.audit, duty.round, noise, bytes(384), bytes(384), False)
+                blank = Reveal(duty.audit, duty.round, noise, bytes(384), bytes(384), False, False)
                 match duty.kind:
                     case "commit":
                         self.send(key, Commit((Commitment(duty.audit, duty.round, noise),)))

@@ -11,7 +11,7 @@ from chain.transactions import Transaction
 
 T = Table
 LIVE = {"drawn", "committed", "opened", "opinion", "voting"}
-KEPT = {"convicted", "withheld"}
+KEPT = {"convicted", "withheld", "faulted", "refuted"}
 
 
 @dataclass(frozen=True)

@@ -369,3 +369,27 @@ def test_hopeless_views_do_not_race() -> None:
     assert (6, ZERO) not in driver.signed(NULLIFY)
     driver.do(driver.machine.on_timer(6))
     assert (6, ZERO) in driver.signed(NULLIFY)
+
+
+def test_a_block_refused_once_is_looked_at_again_when_a_quorum_has_notarized_it() -> None:
+    me = others(led(1), led(2))[0]
+    driver, of = Driver(me, valid=False), block(1)
+    driver.do(driver.machine.on_proposal(proposal(of, 1)))
+    assert driver.signed(NULLIFY) == [(1, ZERO)]
+    driver.do(driver.machine.on_certificate(certificate(NOTARIZE, 1, of.hash)))
+    driver.valid = True  # its timestamp was ahead of this peer's clock, which has moved on
+    driver.do(driver.machine.on_proposal(proposal(of, 2, parent_view=1)))
+    assert driver.signed(NOTARIZE) == [(2, of.hash)]
+
+
+@pytest.mark.parametrize("views", [1, HORIZON + 2])
+def test_a_notarized_block_that_nobody_has_is_passed_over_once_its_view_is_nullified(views: int) -> None:
+    driver = Driver(led(views + 1))
+    for view in range(1, views + 1):
+        driver.do(driver.machine.on_certificate(certificate(NULLIFY, view)))
+    late = Driver(led(views + 1))
+    late.do(late.machine.on_certificate(certificate(NOTARIZE, 1, block(1).hash)))
+    for view in range(1, views + 1):
+        late.do(late.machine.on_certificate(certificate(NULLIFY, view)))
+    assert late.machine.view == driver.machine.view == views + 1
+    assert late.signed(PROPOSE)[-1] == driver.signed(PROPOSE)[-1]

@@ -7,6 +7,7 @@ import pytest
 import trio.testing
 from msgspec import structs
 
+from chain import engine_gate
 from chain.blocks import (
     MAX_CERTIFICATE_BYTES,
     MAX_VALIDATORS,
@@ -227,6 +228,22 @@ def test_the_next_heights_are_kept_only_of_members_and_only_so_much() -> None:
     assert desk.gate.buffered[0] == MAX_BUFFERED_BY_ONE + 1
     assert MAX_BUFFERED_BYTES <= 8 << 20
     assert MAX_BUFFERED <= 512
+
+
+def test_large_proposals_of_one_member_leave_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    early = [proposal(desk, view, HEIGHT + 1) for view in range(1, 9)]
+    by_one = {p.vote.validator: [q for q in early if q.vote.validator == p.vote.validator] for p in early}
+    flood = max(by_one.values(), key=len)
+    size = len(encode(flood[0]))
+    monkeypatch.setattr(engine_gate, "MAX_BUFFERED_BYTES", 4 * size)
+    monkeypatch.setattr(engine_gate, "MAX_BYTES_OF_ONE", size)
+    for message in flood:
+        desk.take(message)
+    assert len(flood) > 1
+    assert desk.gate.buffered == (1, size)
+    desk.take(vote(next(key for key in MEMBERS if key.account != flood[0].vote.validator), at=(HEIGHT + 1, 1)))
+    assert desk.gate.buffered[0] == 2
 
 
 def test_a_flood_of_authentic_votes_is_remembered_within_bounds() -> None:

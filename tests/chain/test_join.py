@@ -3,22 +3,30 @@
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 import pytest
 import trio
 import trio.testing
 from msgspec import structs
 
-from chain import snapshots
+from chain import engine_serve, snapshots
+from chain.blocks import VerifiedSignatures
 from chain.codec import DecodeError, encode
 from chain.engine import ChainEngine
+from chain.engine_blocks import Tip
+from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, Disposition
+from chain.engine_join import Join, JoinConfig
+from chain.engine_peers import Peers
 from chain.engine_serve import SNAPSHOT_EPOCHS, Server
+from chain.engine_threads import Threads
 from chain.genesis import Genesis
 from chain.light import LightBlock, Trust, decode_light_block
 from chain.snapshots import Chunk, decode_chunk
+from chain.state import State, genesis_state
 from chain.sync import (
     NOTHING,
     ChunkRequest,
@@ -32,7 +40,7 @@ from chain.sync import (
     decode_request,
 )
 from chain.transactions import Transfer
-from tests.chain.hub import CONFIG, Hub, genesis_of, keys, running, until_height
+from tests.chain.hub import CONFIG, Hub, Link, genesis_of, keys, running, until_height
 
 MEMBERS = keys(5)
 LATE = MEMBERS[4]
@@ -40,6 +48,7 @@ EPOCH = 2
 INTERVAL = SNAPSHOT_EPOCHS * EPOCH
 GENESIS = genesis_of(MEMBERS[:4], [*keys(60)[4:]], epoch_blocks=EPOCH, unbonding_blocks=5000)
 CHAIN = GENESIS.chain_id
+T = TypeVar("T")
 Twist = Callable[[SyncRequest, bytes], bytes]
 
 
@@ -63,6 +72,18 @@ class Hostile:
         if answer == b"silence":
             await trio.sleep_forever()
         return answer
+
+
+@dataclass
+class Dripping(Hostile):
+    """A peer that answers everybody who joins, truly and as late as it may."""
+
+    twist: Twist = field(default=lambda _, answer: answer)
+
+    async def serve(self, sender: str, data: bytes) -> bytes:
+        if isinstance(decode_request(data, CHAIN), SnapshotRequest | LightRequest | ChunkRequest):
+            await trio.sleep(9.0)
+        return await super().serve(sender, data)
 
 
 @asynccontextmanager
@@ -321,6 +342,23 @@ async def test_offers_that_come_to_nothing_end_in_fetching_every_block(
             assert late.reader.store.base == 1
 
 
+async def test_servers_that_drip_do_not_hold_a_join_for_longer_than_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("chain.engine_join.LONGEST_SECONDS", 20.0)
+    async with grown(hub, tmp_path, INTERVAL + 1) as engines:
+        hub.engines = {name: Dripping(engine) for name, engine in hub.engines.items()}  # type: ignore[misc]
+        async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
+            await trio.sleep(15)
+            assert late.state.height == 0
+            with trio.fail_after(20):
+                await until_height(late, 1)
+            assert late.status()["joining"] is None
+            await until_height(late, engines[0].state.height)
+            assert late.reader.store.base == 1
+
+
 async def test_a_join_waits_for_peers(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     hub = Hub()
     async with grown(hub, tmp_path, INTERVAL + 1) as engines:
@@ -352,3 +390,45 @@ async def test_an_interrupted_join_begins_anew(tmp_path: Path, autojump_clock: t
         hub.engines = names
         async with running(hub, tmp_path / "late", GENESIS, LATE) as late:
             await follows(late, engines, INTERVAL)
+
+
+class _Slow(Threads):
+    async def compute(self, work: Callable[[], T], *, is_large: bool = True) -> T:
+        await trio.sleep(1)
+        return work()
+
+
+async def test_many_who_ask_at_once_have_the_state_cut_once(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts: list[int] = []
+
+    def cut(state: State) -> snapshots.Snapshot:
+        cuts.append(state.height)
+        return snapshots.Snapshot(state)
+
+    monkeypatch.setattr(engine_serve, "Snapshot", cut)
+    tip = Tip(CHAIN, genesis_state(GENESIS))
+    server = Server(cast(Files, None), _Slow(offload=False), lambda: tip)
+    server.keep([tip])
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(server._snapshot, 0)
+    assert cuts == [0]
+
+
+async def test_a_joiner_whose_clock_is_behind_bans_nobody(
+    old_homes: Path, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    async with regrown(hub, old_homes, tmp_path) as engines:
+        peers = Peers(Link(hub, "late"), 5.0)
+        begin, verify = (lambda: GENESIS.timestamp), VerifiedSignatures()
+        config = JoinConfig(peers, GENESIS, None, verify, Threads(offload=False), begin, lambda _: None, lambda: True)
+        with trio.move_on_after(10):
+            await Join(config).fetch()
+        assert len(peers.connected()) == len(engines)
+        with trio.fail_after(200):
+            while len(peers.usable()) < len(engines):
+                await trio.sleep(1)
+    assert hub.penalized == []

@@ -115,6 +115,7 @@ def test_who_is_not_in_the_set_has_no_vote() -> None:
         {"tau": (0, 27_000, 35_000)},
         {"unbonding_blocks": 199_999},
         {"block_interval_ms": 999},
+        {"unbonding_blocks": 199_999, "block_interval_ms": 2000},
         {"tau": (24, 27_000, 35_000)},
         {"fraud_factor": 1, "tau": (2499, 27_000, 35_000)},
         *({name: most + 1} for name, most in MOST.items()),
@@ -126,9 +127,21 @@ def test_no_vote_breaks_a_bound(changes: dict[str, Any]) -> None:
     assert ledger.state.validator(KEYS[0].account).wish is None  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("is_too_much", [False, True])
+def test_no_vote_takes_the_stake_of_a_quorum_away(is_too_much: bool) -> None:
+    ledger = network()
+    stakes = [ledger.state.account(key.account).bonded for key in KEYS[:4]]
+    vote = wish(ledger, min_stake=min(stakes) + is_too_much)
+    assert ledger.block(*((key, vote) for key in KEYS[:4])) == ("", "", "", "")
+    next_epoch(ledger)
+    assert (ledger.state.params == vote.params) is not is_too_much
+    next_epoch(ledger)
+    assert len(ledger.state.validators()) == 4
+
+
 def test_bounds_leave_room_for_what_runs_and_fit_what_blocks_may_hold() -> None:
     assert problem(Params()) is None
-    assert vote_problem(Params(), replace(Params(), unbonding_blocks=100_000, block_interval_ms=2000)) is None
+    assert vote_problem(Params(), replace(Params(), unbonding_blocks=400_000, block_interval_ms=500)) is None
     assert MOST["max_block_bytes"] + MAX_CERTIFICATE_BYTES + 1024 <= MAX_BLOCK_BYTES
     assert MOST["max_block_transactions"] <= MAX_TRANSACTIONS
     assert LEAST_BLOCK_BYTES >= MAX_TRANSACTION_BYTES

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace
 
-from chain.ledger import accounts, audits, claims, execution, hooks, payloads, pools, seats, settlement, validators
+from chain import verdicts
+from chain.ledger import accounts, claims, execution, hooks, payloads, pools, seats, settlement, validators
 from chain.ledger.book import Book
 from chain.reasons import Refused
 from chain.state import Table
@@ -91,7 +92,7 @@ MUTANTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "stake is withdrawn before its release": (accounts, "withdraw", _withdraws_all),
     "an ended lease keeps its seat": (seats, "expire_leases", lambda book, task: None),
     "a refused payload leaves a trace": (execution, "apply", _keeps_what_was_refused),
-    "a third of the voters convict": (audits, "quorum", lambda total: total // 3 + 1),
+    "a third of the voters convict": (verdicts, "quorum", lambda total: total // 3 + 1),
     "ended audits stay for good": (hooks, "_forget", _keeps_everything),
     "anybody may be drawn": (pools, "is_fit", lambda book, account: True),
 }

@@ -100,12 +100,21 @@ def test_a_successor_must_be_fresh_and_consent() -> None:
     other = RotateKey(FRESH.account, bytes(32), rotation(ledger, KEYS[8], FRESH).proof)
     assert ledger.one(ALICE, other) == Reason.BAD_PROOF
     assert ledger.one(ALICE, RotateKey(FRESH.account, bytes(32), bytes(64))) == Reason.BAD_PROOF
-    assert ledger.one(ALICE, rotation(ledger, ALICE, KEYS[8])) == Reason.KEY_IN_USE
+    assert ledger.one(ALICE, rotation(ledger, ALICE, KEYS[0])) == Reason.KEY_IN_USE
     assert ledger.one(ALICE, rotation(ledger, ALICE, ALICE)) == Reason.KEY_IN_USE
     foreign = FRESH.sign(rotation_bytes(bytes(32), ALICE.account))
     assert ledger.one(ALICE, RotateKey(FRESH.account, bytes(32), foreign)) == Reason.BAD_PROOF
     assert ledger.one(KEYS[8], Transfer(FRESH.account, 1)) == ""
+    assert ledger.one(FRESH, Transfer(KEYS[8].account, 1)) == ""
     assert ledger.one(ALICE, rotation(ledger, ALICE, FRESH)) == Reason.KEY_IN_USE
+
+
+def test_a_successor_that_somebody_has_paid_is_still_fresh() -> None:
+    ledger = network()
+    assert ledger.one(KEYS[8], Transfer(FRESH.account, 7)) == ""
+    before = ledger.state.account(ALICE.account).balance
+    assert ledger.one(ALICE, rotation(ledger, ALICE, FRESH)) == ""
+    assert ledger.state.account(FRESH.account).balance == before + 7
 
 
 def test_a_validator_steps_out_and_comes_back_under_its_new_key() -> None:

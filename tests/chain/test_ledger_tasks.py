@@ -50,7 +50,7 @@ def test_the_least_bond_outweighs_cheating(rate: int, expected: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"escrow": 1279}, Reason.ESCROW_TOO_SMALL),
+        ({"escrow": 1599}, Reason.ESCROW_TOO_SMALL),
         ({"audit_rate": 499}, Reason.RATE_TOO_SMALL),
         ({"audit_rate": 1000, "worker_bond": 289}, Reason.BOND_TOO_SMALL),
         ({"price": 0, "escrow": 0, "worker_bond": 0}, Reason.PRICE_TOO_SMALL),
@@ -67,8 +67,8 @@ def test_the_least_bond_itself_is_accepted() -> None:
     ledger = Ledger()
     assert ledger.one(CLIENT, post_task(audit_rate=1000, worker_bond=290)) == ""
     (task,) = ledger.state.open_tasks()
-    assert (task.state, task.escrow, task.client) == (TaskStatus.POSTED, 1280, CLIENT.account)
-    assert ledger.state.account(CLIENT.account).balance == BALANCE - 1280
+    assert (task.state, task.escrow, task.client) == (TaskStatus.POSTED, 1600, CLIENT.account)
+    assert ledger.state.account(CLIENT.account).balance == BALANCE - 1600
 
 
 def test_private_networks_may_have_free_tasks() -> None:
@@ -112,7 +112,7 @@ def test_seats_are_drawn_after_the_formation_emptiest_stage_first() -> None:
 
 def test_a_task_waits_until_every_stage_has_somebody() -> None:
     ledger = Ledger()
-    ledger.one(CLIENT, post_task(stages=3, escrow=1920))
+    ledger.one(CLIENT, post_task(stages=3))
     (task,) = ledger.state.open_tasks()
     assert not ledger.state.is_busy()
     ledger.block(*((key, TakeSeat(task.id, bytes(32))) for key in KEYS[:2]))
@@ -197,17 +197,17 @@ def test_a_client_that_closes_pays_for_what_was_claimed() -> None:
         swarm.ledger.block(*swarm.answers())
     workers = swarm.state.workers(swarm.task)
     assert [worker.settled_cells for worker in workers] == [4] * 4
-    assert swarm.state.account(swarm.client.account).balance == BALANCE - 2 * 2 * 2 * 4 * 10
+    assert swarm.state.account(swarm.client.account).balance == BALANCE - 2 * 2 * (4 + 4 + 2) * 10
     assert not swarm.state.open_tasks()
 
 
 def test_work_is_claimed_only_while_the_escrow_covers_it() -> None:
-    swarm = start_swarm(stages=1, replicas=1, steps=2, escrow=160)
+    swarm = start_swarm(stages=1, replicas=1, steps=2, escrow=180)
     for step in (1, 2):
         assert refusal(swarm, swarm.seated(0)[0], swarm.claim(step, 0, (0, 1, 2, 3))) == ""
     task = swarm.state.task(swarm.task)
     assert task is not None
-    assert (task.escrow, task.reserved) == (160, 80)
+    assert (task.escrow, task.reserved) == (180, 80)
     from chain.hashing import ZERO
     from chain.ledger.book import Book
     from chain.state import Draft

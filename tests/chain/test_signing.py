@@ -213,6 +213,22 @@ def test_nothing_is_overwritten_and_nothing_foreign_or_damaged_taken(tmp_path: P
     assert not target.exists()
 
 
+def test_an_import_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    record, _ = filled(tmp_path)
+    data = record.export()
+    record.close()
+    (tmp_path / "new").mkdir()
+    sqlite3.connect(target := tmp_path / "new" / "signing.db").close()  # the file is there before what is in it
+    assert not target.read_bytes()
+    SigningRecord.import_(target, data, KEY.account)
+    moved = opened(tmp_path / "new")
+    assert moved.export() == data
+    moved.close()
+    target.write_bytes(b"no database")
+    with pytest.raises(FileExistsError):
+        SigningRecord.import_(target, data, KEY.account)
+
+
 def test_there_must_be_a_record_to_export(tmp_path: Path) -> None:
     with pytest.raises(RecordMissing):
         SigningRecord.open_existing(tmp_path / "signing.db", KEY.sign)

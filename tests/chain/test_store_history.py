@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+import tracemalloc
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 
 from chain import store as stores
 from chain import store_schema
+from chain.engine_files import Files
 from chain.replay import replay
 from chain.store import Store, StoreCorrupt
+from chain.sync import RANGE_BYTES
 from chain.transactions import Transfer
 from tests.chain.ledger_kit import KEYS, Ledger, genesis_of, start_swarm
 from tests.chain.store_kit import final_blocks, write
@@ -30,28 +33,39 @@ def test_every_earlier_state_can_be_had_again(swarm_ledger: Ledger, tmp_path: Pa
     blocks = list(final_blocks(swarm_ledger))
     with closing(write(swarm_ledger, tmp_path / "chain.db")) as store:
         for block, _, _, executed in blocks:
-            state = store.state_at(block.height)
+            state = store.state_at(block.height, swarm_ledger.state)
             assert state.tables == executed.state.tables
             assert state.root == executed.state.root
         for height in (0, len(blocks) + 1):
             with pytest.raises(LookupError, match=f"height {height} is not kept"):
-                store.state_at(height)
+                store.state_at(height, swarm_ledger.state)
+
+
+def test_an_earlier_state_is_had_from_one_that_is_not_the_newest_any_more(
+    swarm_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = list(final_blocks(swarm_ledger))[-3][3].state
+    with closing(write(swarm_ledger, tmp_path / "chain.db")) as store:
+        monkeypatch.setattr(Store, "load_state", None)  # a running peer has it at hand: nothing is read whole
+        assert store.state_at(later.height - 2, later).height == later.height - 2
+        with pytest.raises(LookupError):
+            store.state_at(later.height + 1, later)
 
 
 def test_the_journal_ends(swarm_ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "UNDO_HEIGHTS", 5)
     with closing(write(swarm_ledger, tmp_path / "chain.db")) as store:
         last = swarm_ledger.state.height
-        assert store.state_at(last - 5).height == last - 5
+        assert store.state_at(last - 5, swarm_ledger.state).height == last - 5
         with pytest.raises(LookupError):
-            store.state_at(last - 6)
+            store.state_at(last - 6, swarm_ledger.state)
 
 
 def test_a_false_journal_is_damage(swarm_ledger: Ledger, tmp_path: Path) -> None:
     with closing(write(swarm_ledger, tmp_path / "chain.db")) as store:
         store._db.execute("DELETE FROM undo WHERE height = ?", (swarm_ledger.state.height,))
         with pytest.raises(StoreCorrupt, match="the journal does not lead"):
-            store.state_at(swarm_ledger.state.height - 1)
+            store.state_at(swarm_ledger.state.height - 1, swarm_ledger.state)
 
 
 def test_old_blocks_are_pruned_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +140,7 @@ def test_a_file_of_the_schema_before_is_migrated_and_goes_on(swarm_ledger: Ledge
     with closing(Store.open(path, swarm_ledger.genesis)) as store:
         store.commit(*steps[-1])
         assert replay(store)["ok"]
-        assert store.state_at(len(steps) - 1).root == steps[-2][3].state.root
+        assert store.state_at(len(steps) - 1, store.load_state()).root == steps[-2][3].state.root
 
 
 def test_a_migration_cut_short_leaves_the_old_file(
@@ -155,3 +169,16 @@ def test_a_newer_schema_is_refused_and_untouched(swarm_ledger: Ledger, tmp_path:
             opened(path)
     assert path.read_bytes() == before
     shutil.rmtree(tmp_path)
+
+
+def test_a_long_range_of_large_blocks_is_not_read_whole(tmp_path: Path) -> None:
+    genesis = genesis_of(validators=1)
+    with closing(Files(tmp_path, genesis, None)) as files, files.store.batch():
+        rows = [(height, bytes([height]) * 32, bytes(300_000), b"") for height in range(1, 101)]
+        files.store._db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", rows)
+        tracemalloc.start()
+        try:
+            files.range(1, 100)
+            assert tracemalloc.get_traced_memory()[1] < 4 * RANGE_BYTES
+        finally:
+            tracemalloc.stop()

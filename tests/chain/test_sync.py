@@ -345,6 +345,27 @@ async def test_short_answers_are_completed_and_pruned_peers_asked_only_for_what_
     assert follower.peers.faults == {}
 
 
+async def test_a_peer_that_is_gone_is_not_asked_again_and_again(autojump_clock: trio.testing.MockClock) -> None:
+    asked = 0
+
+    class Leaving(Net):
+        async def request(self, peer: str, data: bytes) -> bytes:
+            nonlocal asked
+            if isinstance(decode_request(data, CHAIN), StatusRequest):
+                return await super().request(peer, data)
+            asked += 1
+            self.servers.pop(peer, None)
+            follower.peers.connected()  # as the status of the peer asks for it
+            await trio.sleep(0.01)
+            raise RequestFailed("gone")
+
+    follower = Follower(Leaving(one=Server(LONG)))
+    with trio.move_on_after(20) as limit:
+        await follower.catch_up.follow(everyone=True)
+    assert asked == 1
+    assert not limit.cancelled_caught
+
+
 async def test_nobody_to_follow_is_no_reason_to_wait(autojump_clock: trio.testing.MockClock) -> None:
     far = Server(LONG)
     far.base = 500

@@ -34,6 +34,7 @@ from chain.transactions import (
     Unbond,
     Unjail,
     Unsigned,
+    WatchWorker,
     Withdraw,
     decode_transaction,
     sign,
@@ -51,7 +52,7 @@ PAYLOADS: tuple[Payload, ...] = (
     RegisterValidator(H[1]),
     Unjail(),
     Faucet(),
-    PostTask(H[0], 2, 3, 40, 8, 10, 12_800, 5000, 1000, 4, 100),
+    PostTask(H[0], 2, 3, 40, 8, 10, 12_800, 5000, 1000, 4, 100, 5, 3),
     TopUp(H[2], 8),
     CloseTask(H[3]),
     TakeSeat(H[4], H[5]),
@@ -60,8 +61,9 @@ PAYLOADS: tuple[Payload, ...] = (
     SubmitClaims((Claim(H[0], 1, 2, 1, (0, 3, 7), H[1], H[2], H[3]),)),
     Commit((Commitment(H[0], 0, H[1]), Commitment(H[2], 2, H[3]))),
     Open((Opening(H[0], H[1], Trace(*H[2:9]), (H[9], H[10]), SKETCH),)),
-    RevealAll((Reveal(H[0], 1, H[1], SKETCH, SKETCH, True),)),
+    RevealAll((Reveal(H[0], 1, H[1], SKETCH, SKETCH, True, False),)),
     Evidence(b"first", b"second"),
+    WatchWorker(H[0], H[1]),
 )
 
 

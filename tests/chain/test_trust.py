@@ -11,7 +11,7 @@ import trio.testing
 from chain.engine import Distrusted
 from chain.hashing import digest
 from chain.light import Trust
-from tests.chain.hub import CONFIG, Hub, genesis_of, keys, running, until_height
+from tests.chain.hub import CONFIG, Hub, clock_ms, genesis_of, keys, running, until_height
 
 MEMBERS = keys(5)
 GENESIS = genesis_of(MEMBERS[:4], MEMBERS[4:])
@@ -70,6 +70,18 @@ async def test_a_block_that_the_trust_forbids_is_not_made_final_here(
     with pytest.RaisesGroup(Distrusted, flatten_subgroups=True, allow_unwrapped=True):
         async with running(hub, tmp_path / "0", genesis_of(MEMBERS[:1], []), MEMBERS[0]):
             await trio.sleep_forever()
+
+
+async def test_a_clock_behind_the_chain_is_told(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    hub = Hub()
+    async with AsyncExitStack() as stack:
+        for i, key in enumerate(MEMBERS[:4]):
+            await stack.enter_async_context(running(hub, tmp_path / str(i), GENESIS, key))
+        hub.config = replace(CONFIG, clock_ms=lambda: clock_ms() - 61_000)
+        late = await stack.enter_async_context(running(hub, tmp_path / "late", GENESIS, MEMBERS[4], validate=False))
+        await until_height(late, 3)
+        assert 60_000 < late.status()["clock_behind_ms"] < 62_000
+        assert next(iter(hub.engines.values())).status()["clock_behind_ms"] < 1000
 
 
 async def test_an_old_tip_asks_for_a_trusted_block(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -72,6 +72,7 @@ def _peer(case: Case, name: str, database: Path, seen: _Seen) -> None:
     blocks = inspect(database, "blocks", "--count", MOST_BLOCKS)
     for block in blocks:
         seen.hashes.setdefault(block["height"], set()).add(block["hash"])
+    assert blocks, "it has no block at all"
     heights = [block["height"] for block in blocks]
     assert heights == list(range(heights[0], heights[0] + len(heights))), "heights are missing"
     assert heights[-1] >= case.blocks, f"it reached height {heights[-1]} of {case.blocks}"

@@ -36,7 +36,8 @@ class Testnet:
     manifest: Manifest
     homes: list[Home]
     accounts: list[str]
-    invite: str = ""
+    invites: dict[int, str] = field(default_factory=dict)
+    """Every peer's newest; its port changes with each start."""
     heights: dict[int, int] = field(default_factory=dict)
     busy: set[int] = field(default_factory=set)
     """Peers whose plan has something left to do."""
@@ -103,11 +104,11 @@ async def process(net: Testnet, index: int, plan: PeerPlan) -> AsyncIterator[Chi
     cut = max((fault.seconds for fault in plan.faults), default=1.0)
     words = [plan.attack or "none", str(cut), "start", "--home", str(home), "--no-work", "--json"]
     words += ["--listen", "/ip4/127.0.0.1/tcp/0", "--status-port", "-1"]
-    words += ["--join", net.invite] if net.invite else []
+    words += [word for known, invite in net.invites.items() if known != index for word in ("--join", invite)]
     words += ["--snapshot"] if plan.snapshot else []
     async with child(name_of(index), "tests.testnet.process", words, home / "log.txt") as running:
         ready = await running.expect("ready", READY_SECONDS)
-        net.invite = net.invite or str(ready["invite"])
+        net.invites[index] = str(ready["invite"])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(running.drain)
             yield running
@@ -201,7 +202,7 @@ async def run(manifest: Manifest, folder: Path) -> dict[str, Any]:
             nursery.start_soon(watch, net)
             nursery.start_soon(load, net)
             nursery.start_soon(live, net, 0)
-            while not net.invite:
+            while not net.invites:
                 await trio.sleep(0.05)
             for index in range(1, len(manifest.peer)):
                 nursery.start_soon(live, net, index)

@@ -1,0 +1,72 @@
+"""The calculator of what cheating is worth: the design's figures, the ledger's bound, and a simulation."""
+
+import random
+
+import pytest
+
+from chain.economics import Terms, detection, economics
+from chain.ledger.tasks import bond_for
+from chain.params import Params
+
+PARAMS = Params()
+
+
+def cheat(name: str, terms: Terms, params: Params = PARAMS) -> object:
+    return next(one for one in economics(params, terms).cheats if one.name == name)
+
+
+def test_the_figures_of_the_design() -> None:
+    found = economics(PARAMS, Terms(price=1, in_flight=0, bond=1)).cheats[0]
+    assert found.chance == pytest.approx(0.075)
+    assert found.mean_cells == pytest.approx(13.33, abs=0.01)
+    assert found.gain == pytest.approx(12.33, abs=0.01)
+    assert found.cells_for_certainty == 178
+    assert economics(PARAMS, Terms(colluding=0)).cheats[0].cells_for_certainty == 132
+
+
+@pytest.mark.parametrize("rate", [500, 1000, 2500, 10_000])
+@pytest.mark.parametrize("in_flight", [0, 32, 512])
+def test_the_least_bond_makes_every_way_a_loss_or_worth_nothing(rate: int, in_flight: int) -> None:
+    found = economics(PARAMS, Terms(audit_rate=rate, in_flight=in_flight))
+    assert found.bond == found.least_bond == bond_for(1000, rate, 2500, in_flight)
+    assert found.is_sound
+    assert not economics(PARAMS, Terms(audit_rate=rate, in_flight=in_flight, bond=1)).is_sound
+
+
+def test_a_partner_that_reports_is_worth_its_share_and_ends_it_sooner() -> None:
+    always, reported, *_ = economics(PARAMS, Terms()).cheats
+    assert reported.loss == always.loss * (1 - 0.25 * 0.25)
+    assert reported.mean_cells == 10.0 < always.mean_cells
+    assert reported.profit < 0
+    assert reported.gain < always.gain
+
+
+def test_a_larger_colluding_share_than_the_network_reckons_with_pays() -> None:
+    assert economics(PARAMS, Terms(in_flight=0, colluding=2500)).is_sound
+    assert not economics(PARAMS, Terms(in_flight=0, colluding=6000)).is_sound
+
+
+def test_what_looks_like_a_crash_pays_once_and_never_again() -> None:
+    once, again = economics(PARAMS, Terms()).cheats[2:4]
+    assert (once.is_once, once.gain, once.loss) == (True, 9000, 1000)
+    assert again.profit < 0
+
+
+def test_the_mean_is_that_of_cheats_who_are_drawn() -> None:
+    dice, terms = random.Random(7), Terms(audit_rate=2000, colluding=2500)
+    h = detection(terms.audit_rate, terms.colluding)
+    counts = []
+    for _ in range(4000):
+        cells = 1
+        while dice.random() >= h:
+            cells += 1
+        counts.append(cells)
+    found = economics(PARAMS, terms).cheats[0]
+    assert sum(counts) / len(counts) == pytest.approx(found.mean_cells, rel=0.05)
+    assert sum(one > found.cells_for_certainty for one in counts) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"audit_rate": 0}, {"audit_rate": 10_001}, {"colluding": 10_000}, {"price": -1}])
+def test_terms_without_sense_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"audit rate|price"):
+        economics(PARAMS, Terms(**wrong))
