@@ -6,32 +6,39 @@ to worker. It sees the chain through a `Governor` only, and the network through 
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
-from trainer.coordinator_book import StepBook
 from trainer.coordinator_pace import Pace
 from trainer.coordinator_ports import (
     CoordinatorConfig,
     CoordinatorPorts,
     Governor,
     Members,
+    NotValidated,
     RolledBack,
     StepDone,
 )
-from trainer.coordinator_repair import StageLost
+from trainer.coordinator_probe import Evaluation
+from trainer.coordinator_repair import StageLost, StepFailed
 from trainer.coordinator_state import SwarmState
 from trainer.coordinator_swarm import Swarm
-from trainer.messages import Message, MessageError, Reason
+from trainer.messages import Message
+from trainer.payloads import MessageError, Reason
 from trainer.state import StageState
 from trainer.transport import Transport
 from trainer.worker_mail import Outbox
 
-__all__ = ["Coordinator", "Governor", "Members", "StageLost"]
+__all__ = ["Coordinator", "Governor", "Members", "StageLost", "StepFailed"]
 
 
 class _GenerationEndedError(Exception):
     """A verdict convicted a worker while a step was under way."""
+
+
+class _ReopenedError(Exception):
+    """The step under way begins again."""
 
 
 class Coordinator:
@@ -54,8 +61,8 @@ class Coordinator:
     async def run(self) -> tuple[StageState, ...]:
         """Train all steps that are left and return the final state of every stage.
 
-        Raises `StageLost` when a stage has had no worker for too long, `StateUnavailable` when no holder
-        gives a final state.
+        Raises `StageLost` when a stage has had no worker for too long, `StepFailed` for a step that is not finite,
+        `StateUnavailable` when no holder gives a final state.
         """
         try:
             async with trio.open_nursery() as nursery:
@@ -76,6 +83,16 @@ class Coordinator:
     def step(self) -> int:
         """The last committed step."""
         return self._state.step
+
+    @property
+    def empty_since(self) -> float | None:
+        """Since when some stage has had no worker, None while every stage has one."""
+        return self._swarm.repairs.empty_since
+
+    @property
+    def ready(self) -> tuple[tuple[str, ...], ...]:
+        """The workers that take part, by stage; none of the ends that a private run's client holds."""
+        return tuple(self._state.roster.ready(stage) for stage in self._config.manifest.seated)
 
     async def fetch_states(self, step: int | None = None) -> tuple[StageState, ...]:
         """Return every stage's state after `step`, the last committed one by default, from those who hold it.
@@ -101,10 +118,13 @@ class Coordinator:
                     await self._form(members)
                 elif is_over:
                     return
+                elif state.must_reopen:
+                    self._swarm.reopen()
+                    await self._pump(lambda: self._swarm.is_formed)
                 else:
                     self._swarm.update(members)
                     await self._run_step(self._ports.clock() - asked)
-            except _GenerationEndedError:
+            except (_GenerationEndedError, _ReopenedError):
                 continue
 
     async def _form(self, members: Members) -> None:
@@ -116,22 +136,46 @@ class Coordinator:
 
     async def _run_step(self, waited: float) -> None:
         swarm, started = self._swarm, self._ports.clock()
-        await self._pump(lambda: not self._state.roster.empty_stages())
+        while self._state.roster.empty_stages():
+            await self._pump(lambda: not self._state.roster.empty_stages())
+            swarm.agree()
         book = swarm.open()
         while not swarm.is_reduced:
-            await self._pump(lambda: book.is_complete and swarm.has_no_newcomer)
-            swarm.reduce(book)
-            await self._pump(lambda: swarm.is_reduced or not book.is_complete)
+            if swarm.is_summed:
+                swarm.apply(book)
+            else:
+                await self._pump(lambda: book.is_complete and swarm.has_no_newcomer)
+                swarm.reduce(book)
+            await self._pump(lambda: swarm.is_reduced or swarm.is_summed or not book.is_complete)
         swarm.commit(book)
-        self._report_step(book, self._ports.clock() - started, waited)
+        seconds, tokens = self._ports.clock() - started, self._config.manifest.tokens_per_step
+        done = StepDone(book.step, book.generation, book.loss, tokens, seconds, waited, shares=swarm.shares(book))
+        try:
+            done = replace(done, validation=await self._evaluate(max(self._config.patience.first, seconds)))
+        finally:
+            self._ports.report(done)
 
-    def _report_step(self, book: StepBook, seconds: float, waited: float) -> None:
-        tokens = self._config.manifest.tokens_per_step
-        self._ports.report(StepDone(book.step, book.generation, book.loss, tokens, seconds, waited))
+    async def _evaluate(self, patience: float) -> float | None:
+        """Return the loss on the text that is never trained on, if it is due and all workers stay to measure it."""
+        manifest, every, kept = self._config.manifest, self._config.eval_every, self._ports.validation
+        step = manifest.start + self._state.step
+        if kept is None or not every or (step % every and step != manifest.total_steps):
+            return None
+        evaluation = self._swarm.evaluation = Evaluation(self._state, kept, patience)
+        try:
+            evaluation.start()
+            await self._pump(lambda: evaluation.is_over)
+        finally:
+            self._swarm.evaluation = None
+        if evaluation.loss is None:
+            self._ports.report(NotValidated(self._state.step))
+        return evaluation.loss
 
     async def _pump(self, is_over: Callable[[], bool]) -> None:
-        """Take messages and act on deadlines until `is_over`; raise when the generation ends."""
-        while not is_over():
+        """Take messages and act on deadlines until `is_over`; raise when the generation ends or the step reopens."""
+        while self._state.must_reopen or not is_over():
+            if self._state.must_reopen:
+                raise _ReopenedError
             with trio.move_on_after(self._config.patience.tick):
                 self._swarm.take(await self._transport.receive())
             if self._ports.clock() < self._next_check:

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from trainer.messages import CellDone, MessageError, Passed, Reason
+from trainer.messages import CellDone, Passed
+from trainer.payloads import MessageError, Reason
 from trainer.schedule import in_flight_limit
 
 
@@ -15,6 +16,7 @@ class StepBook:
         self.step = step
         self.routes = [list(route) for route in routes]
         self.stages = len(self.routes[0])
+        self.teams: tuple[tuple[str, ...], ...] = ()
         self.moves: Counter[tuple[int, int]] = Counter()
         self._passed: set[tuple[int, int]] = set()
         self._done: set[tuple[int, int]] = set()
@@ -52,6 +54,10 @@ class StepBook:
     def owners(self, stage: int) -> tuple[str, ...]:
         """Return the owner of each cell at `stage`."""
         return tuple(route[stage] for route in self.routes)
+
+    def members(self, stage: int, cell: int) -> tuple[str, ...]:
+        """Return who computes a cell."""
+        return (self.routes[cell][stage],)
 
     def held(self, stage: int, peer: str) -> tuple[int, ...]:
         """Return the cells that `peer` owns at `stage`."""

@@ -1,12 +1,12 @@
 """What a coordinator is given and what it reports: members, data, deadlines, events."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import trio
 
-from trainer.data import Batch
+from trainer.data import Batch, HeldBack
 from trainer.manifest import TaskManifest
 from trainer.state import StageState
 
@@ -40,13 +40,26 @@ class BatchSource(Protocol):
     """Micro-batches by step (from 1) and index."""
 
     def batch(self, step: int, microbatch: int) -> Batch:
-        """Return the tokens and labels, int32 (B, T) each, of one micro-batch."""
+        """Return the tokens and labels, int32 (B, T) each, of one micro-batch, or its images and labels."""
         ...
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one replica did of a step: cells of its stage, and cells per second as the client sees them."""
+
+    stage: int
+    peer: str
+    cells: int
+    speed: float
+
+
+@dataclass(frozen=True)
 class StepDone:
-    """A committed step: mean loss, tokens, seconds from opening to commit, seconds waited for the ring."""
+    """A committed step: mean loss, tokens, seconds from opening to commit, seconds waited for the ring.
+
+    `validation` is the mean loss of the new state on text that is never trained on, where it was measured.
+    """
 
     step: int
     generation: int
@@ -54,6 +67,8 @@ class StepDone:
     tokens: int
     seconds: float
     waited: float
+    validation: float | None = None
+    shares: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,13 @@ class StageEmpty:
 
 
 @dataclass(frozen=True)
+class NotValidated:
+    """An evaluation after `step` that a worker's loss or silence cut short; the training goes on."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class RolledBack:
     """An eviction: the swarm goes back to the state after `resume_step`."""
 
@@ -102,7 +124,28 @@ class RolledBack:
     resume_step: int
 
 
-SwarmEvent: TypeAlias = StepDone | Rerouted | PeerLeft | PeerJoined | StageEmpty | RolledBack
+@dataclass(frozen=True)
+class Outvoted:
+    """A worker whose results of these cells were not those of most of its team; theirs went on."""
+
+    step: int
+    stage: int
+    peer: str
+    cells: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SplitTeam:
+    """A team no majority of which agrees on its part of a step: the step begins again with others."""
+
+    step: int
+    stage: int
+    peers: tuple[str, ...]
+
+
+SwarmEvent: TypeAlias = (
+    StepDone | Rerouted | PeerLeft | PeerJoined | StageEmpty | RolledBack | NotValidated | Outvoted | SplitTeam
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +153,8 @@ class Patience:
     """Deadlines in seconds: a worker may be silent for `factor` × the usual cell time, at least `floor`.
 
     `first` holds until a cell time is known; `join` is what a step waits for a newcomer's state;
-    `empty` ends the run when a stage has had nobody for so long; `tick` is the pace of checking.
+    `empty` ends the run when the only worker of a stage has made no progress for so long, `vacant` when a stage
+    has had nobody; `tick` is the pace of checking.
     """
 
     factor: float = 8.0
@@ -118,7 +162,24 @@ class Patience:
     first: float = 60.0
     join: float = 20.0
     empty: float = 600.0
+    vacant: float = 600.0
     tick: float = 0.25
+
+
+_SLOW_FLOPS = 5e8
+"""Operations per second of the slowest machine that is not yet taken for a dead one."""
+_SLOW_LINK = 2e6
+"""Bytes per second of the slowest link over which a newcomer's state is waited for."""
+
+
+def patience_for(parameters: int, tokens: int) -> Patience:
+    """Return deadlines for a model whose largest stage has so many parameters, trained on cells of so many tokens.
+
+    Until a cell time is known only the size tells what is slow: 6 operations a parameter and token, 12 bytes a state.
+    """
+    usual = Patience()
+    first = max(usual.first, 6.0 * parameters * tokens / _SLOW_FLOPS)
+    return replace(usual, first=first, join=max(usual.join, 12.0 * parameters / _SLOW_LINK))
 
 
 def no_source(step: int, stage: int) -> tuple[bytes, tuple[str, ...]]:
@@ -140,11 +201,13 @@ class CoordinatorPorts:
     fetch_state: Callable[[bytes, tuple[str, ...]], Awaitable[StageState]]
     source: Callable[[int, int], tuple[bytes, tuple[str, ...]]] = no_source
     clock: Callable[[], float] = trio.current_time
+    validation: HeldBack | None = None
 
 
 @dataclass(frozen=True)
 class CoordinatorConfig:
-    """The task and the coordinator's deadlines."""
+    """The task, the coordinator's deadlines, and steps of the whole training between evaluations; 0 for none."""
 
     manifest: TaskManifest
     patience: Patience = Patience()
+    eval_every: int = 0

@@ -7,7 +7,8 @@ from trainer.coordinator_ports import PeerLeft, Rerouted, StageEmpty
 from trainer.coordinator_roster import Member, Status
 from trainer.coordinator_round import Round
 from trainer.coordinator_state import SwarmState
-from trainer.messages import Reason, Reroute
+from trainer.messages import NotFinite, Reroute
+from trainer.payloads import MessageError, Reason
 from trainer.schedule import substitute
 
 
@@ -19,6 +20,19 @@ class StageLost(Exception):
         self.stage = stage
 
 
+class StepFailed(Exception):
+    """Something in a step is not finite wherever it is computed; the state before it is still good."""
+
+    def __init__(self, step: int, stage: int, what: str) -> None:
+        super().__init__(f"step {step}, stage {stage}: {what} is not finite")
+        self.step = step
+        self.stage = stage
+        self.what = what
+
+
+_SUM = -1
+
+
 class Repairs:
     """Deadlines and repairs of a swarm's running step."""
 
@@ -28,6 +42,13 @@ class Repairs:
         self._reduce_seconds: float | None = None
         self._empty_since: dict[int, float] = {}
         self._stuck_since: dict[str, float] = {}
+        self._suspected: set[int] = set()
+
+    @property
+    def empty_since(self) -> float | None:
+        """Since when the stage that has been without a worker for longest has none."""
+        empty = self._swarm.roster.empty_stages()
+        return min((since for stage, since in self._empty_since.items() if stage in empty), default=None)
 
     def heard(self, peer: str) -> None:
         """Note that a worker made progress."""
@@ -50,14 +71,15 @@ class Repairs:
         for member in self._swarm.roster.of(Status.READY):
             if self._swarm.pace.is_overdue(member.peer, self._swarm.roster.ready(member.stage), now):
                 self.stall(book, member, "slow")
-        for current in tuple(self._swarm.rounds.values()):
-            self._check_round(current, now)
+        for stage in range(book.stages):
+            if (current := self._swarm.active(stage)) is not None:
+                self._check_round(current, now)
 
     def _await_stage(self, stage: int, now: float) -> None:
         if stage not in self._empty_since:
             self._empty_since[stage] = now
             self._swarm.ports.report(StageEmpty(self._swarm.step + 1, stage))
-        if now - self._empty_since[stage] > self._patience.empty:
+        if now - self._empty_since[stage] > self._patience.vacant:
             raise StageLost(stage)
         for member in self._swarm.roster.of(Status.ABSENT, stage):
             if now - member.asked_at > self._patience.floor:
@@ -69,7 +91,7 @@ class Repairs:
         if current.is_complete:
             return
         # each further attempt gets twice the time, so that slowness alone cannot keep a step from ending
-        stretch = 2 ** min(current.request.attempt // len(self._swarm.rounds), 6)
+        stretch = 2 ** min(current.request.attempt - 1, 6)
         if now - current.since <= max(self._patience.floor, self._patience.factor * usual) * stretch:
             return
         suspects = current.suspects() if current.is_probed else ()
@@ -104,16 +126,20 @@ class Repairs:
 
     def repair(self, member: Member, why: str) -> None:
         """Have everything that is lost with a worker done again."""
-        book, current = self._swarm.book, self._swarm.rounds.get(member.stage)
+        book, current = self._swarm.book, self._swarm.active(member.stage)
         if book is None:
             return
         if current is not None and current.can_spare(member.peer):
-            current.spare(member.peer)
+            for each in (self._swarm.rounds.get(member.stage), self._swarm.applies.get(member.stage)):
+                if each is not None:
+                    each.spare(member.peer)
             return
-        self._swarm.rounds.pop(member.stage, None)
-        cells = book.held(member.stage, member.peer)
-        if cells:
-            self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, cells, why))
+        self._swarm.drop_round(member.stage)
+        if held := book.held(member.stage, member.peer):
+            self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, held, why))
+        # what somebody left who could be spared then is lost as well
+        ready, owners = self._swarm.roster.ready(member.stage), book.owners(member.stage)
+        cells = [cell for cell in book.cells if owners[cell] == member.peer or owners[cell] not in ready]
         self.reassign(book, member.stage, cells, ())
         self._swarm.watch(book)
 
@@ -145,6 +171,54 @@ class Repairs:
             owner = book.routes[cell][other]
             if set(self._swarm.roster.ready(other)) - {owner}:
                 self.reassign(book, other, [cell], (owner,))
+
+    def start_step(self) -> None:
+        """Forget what was not finite in the step before."""
+        self._suspected.clear()
+
+    def not_finite(self, book: StepBook, member: Member, message: NotFinite) -> None:
+        """Have a cell done by others once; raise `StepFailed` if it is not finite there either.
+
+        Of a worker that says so of its neighbour either may be wrong, so that both are replaced.
+        """
+        cell, at_fault = message.cell, message.stage
+        if cell not in book.cells or at_fault >= book.stages or abs(at_fault - member.stage) > 1:
+            raise MessageError(Reason.UNKNOWN_CELL, f"stage {at_fault}, cell {cell}")
+        if book.routes[cell][member.stage] != member.peer:
+            raise MessageError(Reason.WRONG_SENDER, f"{member.peer} does not own cell {cell}")
+        moves = []
+        # who is at fault goes first, or it would send its result once more to who comes next
+        for stage in dict.fromkeys((at_fault, member.stage)):
+            owner = book.routes[cell][stage]
+            if set(self._swarm.roster.ready(stage)) - {owner}:
+                moves.append((stage, owner))
+        if cell in self._suspected or not moves:
+            is_loss = at_fault == book.stages - 1 and message.what == "output"
+            raise StepFailed(book.step, at_fault, f"the {'loss' if is_loss else message.what} of micro-batch {cell}")
+        self._suspected.add(cell)
+        for stage, owner in moves:
+            self._swarm.ports.report(Rerouted(book.step, stage, owner, (cell,), Reason.NOT_FINITE))
+            self.reassign(book, stage, [cell], (owner,))
+        self._swarm.watch(book)
+
+    def note_cell(self, book: StepBook) -> None:
+        """Look at a step one more of whose cells was reported."""
+
+    def note_complete(self, book: StepBook) -> None:
+        """Look at a step all of whose cells are in."""
+
+    def note_round(self, current: Round) -> None:
+        """Look at a round with one more answer."""
+
+    def bad_sum(self, book: StepBook, member: Member, _reporter: Member) -> None:
+        """Go on once in a step without a worker whose sum is not finite, then raise `StepFailed`."""
+        if member.status is not Status.READY:
+            return
+        others = set(self._swarm.roster.ready(member.stage)) - {member.peer}
+        if _SUM in self._suspected or not others:
+            raise StepFailed(book.step, member.stage, "the sum of the gradients")
+        self._suspected.add(_SUM)
+        self.leave_out(member, Reason.NOT_FINITE)
 
     def bypass(self, book: StepBook, member: Member, unreachable: Member) -> None:
         """Lead cells around a broken link between two workers."""

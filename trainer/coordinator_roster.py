@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from trainer.coordinator_ports import Members
-from trainer.messages import MessageError, Ready, Reason
+from trainer.messages import Ready
+from trainer.payloads import MessageError, Reason
 
 _LONGEST_PAUSE = 64
 
@@ -37,9 +38,10 @@ class Member:
 
 
 class Roster:
-    """Members by peer and by stage."""
+    """Members by peer and by stage; a stage needs `least` of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
         self._members: dict[str, Member] = {}
         self.stages = 0
 
@@ -53,6 +55,10 @@ class Roster:
         for peer, stage in listed.items():
             self._members.setdefault(peer, Member(peer, stage))
         return gone
+
+    def has(self, peer: str) -> bool:
+        """Whether a peer is a member."""
+        return peer in self._members
 
     def get(self, peer: str) -> Member:
         """Return a member; raise `MessageError` for a stranger."""
@@ -71,8 +77,8 @@ class Roster:
         return tuple(member.peer for member in self.of(Status.READY, stage))
 
     def empty_stages(self) -> tuple[int, ...]:
-        """Return the stages that nobody takes part in."""
-        return tuple(stage for stage in range(self.stages) if not self.of(Status.READY, stage))
+        """Return the stages that nobody, or too few, take part in."""
+        return tuple(stage for stage in range(self.stages) if len(self.of(Status.READY, stage)) < self._least)
 
     def due(self, step: int) -> tuple[Member, ...]:
         """Return the absent members to be asked (again) at `step`."""

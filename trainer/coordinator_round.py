@@ -1,26 +1,35 @@
 """One attempt of one stage to reduce its gradients: who has reported, who keeps the others waiting."""
 
+import struct
 from collections import Counter
+from math import isfinite
 
-from trainer.messages import Fault, MessageError, Reason, Reduce, Reduced
+from trainer.messages import Apply, Fault, Reduce, Reduced, Summed
+from trainer.payloads import MessageError, Reason
 
 
 class Round:
-    """Answers to one `Reduce`."""
+    """Answers to one `Reduce`, or to one `Apply` by the `replicas` that have the stage's mean gradient."""
 
-    def __init__(self, request: Reduce, stage: int, now: float) -> None:
+    def __init__(self, request: Reduce | Apply, stage: int, now: float, replicas: tuple[str, ...] = ()) -> None:
         self.request = request
         self.stage = stage
         self.started = self.since = now
         self.is_probed = False
-        self.waiting = set(request.replicas)
-        self.roots: dict[str, bytes] = {}
+        self.replicas = request.replicas if isinstance(request, Reduce) else replicas
+        self.waiting = set(self.replicas)
+        self.answers: dict[str, Reduced | Summed] = {}
         self._named: dict[str, tuple[str, ...]] = {}
 
     @property
     def is_complete(self) -> bool:
         """Whether every replica that is still awaited has reported."""
-        return not self.waiting and bool(self.roots)
+        return not self.waiting and bool(self.answers)
+
+    @property
+    def roots(self) -> dict[str, bytes]:
+        """What each replica reports, as bytes: the root of a state, or the norm and the tied part's digest."""
+        return {peer: _value(answer) for peer, answer in self.answers.items()}
 
     @property
     def root(self) -> bytes:
@@ -29,18 +38,23 @@ class Round:
         return min(counts, key=lambda root: (-counts[root], root))
 
     @property
+    def squares(self) -> float:
+        """The squared norm that most replicas report."""
+        return next(a.squares for a in self.answers.values() if isinstance(a, Summed) and _value(a) == self.root)
+
+    @property
     def dissenters(self) -> tuple[str, ...]:
         """Replicas that report another root."""
         return tuple(sorted(peer for peer, root in self.roots.items() if root != self.root))
 
-    def note(self, sender: str, message: Reduced, now: float) -> None:
-        """Take a root; raise `MessageError` for another attempt's or a second one."""
+    def note(self, sender: str, message: Reduced | Summed, now: float) -> None:
+        """Take an answer; raise `MessageError` for another attempt's or a second one."""
         if message.attempt != self.request.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
         if sender not in self.waiting:
             raise MessageError(Reason.DUPLICATE)
         self.waiting.discard(sender)
-        self.roots[sender] = message.root
+        self.answers[sender] = message
         self.since = now
 
     def note_missing(self, sender: str, message: Fault) -> None:
@@ -49,14 +63,18 @@ class Round:
             self._named[sender] = message.peers
 
     def can_spare(self, peer: str) -> bool:
-        """Whether the round goes on without `peer`: it contributes nothing, or all others have reported."""
-        others_are_done = not self.waiting - {peer} and bool(self.roots.keys() - {peer})
-        return peer not in self.request.owners or others_are_done
+        """Whether the round goes on without `peer`: it contributes nothing, or all others have what it has."""
+        others = (self.waiting | self.answers.keys()) - {peer}
+        if not others:
+            return False
+        if isinstance(self.request, Apply) or peer not in self.request.owners:
+            return True
+        return not self.waiting - {peer}
 
     def spare(self, peer: str) -> None:
         """Go on without `peer`."""
         self.waiting.discard(peer)
-        self.roots.pop(peer, None)
+        self.answers.pop(peer, None)
 
     def probe(self, now: float) -> tuple[str, ...]:
         """Start the clock again and return whom to ask once more."""
@@ -72,5 +90,12 @@ class Round:
         """
         silent = {peer for peer in self.waiting if peer not in self._named}
         named = {other for peer, others in self._named.items() for other in others if other != peer}
-        missed = self.waiting if self.roots else named & set(self.request.replicas)
+        missed = self.waiting if self.answers else named & set(self.replicas)
         return tuple(sorted(silent or missed))
+
+
+def _value(answer: Reduced | Summed) -> bytes:
+    if isinstance(answer, Reduced):
+        return answer.root
+    # a norm that is not finite sorts last, so that it must be the majority's to count
+    return (b"" if isfinite(answer.squares) else b"\xff") + struct.pack(">d", answer.squares) + answer.digest

@@ -8,7 +8,11 @@ from trainer.coordinator_pace import Pace
 from trainer.coordinator_ports import CoordinatorConfig, CoordinatorPorts
 from trainer.coordinator_roster import Member, Roster, Status
 from trainer.coordinator_round import Round
-from trainer.messages import Labels, Message, Prepare, Tokens, pack
+from trainer.joint import other_end
+from trainer.messages import Labels, Message, Prepare, Tokens
+from trainer.payloads import pack
+
+_MAX_DEPARTED = 4
 
 
 @dataclass
@@ -24,15 +28,39 @@ class SwarmState:
     step: int = 0
     book: StepBook | None = None
     rounds: dict[int, Round] = field(default_factory=dict)
+    applies: dict[int, Round] = field(default_factory=dict)
     roots: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    departed: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Who last gave up a seat of a stage, newest first: for a while they serve their state."""
+    must_reopen: bool = False
+    """Whether the step under way cannot end with those who are left, and begins again."""
 
     def now(self) -> float:
         """Return the time in seconds."""
         return self.ports.clock()
 
+    def active(self, stage: int) -> Round | None:
+        """Return the round that a stage's workers are at, None if there is none."""
+        return self.applies.get(stage) or self.rounds.get(stage)
+
+    def clear_rounds(self) -> None:
+        """Forget all reductions."""
+        self.rounds.clear()
+        self.applies.clear()
+
+    def drop_round(self, stage: int) -> None:
+        """Have a stage reduce again, the other end with it if they share a tensor; nothing is applied till then."""
+        self.applies.clear()
+        self.rounds.pop(stage, None)
+        other = other_end(self.config.manifest, stage)
+        if other is not None:
+            self.rounds.pop(other, None)
+
     def invite(self, member: Member, holders: tuple[str, ...]) -> None:
         """Ask a member for the state of the last committed step."""
         root = self.roots.get((self.step, member.stage), b"")
+        if root and not holders:
+            holders = tuple(peer for peer in self.departed.get(member.stage, ()) if peer != member.peer)
         if not root or not holders:
             source_root, source_holders = self.ports.source(self.step, member.stage)
             root, holders = root or source_root, holders + source_holders
@@ -40,14 +68,19 @@ class SwarmState:
         member.asked_at = self.now()
         self.post(member.peer, Prepare(self.generation, self.step, member.stage, root, holders))
 
+    def note_departed(self, member: Member) -> None:
+        """Remember a worker that gave up its seat as a holder of its stage's state."""
+        known = (peer for peer in self.departed.get(member.stage, ()) if peer != member.peer)
+        self.departed[member.stage] = (member.peer, *known)[:_MAX_DEPARTED]
+
     def feed(self, book: StepBook, stage: int, cell: int) -> None:
         """Send a cell's tokens to its first worker, or its labels to its last."""
         batch = self.ports.batches.batch(book.step, cell)
-        peer = book.routes[cell][stage]
-        if stage == 0:
-            self.post(peer, Tokens(book.generation, book.step, cell, pack(batch.tokens)))
-        if stage == book.stages - 1:
-            self.post(peer, Labels(book.generation, book.step, cell, pack(batch.labels)))
+        for peer in book.members(stage, cell):
+            if stage == 0:
+                self.post(peer, Tokens(book.generation, book.step, cell, pack(batch.tokens)))
+            if stage == book.stages - 1:
+                self.post(peer, Labels(book.generation, book.step, cell, pack(batch.labels)))
 
     def broadcast(self, message: Message) -> None:
         """Send a message to everyone who takes part."""

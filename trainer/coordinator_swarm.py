@@ -1,16 +1,20 @@
 """The client's part in the step without I/O: form the swarm, open, reduce and commit steps, take messages."""
 
 from collections import Counter
+from math import isfinite
 from typing import assert_never
 
 from trainer.coordinator_book import StepBook
-from trainer.coordinator_ports import Members, PeerJoined, PeerLeft
-from trainer.coordinator_repair import Repairs
+from trainer.coordinator_ports import Members, PeerJoined, PeerLeft, Share
+from trainer.coordinator_probe import Evaluation
+from trainer.coordinator_repair import Repairs, StepFailed
 from trainer.coordinator_roster import Member, Roster, Status
 from trainer.coordinator_round import Round
 from trainer.coordinator_state import SwarmState
+from trainer.joint import other_end
 from trainer.messages import (
     Activation,
+    Apply,
     CellDone,
     Commit,
     Fault,
@@ -18,19 +22,25 @@ from trainer.messages import (
     Gradient,
     Labels,
     Message,
-    MessageError,
+    NotFinite,
     OpenStep,
     Partial,
     Passed,
     Prepare,
+    Probe,
+    Probed,
     Ready,
-    Reason,
     Reduce,
     Reduced,
+    Relay,
     Reroute,
+    Summed,
+    Tied,
     Tokens,
 )
+from trainer.payloads import MessageError, Reason
 from trainer.schedule import plan_routes
+from trainer.team_repair import TeamRepairs, open_team_book
 from trainer.transport import Lost, Received
 
 
@@ -40,8 +50,12 @@ class Swarm:
     def __init__(self, state: SwarmState) -> None:
         self.refused: Counter[Reason] = Counter()
         self.state = state
-        self.repairs = Repairs(state)
-        self._attempt = 0
+        self._quorum = state.config.manifest.quorum
+        self.repairs: Repairs = Repairs(state) if self._quorum == 1 else TeamRepairs(state)
+        self._attempt = self._applied = 0
+        self._opened = (-1, -1)
+        self._is_joint = state.config.manifest.is_joint
+        self.evaluation: Evaluation | None = None
 
     # forming and joining
 
@@ -49,12 +63,22 @@ class Swarm:
         """Start a generation: ask every member for the state that it resumes from."""
         self.state.generation, self.state.step = members.generation, members.resume_step
         self.state.book = None
-        self.state.rounds.clear()
+        self.state.clear_rounds()
         self.state.roots = {key: root for key, root in self.state.roots.items() if key[0] <= self.state.step}
-        self.state.roster = Roster()
+        self.state.must_reopen = False
+        self.state.roster = Roster(self._quorum)
         self.state.roster.update(members)
         for member in self.state.roster.of(Status.ABSENT):
             others = tuple(peer for peer in members.stages[member.stage] if peer != member.peer)
+            self.state.invite(member, others)
+
+    def reopen(self) -> None:
+        """Begin the step under way again: whoever takes part goes back to the state before it."""
+        self.state.must_reopen = False
+        self.state.book = None
+        self.state.clear_rounds()
+        for member in self.state.roster.of(Status.READY):
+            others = tuple(peer for peer in self.state.roster.ready(member.stage) if peer != member.peer)
             self.state.invite(member, others)
 
     @property
@@ -68,15 +92,19 @@ class Swarm:
             members = self.state.roster.of(Status.READY, stage)
             counts = Counter(member.root for member in members)
             usual = min(counts, key=lambda root: (-counts[root], root))
-            root = self.state.roots.setdefault((self.state.step, stage), usual)
+            if counts[usual] < self._quorum and (self.state.step, stage) not in self.state.roots:
+                usual = b""  # nobody's word is enough
+            else:
+                usual = self.state.roots.setdefault((self.state.step, stage), usual)
             for member in members:
-                if member.root != root:
+                if member.root != usual:
                     self.repairs.leave_out(member, Reason.STATE_MISMATCH)
 
     def update(self, members: Members) -> None:
         """Take the chain's present list of members."""
         for member in self.state.roster.update(members):
             if member.status is Status.READY:
+                self.state.note_departed(member)
                 self.state.ports.report(PeerLeft(self.state.step + 1, member.stage, member.peer, "unseated"))
                 self.repairs.repair(member, "unseated")
 
@@ -90,32 +118,43 @@ class Swarm:
     def open(self) -> StepBook:
         """Route the next step's micro-batches over the replicas and feed the ends."""
         self.invite_absent()
-        weights = [self.state.pace.weights(self.state.roster.ready(stage)) for stage in range(self.state.roster.stages)]
-        routes = plan_routes(self.state.config.manifest.microbatches, weights)
-        self.state.book = book = StepBook(self.state.generation, self.state.step + 1, routes)
-        self.state.rounds.clear()
-        self._attempt = 0
+        self.state.book = book = self._next_book()
+        self.state.clear_rounds()
+        self.repairs.start_step()
+        if (book.generation, book.step) != self._opened:  # what is left of a former try must not count in this one
+            self._attempt = self._applied = 0
+        self._opened = (book.generation, book.step)
         self.state.pace.start()
         for stage in range(book.stages):
             replicas = self.state.roster.ready(stage)
-            self.state.pace.forgive(set(replicas) - set(book.owners(stage)), replicas)
-        self.state.broadcast(OpenStep(book.generation, book.step, routes))
+            self.state.pace.forgive([peer for peer in replicas if not book.held(stage, peer)], replicas)
+        self.state.broadcast(_opening(book))
         for cell in book.cells:
             for stage in {0, book.stages - 1}:
                 self.state.feed(book, stage, cell)
         self.state.watch(book)
         return book
 
+    def _next_book(self) -> StepBook:
+        state = self.state
+        if isinstance(self.repairs, TeamRepairs):
+            return open_team_book(state, self.repairs.outvoted)
+        weights = [state.pace.weights(state.roster.ready(stage)) for stage in range(state.roster.stages)]
+        routes = plan_routes(state.config.manifest.microbatches, weights)
+        return StepBook(state.generation, state.step + 1, routes)
+
     def reduce(self, book: StepBook) -> None:
         """Ask every stage that has no round under way to reduce; the step's cells must all be in."""
-        for stage in range(book.stages):
-            if stage not in self.state.rounds:
-                self._attempt += 1
-                replicas = self.state.roster.ready(stage)
-                request = Reduce(book.generation, book.step, self._attempt, book.owners(stage), replicas)
-                self.state.rounds[stage] = Round(request, stage, self.state.now())
-                for peer in replicas:
-                    self.state.post(peer, request)
+        self.repairs.note_complete(book)
+        due = [stage for stage in range(book.stages) if stage not in self.state.rounds]
+        self._attempt += bool(due)
+        for stage in due:
+            replicas, other = self.state.roster.ready(stage), other_end(self.state.config.manifest, stage)
+            ends = () if other is None else self.state.roster.ready(other)
+            request = Reduce(book.generation, book.step, self._attempt, book.owners(stage), replicas, ends)
+            self.state.rounds[stage] = Round(request, stage, self.state.now())
+            for peer in replicas:
+                self.state.post(peer, request)
 
     @property
     def has_no_newcomer(self) -> bool:
@@ -123,23 +162,68 @@ class Swarm:
         return not self.state.roster.of(Status.PREPARING)
 
     @property
+    def is_summed(self) -> bool:
+        """Whether every stage has its mean gradient and waits for the others' norms."""
+        return self._is_joint and not self.state.applies and self._is_over(self.state.rounds)
+
+    @property
     def is_reduced(self) -> bool:
         """Whether every stage has agreed on its new state."""
-        stages = range(self.state.roster.stages)
-        return all(stage in self.state.rounds and self.state.rounds[stage].is_complete for stage in stages)
+        return self._is_over(self.state.applies if self._is_joint else self.state.rounds)
+
+    def _is_over(self, rounds: dict[int, Round]) -> bool:
+        return all(stage in rounds and rounds[stage].is_complete for stage in range(self.state.roster.stages))
+
+    def apply(self, book: StepBook) -> None:
+        """Ask every stage to do the optimiser's step with the norms of all; raise `StepFailed`.
+
+        Whoever differs is left out first. If then a stage lacks somebody, nothing is asked yet.
+        """
+        for find in (self._apart, self._dissenters):
+            for peer in find():
+                self.repairs.leave_out(self.state.roster.get(peer), Reason.STATE_MISMATCH)
+        if not self.is_summed:
+            return
+        rounds = [self.state.rounds[stage] for stage in range(book.stages)]
+        squares = tuple(done.squares for done in rounds)
+        for stage, square in enumerate(squares):
+            if not isfinite(square):
+                raise StepFailed(book.step, stage, "the norm of the gradient")
+        self._applied += 1
+        attempts = tuple(done.request.attempt for done in rounds)
+        request = Apply(book.generation, book.step, self._applied, attempts, squares)
+        for stage, done in enumerate(rounds):
+            replicas = tuple(sorted(done.answers))
+            self.state.applies[stage] = Round(request, stage, self.state.now(), replicas)
+            for peer in replicas:
+                self.state.post(peer, request)
+
+    def _dissenters(self) -> tuple[str, ...]:
+        """Return who differs from most of its stage."""
+        return tuple(peer for done in self.state.rounds.values() if done.answers for peer in done.dissenters)
+
+    def _apart(self) -> tuple[str, ...]:
+        """Return who differs from most at both ends in the gradient of the tied tensor."""
+        rounds = self.state.rounds
+        ends = [rounds[stage] for stage in rounds if other_end(self.state.config.manifest, stage) is not None]
+        digests = {p: a.digest for end in ends for p, a in end.answers.items() if isinstance(a, Summed)}
+        counts = Counter(digests.values())
+        usual = min(counts, key=lambda digest: (-counts[digest], digest), default=b"")
+        return tuple(sorted(peer for peer, digest in digests.items() if digest != usual))
 
     def commit(self, book: StepBook) -> None:
         """Make the new states current; whoever has another root starts again from a holder."""
         self.state.book, self.state.step = None, book.step
         took_part = set()
-        for stage, done in self.state.rounds.items():
+        rounds = self.state.applies or self.state.rounds
+        for stage, done in rounds.items():
             self.state.roots[book.step, stage] = done.root
             for peer in done.roots.keys() - set(done.dissenters):
                 took_part.add(peer)
                 self.state.post(peer, Commit(book.generation, book.step))
-        self.repairs.learn_reduction(max(done.since - done.started for done in self.state.rounds.values()))
-        dissenters = {peer for done in self.state.rounds.values() for peer in done.dissenters}
-        self.state.rounds.clear()
+        self.repairs.learn_reduction(max(d.since - d.started for d in (*rounds.values(), *self.state.rounds.values())))
+        dissenters = {peer for done in rounds.values() for peer in done.dissenters}
+        self.state.clear_rounds()
         for member in (*self.state.roster.of(Status.PREPARING), *self.state.roster.of(Status.READY)):
             if member.peer in took_part:
                 member.failures = 0
@@ -148,6 +232,14 @@ class Swarm:
                 self.repairs.leave_out(member, Reason.STATE_MISMATCH if is_dissenter else "late")
         oldest = self.state.step - self.state.config.manifest.audit.depth - 1
         self.state.roots = {key: root for key, root in self.state.roots.items() if key[0] >= oldest}
+
+    def shares(self, book: StepBook) -> tuple[Share, ...]:
+        """Return what every replica that takes part did of a step."""
+        found: list[Share] = []
+        for stage in range(book.stages):
+            for peer, speed in self.state.pace.weights(self.state.roster.ready(stage)).items():
+                found.append(Share(stage, peer, len(book.held(stage, peer)), speed))
+        return tuple(found)
 
     def finish(self) -> None:
         """Tell every member that the task is over."""
@@ -172,14 +264,20 @@ class Swarm:
                 self._on_ready(sender, message)
             case Passed() | CellDone():
                 self._on_cell(sender, message)
-            case Reduced():
+            case Summed() | Reduced():
                 self._open_book(message)
-                self._round_of(sender).note(sender, message, self.state.now())
+                self._on_sum(sender, message)
+            case NotFinite():
+                self.repairs.not_finite(self._open_book(message), self.state.roster.get(sender), message)
+            case Probed():
+                if self.evaluation is None:
+                    raise MessageError(Reason.UNEXPECTED, "nothing is being evaluated")
+                self.evaluation.note(sender, message)
             case Fault():
                 self._on_fault(self.state.roster.get(sender), message)
             case (
-                Prepare() | OpenStep() | Tokens() | Labels() | Reroute() | Reduce() | Commit() | Finish()
-                | Activation() | Gradient() | Partial()
+                Prepare() | OpenStep() | Tokens() | Labels() | Reroute() | Reduce() | Apply() | Commit() | Finish()
+                | Activation() | Gradient() | Partial() | Tied() | Probe() | Relay()
             ):  # fmt: skip
                 raise MessageError(Reason.UNEXPECTED, type(message).__name__)
             case _:
@@ -193,8 +291,7 @@ class Swarm:
             return
         self.state.ports.report(PeerJoined(self.state.step + 1, member.stage, sender))
         if (book := self.state.book) is not None:
-            routes = tuple(tuple(route) for route in book.routes)
-            self.state.post(sender, OpenStep(book.generation, book.step, routes))
+            self.state.post(sender, _opening(book))
             ready = self.state.roster.ready(member.stage)
             owners = book.owners(member.stage)
             self.repairs.reassign(book, member.stage, [c for c in book.cells if owners[c] not in ready], ())
@@ -209,13 +306,15 @@ class Swarm:
         self.repairs.heard(sender)
         if isinstance(message, CellDone):
             self.state.pace.finished(sender)
+        self.repairs.note_cell(book)
         self.state.watch(book)
 
     def _on_fault(self, member: Member, fault: Fault) -> None:
         match fault.reason:
             case Reason.NO_STATE | Reason.STATE_MISMATCH:
                 is_answer = member.asked == (fault.generation, fault.step)
-                if member.status is Status.PREPARING and is_answer:
+                is_given_up = member.status is Status.READY and fault.generation == self.state.generation
+                if is_given_up or (member.status is Status.PREPARING and is_answer):
                     self.repairs.leave_out(member, fault.reason)
             case Reason.PARTIAL_MISSING:
                 self._open_book(fault)
@@ -224,17 +323,32 @@ class Swarm:
                 book = self._open_book(fault)
                 for peer in fault.peers:
                     self.repairs.bypass(book, member, self.state.roster.get(peer))
+            case Reason.NOT_FINITE:
+                book = self._open_book(fault)
+                for peer in fault.peers or (member.peer,):
+                    self.repairs.bad_sum(book, self.state.roster.get(peer), member)
             case _:
                 self.repairs.stall(self._open_book(fault), member, fault.reason)
 
-    def _open_book(self, message: Passed | CellDone | Reduced | Fault) -> StepBook:
+    def _on_sum(self, sender: str, message: Summed | Reduced) -> None:
+        current = self._round_of(sender)
+        if isinstance(message, Reduced) != (isinstance(current.request, Apply) or not self._is_joint):
+            raise MessageError(Reason.UNEXPECTED, type(message).__name__)
+        current.note(sender, message, self.state.now())
+        self.repairs.note_round(current)
+
+    def _open_book(self, message: Passed | CellDone | NotFinite | Summed | Reduced | Fault) -> StepBook:
         book = self.state.book
         if book is None or (message.generation, message.step) != (book.generation, book.step):
             raise MessageError(Reason.STALE_STEP, f"step {message.step}")
         return book
 
     def _round_of(self, peer: str) -> Round:
-        current = self.state.rounds.get(self.state.roster.get(peer).stage)
+        current = self.state.active(self.state.roster.get(peer).stage)
         if current is None:
             raise MessageError(Reason.STALE_STEP, "no reduction is under way")
         return current
+
+
+def _opening(book: StepBook) -> OpenStep:
+    return OpenStep(book.generation, book.step, tuple(tuple(route) for route in book.routes), book.teams)

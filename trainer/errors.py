@@ -14,7 +14,6 @@ class ManifestReason(StrEnum):
     UNKNOWN_PRESET = "unknown-preset"
     UNKNOWN_SETTING = "unknown-setting"
     BAD_CONFIG = "bad-config"
-    TIED_EMBEDDINGS = "tied-embeddings"
     TOO_MANY_STAGES = "too-many-stages"
     BAD_CUTS = "bad-cuts"
     BAD_SIZE = "bad-size"
@@ -22,8 +21,14 @@ class ManifestReason(StrEnum):
     CELL_TOO_LARGE = "cell-too-large"
     BAD_OPTIMIZER = "bad-optimizer"
     BAD_PRECISION = "bad-precision"
+    BAD_COMPRESSION = "bad-compression"
     BAD_ADDRESS = "bad-address"
     BAD_START = "bad-start"
+    BAD_ADAPTERS = "bad-adapters"
+    UNKNOWN_TARGET = "unknown-target"
+    NOT_PRIVATE = "cannot-be-private"
+    BAD_IMAGES = "bad-images"
+    BAD_REDUNDANCY = "bad-redundancy"
 
 
 class DataReason(StrEnum):
@@ -35,6 +40,16 @@ class DataReason(StrEnum):
     EMPTY = "data-empty"
     TOO_SHORT = "data-too-short"
     VOCABULARY = "vocabulary-too-small"
+    FIELD = "field-missing"
+    LIBRARY = "library-missing"
+    CHANGED = "data-changed"
+    OVERLAP = "validation-overlaps"
+    BAD_SPLIT = "bad-split"
+    DISK = "data-disk"
+    NOT_IMAGE = "data-not-images"
+    IMAGE_SIZE = "wrong-image-size"
+    UNKNOWN_CLASS = "unknown-class"
+    LABEL = "label-out-of-range"
 
 
 class StageReason(StrEnum):
@@ -46,6 +61,7 @@ class StageReason(StrEnum):
     UNKNOWN_CELL = "unknown-cell"
     REPEATED_CELL = "repeated-cell"
     WRONG_STATE = "wrong-state"
+    NOT_FINITE = "not-finite"
 
 
 class CheckpointReason(StrEnum):
@@ -54,6 +70,9 @@ class CheckpointReason(StrEnum):
     MISSING = "checkpoint-missing"
     DAMAGED = "checkpoint-damaged"
     DISK = "disk-full"
+    OCCUPIED = "folder-of-another-run"
+    APART = "tied-copies-differ"
+    OTHER_BASE = "base-model-differs"
 
 
 class ModelReason(StrEnum):
@@ -63,6 +82,7 @@ class ModelReason(StrEnum):
     NOT_SAFETENSORS = "weights-not-safetensors"
     NO_TOKENIZER = "tokenizer-missing"
     WRONG_TENSORS = "weights-do-not-fit"
+    NO_WEIGHTS = "weights-missing"
 
 
 class TrainerError(ValueError):

@@ -9,12 +9,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from trainer.errors import CheckpointError, CheckpointReason
 from trainer.tensors import buffer_of
 
 _PENDING = ".pending"
+_ASIDE = ".aside"
 
 
 class Transaction:
@@ -31,7 +33,9 @@ class Transaction:
             _write_all(descriptor, data)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write fp32 tensors as safetensors, straight from their memory; equal content gives equal bytes."""
+        """Write fp32 and int64 tensors as safetensors, straight from their memory; equal content gives equal bytes."""
+        # the wider ones first: readers want them aligned
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
         with self._open(name) as descriptor:
             _write_all(descriptor, _safetensors_header(tensors, metadata))
             for tensor in tensors.values():
@@ -50,13 +54,33 @@ class Transaction:
         self._names.append(name.partition("/")[0])
 
     def commit(self) -> None:
-        """Rename everything into place; a folder of that name that is already there is replaced."""
-        for name in dict.fromkeys(self._names):
-            target = self._folder / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(self._pending / name, target)
-        _sync_folder(self._folder)
+        """Rename everything into place, replacing what has the same name; if that fails, undo what was renamed."""
+        done: list[str] = []
+        try:
+            for name in dict.fromkeys(self._names):
+                done.append(name)
+                self._set_aside(name)
+                os.replace(self._pending / name, self._folder / name)
+            _sync_folder(self._folder)
+        except OSError:
+            for name in reversed(done):
+                self._undo(name)
+            raise
+
+    def _set_aside(self, name: str) -> None:
+        target, aside = self._folder / name, self._pending / _ASIDE / name
+        aside.parent.mkdir(exist_ok=True)
+        if target.is_dir():
+            os.replace(target, aside)
+        elif target.exists():
+            os.link(target, aside)  # the old file stays in place until the new one takes it
+
+    def _undo(self, name: str) -> None:
+        target, aside = self._folder / name, self._pending / _ASIDE / name
+        if not (self._pending / name).exists():
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        if aside.exists():
+            os.replace(aside, target)
 
 
 @contextlib.contextmanager
@@ -68,6 +92,7 @@ def transaction(folder: Path) -> Iterator[Transaction]:
     pending = folder / _PENDING
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
         shutil.rmtree(pending, ignore_errors=True)
         pending.mkdir()
         change = Transaction(folder)
@@ -84,12 +109,22 @@ def transaction(folder: Path) -> Iterator[Transaction]:
         shutil.rmtree(pending, ignore_errors=True)
 
 
+def recover(folder: Path) -> None:
+    """Put back what a process that was killed in the middle of a commit had set aside; raise `OSError`."""
+    for aside in (folder / _PENDING / _ASIDE).glob("*"):
+        if not (folder / aside.name).exists():
+            os.replace(aside, folder / aside.name)
+
+
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}
+
+
 def _safetensors_header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for name, tensor in tensors.items():
-        stop = start + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        stop = start + tensor.element_size() * tensor.numel()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -7,11 +7,16 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from trainer.adapters import LoraSettings, adapter_layout, checked_lora
 from trainer.content import address_of
 from trainer.errors import ManifestError, ManifestReason
 from trainer.families import family_of
 from trainer.families.base import Config, Costs
-from trainer.layout import StageSpec
+from trainer.image_settings import ImageSettings, check_kind, volume
+from trainer.layout import Layout, Shape, StageSpec
+from trainer.payloads import WIRE, Dtype
+from trainer.precision import BF16, FP32
+from trainer.redundancy import check_redundancy, quorum_of
 
 __all__ = [
     "AuditSettings",
@@ -37,7 +42,8 @@ _Text = Annotated[str, Meta(max_length=64)]
 class OptimizerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW (Loshchilov and Hutter 2019) and its schedule: linear warm-up, then constant or cosine.
 
-    Weight decay acts on matrices only; a cosine ends at `min_ratio` of the learning rate.
+    Weight decay acts on matrices only; a cosine ends at `min_ratio` of the learning rate. A mean gradient of the
+    whole model that is longer than `clip` is scaled down to it; 0 leaves every gradient as it is.
     """
 
     name: _Text = "adamw"
@@ -46,6 +52,7 @@ class OptimizerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    clip: float = 1.0
     warmup_steps: _Count = 0
     schedule: Literal["constant", "cosine"] = "constant"
     min_ratio: float = 0.1
@@ -65,7 +72,10 @@ class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict
     `cuts` is the number of decoder layers of each stage. `batch` is sequences per micro-batch. `initial` names
     each stage's state before step 1 by its hex root; empty means drawn from `seed`. `start` counts the steps
     done before this run, for the data order and the schedule. `tokenizer` is the hex address of a
-    tokenizer.json, or `bytes`. A draft may leave `cuts` empty and settings out of `config`: see `complete`.
+    tokenizer.json, or `bytes`. With `lora` adapters are trained, and the weights are given and frozen.
+    In a `private` run the client holds the first and the last stage itself; both count in `stages`.
+    With `images` the examples are images with a label each, `sequence` is 1, and `tokenizer` names their classes.
+    A draft may leave `cuts` empty and settings out of `config`: see `complete`.
     """
 
     family: _Text
@@ -84,7 +94,36 @@ class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict
     sequence: _Count = 128
     steps: _Count = 100
     precision: _Text = "fp32"
+    compression: _Text = "none"
     audit: AuditSettings = AuditSettings()
+    lora: LoraSettings | None = None
+    private: bool = False
+    images: ImageSettings | None = None
+
+    @property
+    def seated(self) -> range:
+        """The stages that the chain gives seats for, its stage 0 first: all, or all but the client's two ends."""
+        return range(1, self.stages - 1) if self.private else range(self.stages)
+
+    @property
+    def quorum(self) -> int:
+        """How many equal results of a cell count: one, or with redundancy most of a team's."""
+        return quorum_of(self.audit.redundancy)
+
+    @property
+    def wire(self) -> Dtype:
+        """Element type of activations, gradients and partial sums on the wire."""
+        return WIRE[self.compression]
+
+    @property
+    def tied(self) -> str:
+        """Name of the tensor that both end stages train, empty if there is none."""
+        return family_of(self.family).tied(self.config) if self.stages > 1 and self.lora is None else ""
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether a stage's optimiser step needs something of the other stages' gradients."""
+        return self.stages > 1 and (self.optimizer.clip > 0 or bool(self.tied))
 
     @property
     def vocabulary(self) -> int:
@@ -97,14 +136,35 @@ class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict
         return family_of(self.family).hidden(self.config)
 
     @property
+    def example_size(self) -> int:
+        """Tokens of a sequence, or pixels of an image's side."""
+        return self.sequence if self.images is None else self.images.size
+
+    @property
+    def positions(self) -> int:
+        """How often a weight is used in a cell at most: once for each token or pixel."""
+        return self.batch * (self.sequence if self.images is None else self.images.size**2)
+
+    def boundary(self, layers: int) -> Shape:
+        """Return the shape of a micro-batch after so many layers: (B,T,D) or (B,C,H,W)."""
+        return self.batch, *family_of(self.family).boundary(self.config, self.example_size, layers)
+
+    @property
     def layers(self) -> int:
-        """Number of decoder layers."""
+        """Number of decoder layers, or of blocks."""
         return family_of(self.family).layers(self.config)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimiser step consumes."""
+        """Tokens, or images, that one optimiser step consumes."""
         return self.batch * self.microbatches * self.sequence
+
+    def examples(self, step: int, microbatch: int) -> range:
+        """Return the numbers, in the order of the whole training, of a micro-batch's examples; raise `IndexError`."""
+        if step < 1 or not 0 <= microbatch < self.microbatches:
+            raise IndexError(f"no micro-batch {microbatch} in step {step}")
+        first = ((self.start + step - 1) * self.microbatches + microbatch) * self.batch
+        return range(first, first + self.batch)
 
     @property
     def total_steps(self) -> int:
@@ -113,8 +173,20 @@ class TaskManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the whole model."""
-        return family_of(self.family).layout(self.config, StageSpec(0, 1, 0, self.layers)).total
+        """Number of parameters of the whole model, without adapters."""
+        return self.whole_layout.total
+
+    @property
+    def whole_layout(self) -> Layout:
+        """Weights of the uncut model, without adapters."""
+        return family_of(self.family).layout(self.config, StageSpec(0, 1, 0, self.layers))
+
+    def trained_layout(self, spec: StageSpec) -> Layout:
+        """Return what a stage trains: its weights, or the adapters beside them."""
+        family = family_of(self.family)
+        if self.lora is None:
+            return family.layout(self.config, spec)
+        return adapter_layout(self.lora, family, self.config, spec)
 
     @cached_property
     def address(self) -> bytes:
@@ -160,24 +232,34 @@ def complete(draft: TaskManifest) -> TaskManifest:
     _check_optimizer(draft.optimizer)
     _check_names(draft)
     _check_start(draft)
+    _check_private(draft)
+    check_redundancy(draft)
     _check_fit(draft, config)
-    costs = family.costs(config, draft.sequence)
+    costs = family.costs(config, draft.example_size)
     layers = family.layers(config)
-    cuts = draft.cuts or balanced_cuts(layers, draft.stages, costs)
-    if len(cuts) != draft.stages or min(cuts) < 1 or sum(cuts) != layers:
+    cuts = draft.cuts or _default_cuts(draft, layers, costs)
+    is_held = len(cuts) == draft.stages and min(cuts[index] for index in draft.seated) >= 1
+    if not is_held or sum(cuts) != layers:
         raise ManifestError(
             ManifestReason.BAD_CUTS,
             f"The cuts must be {draft.stages} positive numbers of layers that add up to {layers}.",
         )
-    return msgspec.structs.replace(draft, config=config, cuts=tuple(cuts))
+    lora = None if draft.lora is None else checked_lora(draft.lora, family, config)
+    return msgspec.structs.replace(draft, config=config, cuts=tuple(cuts), lora=lora)
+
+
+def _default_cuts(draft: TaskManifest, layers: int, costs: Costs) -> tuple[int, ...]:
+    if draft.private:
+        return (0, *balanced_cuts(layers, len(draft.seated), Costs(costs.layer, 0, 0, costs.each)), 0)
+    return balanced_cuts(layers, draft.stages, costs)
 
 
 def balanced_cuts(layers: int, stages: int, costs: Costs) -> tuple[int, ...]:
     """Return layers per stage that make the slowest stage fastest, the head counted in the last."""
 
-    def cost(index: int, held: int) -> int:
+    def cost(index: int, done: int, held: int) -> int:
         ends = (costs.embedding if index == 0 else 0) + (costs.head if index == stages - 1 else 0)
-        return held * costs.layer + ends
+        return costs.of(done, done + held) + ends
 
     # best[k]: (slowest stage, sum of squares, cuts) of the stages so far over k layers
     best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
@@ -185,7 +267,7 @@ def balanced_cuts(layers: int, stages: int, costs: Costs) -> tuple[int, ...]:
         extended: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         for done, (slowest, squares, cuts) in best.items():
             for held in range(1, layers - done - (stages - index - 1) + 1):
-                value = cost(index, held)
+                value = cost(index, done, held)
                 option = (max(slowest, value), squares + value * value, (*cuts, held))
                 if done + held not in extended or option < extended[done + held]:
                     extended[done + held] = option
@@ -203,20 +285,32 @@ def _check_sizes(draft: TaskManifest) -> None:
             )
     if not 0 <= draft.seed < 2**63:
         raise ManifestError(ManifestReason.BAD_SIZE, f"The seed is {draft.seed}; it must be from 0 to {2**63 - 1}.")
-    if draft.audit.redundancy > draft.replicas:
+
+
+def _check_private(draft: TaskManifest) -> None:
+    if draft.private and not draft.seated:
         raise ManifestError(
-            ManifestReason.BAD_SIZE,
-            f"A redundancy of {draft.audit.redundancy} needs as many replicas; there are {draft.replicas}.",
+            ManifestReason.NOT_PRIVATE,
+            "A private run needs a stage between the client's two ends.",
+            "Use at least one stage.",
+        )
+    if draft.private and draft.lora is not None:
+        raise ManifestError(
+            ManifestReason.NOT_PRIVATE,
+            "Adapters cannot be trained in a private run: whoever has the model they stand on can read its inputs.",
+            "Leave out --lora or --private.",
         )
 
 
 def _check_fit(draft: TaskManifest, config: Config) -> None:
     family = family_of(draft.family)
+    check_kind(draft, family, config)
     layers, context = family.layers(config), family.context(config)
-    if draft.stages > layers:
+    stages = len(draft.seated)
+    if stages > layers:
         raise ManifestError(
             ManifestReason.TOO_MANY_STAGES,
-            f"A model of {layers} layers cannot be cut into {draft.stages} stages.",
+            f"A model of {layers} layers cannot be cut into {stages} stages.",
             f"Use at most {layers} stages.",
         )
     if family.layout(config, StageSpec(0, 1, 0, layers)).total > MAX_PARAMETERS:
@@ -226,11 +320,13 @@ def _check_fit(draft: TaskManifest, config: Config) -> None:
             ManifestReason.SEQUENCE_TOO_LONG,
             f"Sequences of {draft.sequence} tokens exceed the model's context of {context}.",
         )
-    width = max(family.hidden(config), family.vocabulary(config))
-    if 4 * draft.batch * draft.sequence * width > MAX_CELL_BYTES:
+    widest = max(volume(family.boundary(config, draft.example_size, done)) for done in range(layers + 1))
+    widest = max(widest, volume(family.example(config, draft.example_size)), draft.sequence * family.vocabulary(config))
+    if 4 * draft.batch * widest > MAX_CELL_BYTES:
+        examples = f"{draft.sequence} tokens" if draft.images is None else f"{draft.images.size}² pixels"
         raise ManifestError(
             ManifestReason.CELL_TOO_LARGE,
-            f"One micro-batch of {draft.batch} × {draft.sequence} tokens needs tensors of more than 1 GiB.",
+            f"One micro-batch of {draft.batch} × {examples} needs tensors of more than 1 GiB.",
             "Use a smaller batch and more micro-batches.",
         )
 
@@ -242,6 +338,7 @@ def _check_optimizer(settings: OptimizerSettings) -> None:
         "beta2": 0 < settings.beta2 < 1,
         "eps": 0 < settings.eps <= 1,
         "weight_decay": 0 <= settings.weight_decay <= 10,
+        "clip": 0 <= settings.clip <= 1e6,
         "min_ratio": 0 <= settings.min_ratio <= 1,
     }
     if settings.name != "adamw":
@@ -255,9 +352,18 @@ def _check_optimizer(settings: OptimizerSettings) -> None:
 
 
 def _check_names(draft: TaskManifest) -> None:
-    if draft.precision != "fp32":
+    if draft.compression not in WIRE:
         raise ManifestError(
-            ManifestReason.BAD_PRECISION, f"The precision {draft.precision!r} is not known.", "Use fp32."
+            ManifestReason.BAD_COMPRESSION,
+            f"The compression {draft.compression!r} is not known.",
+            f"Use {', '.join(WIRE)}.",
+        )
+    known = (FP32, BF16) if draft.images is None else (FP32,)
+    if draft.precision not in known:
+        raise ManifestError(
+            ManifestReason.BAD_PRECISION,
+            f"The precision {draft.precision!r} is not known{'' if draft.images is None else ' for images'}.",
+            f"Use {' or '.join(known)}.",
         )
     if draft.tokenizer != BYTES_TOKENIZER and not _is_address(draft.tokenizer):
         raise ManifestError(

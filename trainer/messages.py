@@ -2,23 +2,18 @@
 
 A message travels as a header (this module) and the raw bytes of its tensors (the transport's business):
 `encode_header` leaves the tensor bytes out, `decode_message` puts them back after checking every length.
-Shape legend: B sequences of a micro-batch, T tokens of a sequence, D hidden width, N parameters of a stage.
+Shape legend: B sequences of a micro-batch, T tokens of a sequence, D hidden width, N parameters of a stage; where
+images are classified, pixels and outputs are (B, C, H, W), C channels of height H and width W, and labels (B).
 """
 
-import math
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
+from trainer.payloads import WIRE, Buffer, Dtype, Kind, MessageError, Payload, Reason, TensorPayload, attach
 
 MAX_HEADER_BYTES = 1 << 20
-MAX_TENSOR_BYTES = 1 << 33
 MAX_CELLS = 4096
 MAX_STAGES = 256
 MAX_REPLICAS = 256
@@ -32,72 +27,12 @@ Attempt = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 Root = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 MaybeRoot = Annotated[bytes, msgspec.Meta(max_length=32)]
 """A state root, or empty: any state of that step."""
-Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**32)]
-Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=4)]
+Square = Annotated[float, msgspec.Meta(ge=0)]
 Peers = Annotated[tuple[PeerText, ...], msgspec.Meta(max_length=MAX_REPLICAS)]
 Route = Annotated[tuple[PeerText, ...], msgspec.Meta(min_length=1, max_length=MAX_STAGES)]
 Routes = Annotated[tuple[Route, ...], msgspec.Meta(min_length=1, max_length=MAX_CELLS)]
+Teams = Annotated[tuple[Peers, ...], msgspec.Meta(max_length=MAX_STAGES * MAX_REPLICAS)]
 Owners = Annotated[tuple[PeerText, ...], msgspec.Meta(min_length=1, max_length=MAX_CELLS)]
-
-
-class Reason(StrEnum):
-    """Why a message was refused or a worker could not go on; the word in tests, logs and on the wire."""
-
-    MALFORMED = "malformed"  # The header is not one of the messages, or breaks a bound.
-    HEADER_SIZE = "header-size"  # The header exceeds MAX_HEADER_BYTES.
-    TENSOR_COUNT = "tensor-count"  # Not as many tensors as this message carries.
-    TENSOR_KIND = "tensor-kind"  # A tensor of another element type or rank than this message carries.
-    TENSOR_LENGTH = "tensor-length"  # The bytes are not as many as shape and element type say.
-    TENSOR_SHAPE = "tensor-shape"  # The shape is not the one of this task's micro-batches.
-    WRONG_SENDER = "wrong-sender"  # The sender is not the peer that this message must come from.
-    STALE_GENERATION = "stale-generation"  # That generation ended with an eviction.
-    STALE_STEP = "stale-step"  # That step is over, or was never opened.
-    WRONG_STAGE = "wrong-stage"  # The receiver holds another stage.
-    UNKNOWN_CELL = "unknown-cell"  # The step has no such cell, or routes it elsewhere.
-    DUPLICATE = "duplicate"  # Already received; the first one counts.
-    TOO_EARLY = "too-early"  # Ahead of its step or route, and no room is left to keep it.
-    UNEXPECTED = "unexpected"  # A message that peers of this role do not take.
-    MEMORY_FULL = "memory-full"  # Keeping it would exceed the byte bound.
-    NO_STATE = "no-state"  # No state of the wanted step is held, and no holder gave one.
-    STATE_MISMATCH = "state-mismatch"  # The state received has another root than the wanted one.
-    COMPUTE_FAILED = "compute-failed"  # The stage raised an error on this cell.
-    PARTIAL_MISSING = "partial-missing"  # Replicas that have not sent their partial sum.
-    PEER_UNREACHABLE = "peer-unreachable"  # The link to a neighbour is broken.
-
-
-class MessageError(ValueError):
-    """A message that was refused, with the `reason`."""
-
-    def __init__(self, reason: Reason, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else str(reason))
-        self.reason = reason
-
-
-class Dtype(StrEnum):
-    """The closed set of element types."""
-
-    FP32 = "fp32"
-    INT32 = "int32"
-    INT64 = "int64"
-
-
-ITEM_BYTES = {Dtype.FP32: 4, Dtype.INT32: 4, Dtype.INT64: 8}
-
-
-class TensorPayload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A dense little-endian row-major tensor; `data` is empty in an encoded header."""
-
-    dtype: Dtype
-    shape: Shape
-    data: memoryview
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that shape and element type call for."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-Payload = Annotated[tuple[TensorPayload, ...], msgspec.Meta(max_length=4)]
 
 
 class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -128,13 +63,17 @@ class Ready(_OfStep, frozen=True):
 
 
 class OpenStep(_OfStep, frozen=True):
-    """Client to worker: the peers of stage 0 … S−1 for every cell of the step."""
+    """Client to worker: the peers of stage 0 … S−1 for every cell of the step.
+
+    With redundancy a route names one member of each team, and every member computes the cell.
+    """
 
     routes: Routes
+    teams: Teams = ()
 
 
 class Tokens(_OfCell, frozen=True):
-    """Client to first stage: int32 tokens (B, T)."""
+    """Client to first stage: int32 tokens (B, T), or fp32 pixels (B, C, H, W)."""
 
     payload: Payload
 
@@ -146,31 +85,43 @@ class Labels(_OfCell, frozen=True):
 
 
 class Activation(_OfCell, frozen=True):
-    """Worker of `stage` to the next stage: its fp32 output (B, T, D)."""
+    """Worker of `stage` to the next stage: its output (B, T, D), fp32 or encoded as the manifest says."""
 
     stage: StageIndex
     payload: Payload
 
 
 class Gradient(_OfCell, frozen=True):
-    """Worker of `stage` to the stage before: the fp32 gradient of the loss by its input (B, T, D)."""
+    """Worker of `stage` to the stage before: the gradient of the loss by its input (B, T, D), encoded likewise."""
 
     stage: StageIndex
     payload: Payload
 
 
 class Passed(_OfCell, frozen=True):
-    """Worker to client: the forward half of a cell is done and on its way."""
+    """Worker to client: the forward half of a cell is done and on its way; with redundancy, at this address."""
 
     stage: StageIndex
+    digest: MaybeRoot = b""
 
 
 class CellDone(_OfCell, frozen=True):
-    """Worker to client: a cell is complete; `loss` counts at the last stage, `seconds` is its own word."""
+    """Worker to client: a cell is complete; `loss` counts at the last stage, `seconds` is its own word.
+
+    `digest` is, with redundancy, that of its results' content addresses.
+    """
 
     stage: StageIndex
     loss: float
     seconds: Annotated[float, msgspec.Meta(ge=0)]
+    digest: MaybeRoot = b""
+
+
+class NotFinite(_OfCell, frozen=True):
+    """Worker to client: what `stage`, its own or the one beside it, makes of a cell is not finite."""
+
+    stage: StageIndex
+    what: Literal["output", "gradient"]
 
 
 class Reroute(_OfCell, frozen=True):
@@ -181,23 +132,51 @@ class Reroute(_OfCell, frozen=True):
 
 
 class Reduce(_OfStep, frozen=True):
-    """Client to worker: sum the gradients of your stage; `owners[cell]` is whose result counts."""
+    """Client to worker: sum the gradients of your stage; `owners[cell]` is whose result counts.
+
+    `ends` are the replicas of the other stage that holds the tied tensor, none at a stage without one.
+    """
 
     attempt: Attempt
     owners: Owners
     replicas: Peers
+    ends: Peers = ()
 
 
 class Partial(_OfStep, frozen=True):
-    """Worker to its replicas: the fp32 sum (N,) of its gradients over the cells it owns in this attempt."""
+    """Worker to its replicas: the sum (N,) of its gradients over its cells of this attempt, encoded likewise."""
 
     attempt: Attempt
     stage: StageIndex
     payload: Payload
 
 
+class Tied(_OfStep, frozen=True):
+    """Worker of `stage` to the replicas of the other end: its mean gradient (K,) of the tied tensor, fp32."""
+
+    attempt: Attempt
+    stage: StageIndex
+    payload: Payload
+
+
+class Summed(_OfStep, frozen=True):
+    """Worker to client: the squared norm of its stage's mean gradient, and the tied tensor's, if any, by digest."""
+
+    attempt: Attempt
+    squares: float
+    digest: MaybeRoot
+
+
+class Apply(_OfStep, frozen=True):
+    """Client to worker: do the optimiser's step; `attempts` and `squares` are those of the stages 0 … S−1."""
+
+    attempt: Attempt
+    attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(min_length=1, max_length=MAX_STAGES)]
+    squares: Annotated[tuple[Square, ...], msgspec.Meta(min_length=1, max_length=MAX_STAGES)]
+
+
 class Reduced(_OfStep, frozen=True):
-    """Worker to client: the root of the state that this attempt leads to."""
+    """Worker to client: the root of the state that this attempt to reduce, or to apply, leads to."""
 
     attempt: Attempt
     root: Root
@@ -214,20 +193,55 @@ class Fault(_OfStep, frozen=True):
     peers: Peers
 
 
+class Probe(_OfCell, frozen=True):
+    """Client to first stage, to validate: int32 tokens and labels (B, T) to run forward after `step` by `route`."""
+
+    route: Route
+    payload: Payload
+
+
+class Relay(_OfCell, frozen=True):
+    """Worker of `stage` to the next on `route`: its fp32 output (B, T, D) of a probe, and the labels (B, T)."""
+
+    stage: StageIndex
+    route: Route
+    payload: Payload
+
+
+class Probed(_OfCell, frozen=True):
+    """Worker to client: a probe's mean loss from the last stage; not a number from one that cannot go on."""
+
+    loss: float
+
+
 class Finish(_Wire, frozen=True):
     """Client to worker: the task is over."""
 
 
-FromClient: TypeAlias = Prepare | OpenStep | Tokens | Labels | Reroute | Reduce | Commit | Finish
-FromWorker: TypeAlias = Ready | Passed | CellDone | Reduced | Fault
-Message: TypeAlias = FromClient | FromWorker | Activation | Gradient | Partial
+FromClient: TypeAlias = Prepare | OpenStep | Tokens | Labels | Reroute | Reduce | Apply | Commit | Probe | Finish
+FromWorker: TypeAlias = Ready | Passed | CellDone | NotFinite | Summed | Reduced | Fault | Probed
+Message: TypeAlias = FromClient | FromWorker | Activation | Gradient | Partial | Tied | Relay
+_Carrier: TypeAlias = Tokens | Labels | Activation | Gradient | Partial | Tied | Probe | Relay
 
-_KINDS: dict[type, tuple[Dtype, int]] = {
-    Tokens: (Dtype.INT32, 2),
-    Labels: (Dtype.INT32, 2),
-    Activation: (Dtype.FP32, 3),
-    Gradient: (Dtype.FP32, 3),
-    Partial: (Dtype.FP32, 1),
+
+def _of(dtypes: frozenset[Dtype], *ranks: int) -> Kind:
+    return frozenset((dtype, rank) for dtype in dtypes for rank in ranks)
+
+
+_INTEGERS = frozenset((Dtype.INT32,))
+_EXACT = frozenset((Dtype.FP32,))
+_FLOATS = frozenset(WIRE.values())
+_EXAMPLES: Kind = _of(_INTEGERS, 2) | _of(_EXACT, 4)
+_ANSWERS: Kind = _of(_INTEGERS, 1, 2)
+_KINDS: dict[type, tuple[Kind, ...]] = {
+    Tokens: (_EXAMPLES,),
+    Labels: (_ANSWERS,),
+    Activation: (_of(_FLOATS, 3, 4),),
+    Gradient: (_of(_FLOATS, 3, 4),),
+    Partial: (_of(_FLOATS, 1),),
+    Tied: (_of(_EXACT, 1),),
+    Probe: (_EXAMPLES, _ANSWERS),
+    Relay: (_of(_EXACT, 3, 4), _ANSWERS),
 }
 _NO_DATA = memoryview(b"")
 _encoder = msgspec.msgpack.Encoder()
@@ -236,12 +250,12 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 def payload_of(message: Message) -> tuple[TensorPayload, ...]:
     """Return the tensors of a message, empty for those that carry none."""
-    return message.payload if isinstance(message, Tokens | Labels | Activation | Gradient | Partial) else ()
+    return message.payload if isinstance(message, _Carrier) else ()
 
 
 def encode_header(message: Message) -> bytes:
     """Return the header of a message: everything but the bytes of its tensors."""
-    if isinstance(message, Tokens | Labels | Activation | Gradient | Partial):
+    if isinstance(message, _Carrier):
         bare = tuple(TensorPayload(p.dtype, p.shape, _NO_DATA) for p in message.payload)
         message = msgspec.structs.replace(message, payload=bare)
     return _encoder.encode(message)
@@ -258,42 +272,12 @@ def decode_message(header: Buffer, tensors: Sequence[Buffer]) -> Message:
         message = _decoder.decode(header)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise MessageError(Reason.MALFORMED, str(error)) from None
-    if not isinstance(message, Tokens | Labels | Activation | Gradient | Partial):
+    if not isinstance(message, _Carrier):
         if tensors:
             raise MessageError(Reason.TENSOR_COUNT, f"{len(tensors)} where none belongs")
         return message
-    if len(message.payload) != 1 or len(tensors) != 1:
+    kinds = _KINDS[type(message)]
+    if not len(message.payload) == len(tensors) == len(kinds):
         raise MessageError(Reason.TENSOR_COUNT, f"{len(message.payload)} announced, {len(tensors)} sent")
-    filled = _attach(type(message), message.payload[0], tensors[0])
-    return msgspec.structs.replace(message, payload=(filled,))
-
-
-def _attach(kind: type, bare: TensorPayload, data: Buffer) -> TensorPayload:
-    if (bare.dtype, len(bare.shape)) != _KINDS[kind]:
-        raise MessageError(Reason.TENSOR_KIND, f"{bare.dtype} of rank {len(bare.shape)}")
-    view = memoryview(data).cast("B")
-    if len(bare.data) or bare.nbytes > MAX_TENSOR_BYTES or bare.nbytes != len(view):
-        raise MessageError(Reason.TENSOR_LENGTH, f"{bare.nbytes} bytes announced, {len(view)} sent")
-    return TensorPayload(bare.dtype, bare.shape, view)
-
-
-def pack(tensor: "Tensor") -> tuple[TensorPayload]:
-    """Return a tensor as payload; the bytes are shared with it, so it must not be written to any more."""
-    import torch
-
-    from trainer.tensors import buffer_of
-
-    dtype = {torch.float32: Dtype.FP32, torch.int32: Dtype.INT32, torch.int64: Dtype.INT64}[tensor.dtype]
-    return (TensorPayload(dtype, tuple(tensor.shape), buffer_of(tensor)),)
-
-
-def unpack(payload: tuple[TensorPayload, ...]) -> "Tensor":
-    """Return the single tensor of a payload; its memory is shared where the bytes are writable."""
-    import torch
-
-    (only,) = payload
-    dtype = {Dtype.FP32: torch.float32, Dtype.INT32: torch.int32, Dtype.INT64: torch.int64}[only.dtype]
-    if not only.nbytes:
-        return torch.empty(only.shape, dtype=dtype)
-    data = bytearray(only.data) if only.data.readonly else only.data
-    return torch.frombuffer(data, dtype=dtype).reshape(only.shape)
+    filled = tuple(attach(*each) for each in zip(kinds, message.payload, tensors, strict=True))
+    return msgspec.structs.replace(message, payload=filled)

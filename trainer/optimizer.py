@@ -15,6 +15,7 @@ from trainer.layout import Layout
 from trainer.manifest import OptimizerSettings, TaskManifest
 from trainer.stage import stage_layout
 from trainer.state import StageState
+from trainer.statistics import gain, power
 
 _CHUNK = 1 << 15  # elements; temporaries stay in the core's cache
 _PI = 3.141592653589793
@@ -49,31 +50,45 @@ def _views(state: StageState, part: slice) -> _Views:
 class AdamW:
     """The optimiser of one stage: `apply` makes the next state and leaves the given one untouched.
 
-    `steps` are those of the whole training, of which `start` were done before the state of step 0.
+    `steps` are those of the whole training, of which `start` were done before the state of step 0. Each has so many
+    `cells`, which running statistics follow one after another.
     """
 
-    def __init__(self, settings: OptimizerSettings, layout: Layout, steps: int, start: int = 0) -> None:
+    def __init__(self, settings: OptimizerSettings, layout: Layout, steps: int, start: int = 0, cells: int = 1) -> None:
         self._settings = settings
         self._layout = layout
         self._steps = steps
         self._start = start
+        self._cells = cells
 
-    def apply(self, state: StageState, gradient: Tensor) -> StageState:
-        """Return the state after one more step with `gradient` (flat fp32, already averaged)."""
+    def apply(self, state: StageState, gradient: Tensor, scale: float = 1.0) -> StageState:
+        """Return the state after one more step with `scale` times `gradient` (flat fp32, already averaged)."""
         if gradient.dtype != torch.float32 or gradient.shape != state.weights.shape:
             raise StageError(StageReason.BAD_SHAPE, "The gradient does not have the shape of the weights.")
         step = state.step + 1
         after = StageState(step, *(torch.empty_like(state.weights) for _ in range(3)))
         scalars = self._scalars(self._start + step)
-        scratch = torch.empty(min(_CHUNK, max(gradient.numel(), 1)), dtype=torch.float32)
+        scratch, scaled = (torch.empty(min(_CHUNK, max(gradient.numel(), 1))) for _ in range(2))
         with torch.no_grad():
             for segment in self._layout.segments:
                 rule = scalars if segment.is_decayed else replace(scalars, decay=1.0)
                 for start in range(segment.start, segment.stop, _CHUNK):
                     part = slice(start, min(start + _CHUNK, segment.stop))
-                    spare = scratch[: part.stop - start]
-                    _update(_views(state, part), _views(after, part), gradient[part], spare, rule)
+                    given, spare = gradient[part], scratch[: part.stop - start]
+                    if segment.kept is not None:
+                        self._follow(_views(state, part), _views(after, part), given, segment.kept)
+                        continue
+                    if scale != 1.0:
+                        given = torch.mul(given, scale, out=scaled[: part.stop - start])
+                    _update(_views(state, part), _views(after, part), given, spare, rule)
         return after
+
+    def _follow(self, before: _Views, after: _Views, mean: Tensor, kept: float) -> None:
+        """Add what the cells have measured to running statistics, which have no moments."""
+        torch.mul(before.weights, power(kept, self._cells), out=after.weights)
+        after.weights.add_(mean * gain(self._cells))
+        after.m.zero_()
+        after.v.zero_()
 
     def _scalars(self, step: int) -> _Scalars:
         settings, rate = self._settings, learning_rate(self._settings, step, self._steps)
@@ -82,15 +97,16 @@ class AdamW:
             settings.beta2,
             settings.eps,
             rate,
-            1.0 - _power(settings.beta1, step),
-            1.0 - _power(settings.beta2, step),
+            1.0 - power(settings.beta1, step),
+            1.0 - power(settings.beta2, step),
             1.0 - rate * settings.weight_decay,
         )
 
 
 def build_optimizer(manifest: TaskManifest, index: int) -> AdamW:
     """Return the optimiser of stage `index`."""
-    return AdamW(manifest.optimizer, stage_layout(manifest, index), manifest.total_steps, manifest.start)
+    layout = stage_layout(manifest, index)
+    return AdamW(manifest.optimizer, layout, manifest.total_steps, manifest.start, manifest.microbatches)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -119,17 +135,6 @@ def _update(before: _Views, after: _Views, gradient: Tensor, spare: Tensor, scal
     spare.mul_(-scalars.rate / scalars.correction1)
     torch.mul(before.weights, scalars.decay, out=after.weights)
     after.weights.add_(spare)
-
-
-def _power(base: float, exponent: int) -> float:
-    """Return base ** exponent by multiplications in a fixed order (libm's pow differs between machines)."""
-    result = 1.0
-    while exponent:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result
 
 
 def _cosine(angle: float) -> float:

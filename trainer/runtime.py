@@ -3,9 +3,8 @@
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
-_KEPT_BYTES = 1 << 30
-_LARGEST_KEPT = 1 << 25  # glibc takes no higher threshold
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_KEPT_BYTES = (1 << 31) - 1  # an int's largest
 _TOP_PAD = 1 << 26
 
 
@@ -29,6 +28,13 @@ def prepare_memory() -> None:
     if mallopt is None:
         return
     mallopt(_M_ARENA_MAX, 1)  # torch runs in worker threads, whose own arenas cannot grow large enough
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+    mallopt(_M_MMAP_MAX, 0)  # a threshold could not be as large as a stage's vectors are
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     mallopt(_M_TOP_PAD, _TOP_PAD)
+
+
+def release_memory() -> None:
+    """Return to the kernel what `prepare_memory` has kept: the work it was for is over."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

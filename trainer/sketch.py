@@ -41,12 +41,12 @@ def cell_sketch(y: Tensor, gx: Tensor, gw: Tensor, key: bytes) -> bytes:
 
 
 def steady(y: Tensor) -> Tensor:
-    """Return a cell's output as it is compared: hidden (B,T,D) itself, per-token losses (B,T) plus one.
+    """Return a cell's output as it is compared: hidden (B,T,D) itself, losses (B,T) or (B) plus one.
 
     The rounding of a loss follows the size of the logits that cancel in it, not its own: near zero it would
     look like a deviation.
     """
-    return y + 1.0 if y.dim() == 2 else y
+    return y + 1.0 if y.dim() <= 2 else y
 
 
 def _tensor_key(key: bytes, name: str) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from trainer.base_weights import filled
 from trainer.content import Address, address_of
 from trainer.errors import StageError, StageReason
 from trainer.layout import TensorSpec
@@ -115,7 +116,7 @@ def initial_state(manifest: TaskManifest, index: int) -> StageState:
 
 def _draw(values: Tensor, tensor: TensorSpec, seed: int) -> None:
     if not tensor.deviation:
-        values.fill_(1.0)
+        values.fill_(tensor.constant)
         return
     name = blake3(tensor.name.encode() + seed.to_bytes(8, "big"), derive_key_context="tdml 1 initial weights")
     generator = torch.Generator().manual_seed(int.from_bytes(name.digest(8), "big") >> 1)
@@ -126,16 +127,7 @@ def _draw(values: Tensor, tensor: TensorSpec, seed: int) -> None:
 
 def state_of_weights(manifest: TaskManifest, index: int, tensors: Mapping[str, Tensor]) -> StageState:
     """Return the state before the first step from the whole model's state dict; raise `StageError`."""
-    layout = stage_layout(manifest, index)
-    weights = torch.empty(layout.total, dtype=torch.float32)
-    for tensor, (start, stop) in zip(layout.tensors, layout.ranges, strict=True):
-        given = tensors.get(tensor.name)
-        if given is None or tuple(given.shape) != tensor.shape:
-            raise StageError(
-                StageReason.WRONG_STATE, f"The weights have no tensor {tensor.name} of shape {tensor.shape}."
-            )
-        weights[start:stop].copy_(given.reshape(-1))
-    return _fresh(weights)
+    return _fresh(filled(stage_layout(manifest, index), tensors))
 
 
 def _fresh(weights: Tensor) -> StageState:

@@ -16,6 +16,7 @@ from trainer.errors import DataError, DataReason
 
 END = "<|endoftext|>"
 MIN_VOCABULARY = 257  # all bytes and the end of a document
+_SMALL_VOCABULARY = 512
 MAX_TRAINING_BYTES = 2_000_000
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -57,11 +58,12 @@ class Tokenizer:
         """Return the ids of all texts in one stream, each followed by the end token."""
         pieces: list[npt.ArrayLike] = []
         end = [self.end]
-        for ids in self._encoded(texts):
+        for ids in self.ids(texts):
             pieces.extend((ids, end))
         return np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces] or [np.empty(0, np.int32)])
 
-    def _encoded(self, texts: Sequence[str]) -> Iterable[npt.ArrayLike]:
+    def ids(self, texts: Sequence[str]) -> Iterable[npt.ArrayLike]:
+        """Return the ids of each text, without end tokens."""
         if self.is_bytes:
             return (np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts)
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -123,6 +125,13 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         return load_tokenizer((folder / FILES[0]).read_bytes(), _end_token(folder / FILES[1]))
     except OSError as error:
         raise DataError(DataReason.UNREADABLE, f"The tokenizer of {folder} cannot be read: {error.strerror}.") from None
+
+
+def tokenizer_for(folder: Path | None, vocabulary: int, texts: Iterable[str]) -> Tokenizer:
+    """Return the tokenizer of a model folder; else bytes for a small vocabulary, or one trained on `texts`."""
+    if folder is not None:
+        return open_tokenizer(folder)
+    return byte_tokenizer() if vocabulary <= _SMALL_VOCABULARY else train_tokenizer(texts, vocabulary)
 
 
 def _end_token(settings: Path) -> str:

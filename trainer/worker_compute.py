@@ -1,21 +1,42 @@
 """A worker's torch work: states restored and loaded, halves of cells, the partial sum, the optimiser step."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from trainer.content import address_of
 from trainer.errors import StageError
-from trainer.messages import MessageError, Prepare, Reason
-from trainer.optimizer import build_optimizer
+from trainer.joint import is_finite
+from trainer.messages import Prepare
+from trainer.payloads import MessageError, Reason
 from trainer.reduction import Reduction
 from trainer.stage import Backward, CellKey, Forward
 from trainer.state import StageState, StateRing, initial_state
+from trainer.step_rule import StepRule
+from trainer.tensors import buffer_of
+from trainer.trace import span
 from trainer.worker_ports import StateUnavailable, WorkerConfig, WorkerPorts
+from trainer.worker_probe import HeldProbe
 from trainer.worker_step import Cell, Half, StepWork
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMPUTE_ERRORS = (RuntimeError, ValueError, IndexError)
+COMPUTE_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)
+
+
+class NotFiniteError(ArithmeticError):
+    """What `stage` made of a cell is infinite or not a number."""
+
+    def __init__(self, stage: int, what: Literal["output", "gradient"]) -> None:
+        super().__init__(f"not finite: {what} of stage {stage}")
+        self.stage: int = stage
+        self.what: Literal["output", "gradient"] = what
+
+
+def fault_of(error: Exception) -> Reason:
+    """Return what to tell the client of a computation that failed; torch names lack of memory in words only."""
+    is_full = isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+    return Reason.MEMORY_FULL if is_full else Reason.COMPUTE_FAILED
 
 
 class StageComputer:
@@ -26,7 +47,7 @@ class StageComputer:
         self.loaded: StageState | None = None
         self._stage = config.stage
         self._manifest = config.manifest
-        self._optimizer = build_optimizer(config.manifest, config.stage.spec.index)
+        self._rule = StepRule(config.manifest, config.stage.spec.index)
         self._ports = ports
         self._dropped: list[CellKey] = []
 
@@ -56,12 +77,12 @@ class StageComputer:
 
     async def load(self, state: StageState) -> None:
         """Load a state's weights into the stage; graphs in flight are dropped."""
-        await self._ports.compute(partial(self._stage.load, state.weights))
+        await self._ports.compute(partial(self._load, state))
         self._dropped.clear()
         self.loaded = state
 
     async def run(self, work: StepWork, cell: Cell, half: Half) -> tuple[Forward | None, Backward | None]:
-        """Return what computing half of a cell, or the whole of it, yields."""
+        """Return what computing half of a cell, or the whole of it, yields; raise `NotFiniteError`."""
         key = CellKey(work.generation, work.step, cell.index)
         started = self._ports.clock()
         try:
@@ -69,19 +90,61 @@ class StageComputer:
         finally:
             cell.seconds += self._ports.clock() - started
 
+    async def digest(self, y: "Tensor | None", backward: Backward) -> bytes:
+        """Return the digest of the content addresses of a cell's results, which its team compares."""
+        return await self._ports.compute(partial(_digest, y, backward))
+
+    async def evaluate(self, probe: HeldProbe) -> "Tensor":
+        """Return what the loaded state makes of a probe, without a graph."""
+        labels = probe.labels if self._stage.spec.is_last else None
+        return await self._ports.compute(partial(self._stage.evaluate, probe.x, labels))
+
     async def own_sum(self, reduction: Reduction, work: StepWork) -> "Tensor":
         """Return the sum of the gradients that this worker contributes."""
         gradients = {cell: work.cells[cell].gw for cell in reduction.own_cells}
         present = {cell: gw for cell, gw in gradients.items() if gw is not None}
-        return await self._ports.compute(partial(reduction.own_sum, present))
+        return await self._ports.compute(partial(_own_sum, reduction, present, work.step))
 
-    async def apply(self, state: StageState, reduction: Reduction) -> StageState:
-        """Return the state after the step, its root already computed."""
-        return await self._ports.compute(partial(self._apply, state, reduction))
+    async def mean(self, reduction: Reduction, step: int) -> "Tensor":
+        """Return the stage's mean gradient."""
+        return await self._ports.compute(partial(_mean, reduction, step))
 
-    def _apply(self, state: StageState, reduction: Reduction) -> StageState:
-        after = self._optimizer.apply(state, reduction.mean())
-        _ = after.root
+    def tied_of(self, gradient: "Tensor") -> "Tensor":
+        """Return a copy of the tied tensor's part of a gradient."""
+        return gradient[self._rule.tied].clone()
+
+    async def join(self, gradient: "Tensor", far: "Tensor | None", step: int) -> tuple[float, bytes]:
+        """Add the other end's part to the tied gradient; return the squared norm of the stage and that part's digest.
+
+        The first stage counts the tied tensor in the norm.
+        """
+        return await self._ports.compute(partial(self._join, gradient, far, step))
+
+    async def apply(self, state: StageState, gradient: "Tensor", squares: tuple[float, ...]) -> StageState:
+        """Return the state after the step, its root already computed; `squares` are the stages' squared norms.
+
+        Raises `NotFiniteError`.
+        """
+        return await self._ports.compute(partial(self._apply, state, gradient, squares))
+
+    def _load(self, state: StageState) -> None:
+        with span("load", state.step):
+            self._stage.load(state.weights)
+
+    def _join(self, gradient: "Tensor", far: "Tensor | None", step: int) -> tuple[float, bytes]:
+        with span("norm", step):
+            return self._rule.join(gradient, far)
+
+    def _apply(self, state: StageState, gradient: "Tensor", squares: tuple[float, ...]) -> StageState:
+        step, index = state.step + 1, self._stage.spec.index
+        if not is_finite(gradient):
+            raise NotFiniteError(index, "gradient")
+        with span("optimiser", step):
+            after = self._rule.apply(state, gradient, squares)
+        if not is_finite(after.weights) or not is_finite(after.v):
+            raise NotFiniteError(index, "gradient")
+        with span("root", step):
+            _ = after.root
         return after
 
     def _halves(self, key: CellKey, cell: Cell, half: Half) -> tuple[Forward | None, Backward | None]:
@@ -89,9 +152,25 @@ class StageComputer:
             self._stage.drop(self._dropped.pop())
         if cell.x is None:
             raise ValueError(f"cell {key.cell} has no input")
-        forward = self._stage.forward(key, cell.x, cell.labels) if half is not Half.BACKWARD else None
-        backward = self._stage.backward(key, cell.gy) if half is not Half.FORWARD else None
+        forward = backward = None
+        if half is not Half.BACKWARD:
+            if not self._stage.spec.is_first and not is_finite(cell.x):
+                raise NotFiniteError(self._stage.spec.index - 1, "output")
+            with span("forward", key.step, key.cell):
+                forward = self._stage.forward(key, cell.x, cell.labels)
+            self._check(key, "output", forward.y)
+        if half is not Half.FORWARD:
+            if cell.gy is not None and not is_finite(cell.gy):
+                raise NotFiniteError(self._stage.spec.index + 1, "gradient")
+            with span("backward", key.step, key.cell):
+                backward = self._stage.backward(key, cell.gy)
+            self._check(key, "gradient", backward.gx, backward.gw)
         return forward, backward
+
+    def _check(self, key: CellKey, what: Literal["output", "gradient"], *results: "Tensor") -> None:
+        if not all(map(is_finite, results)):
+            self._stage.drop(key)
+            raise NotFiniteError(self._stage.spec.index, what)
 
     async def _from_ring(self, wanted: Prepare) -> StageState | None:
         if wanted.step not in self.ring:
@@ -120,3 +199,18 @@ class StageComputer:
             raise MessageError(Reason.STATE_MISMATCH, f"step {state.step}")
         self.ring.reset(state)
         return state
+
+
+def _digest(y: "Tensor | None", backward: Backward) -> bytes:
+    tensors = (y, backward.gx, backward.gw)
+    return address_of(b"".join(address_of(buffer_of(tensor)) for tensor in tensors if tensor is not None))
+
+
+def _mean(reduction: Reduction, step: int) -> "Tensor":
+    with span("reduce", step):
+        return reduction.mean()
+
+
+def _own_sum(reduction: Reduction, gradients: dict[int, "Tensor"], step: int) -> "Tensor":
+    with span("sum", step):
+        return reduction.own_sum(gradients)

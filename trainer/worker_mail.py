@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import trio
 
-from trainer.messages import Activation, Gradient, Message, MessageError, Partial, Reason, payload_of
+from trainer.messages import Activation, Gradient, Message, Partial, Tied, payload_of
+from trainer.payloads import MessageError, Reason
+from trainer.trace import lane
 from trainer.transport import PeerLost, Received, Transport
 
 
@@ -45,14 +47,15 @@ class Outbox:
             await self._is_empty.wait()
 
     async def _deliver(self, to: str, queue: trio.MemoryReceiveChannel[Message]) -> None:
-        async for message in queue:
-            try:
-                await self._transport.send(to, message)
-            except PeerLost:
-                self._on_lost(to, message)
-            self._unsent -= 1
-            if not self._unsent:
-                self._is_empty.set()
+        with lane(f"to {to}"):
+            async for message in queue:
+                try:
+                    await self._transport.send(to, message)
+                except PeerLost:
+                    self._on_lost(to, message)
+                self._unsent -= 1
+                if not self._unsent:
+                    self._is_empty.set()
 
 
 class EarlyMail:
@@ -66,9 +69,9 @@ class EarlyMail:
         self._held: dict[tuple[object, ...], Received] = {}
         self._bytes: Counter[str] = Counter()
 
-    def hold(self, received: Received, message: Activation | Gradient | Partial) -> None:
+    def hold(self, received: Received, message: Activation | Gradient | Partial | Tied) -> None:
         """Keep a message; raise `MessageError` for a second of its kind or when the room is taken."""
-        item = message.attempt if isinstance(message, Partial) else message.cell
+        item = message.attempt if isinstance(message, Partial | Tied) else message.cell
         key = (received.sender, type(message), message.generation, message.step, item)
         if key in self._held:
             raise MessageError(Reason.DUPLICATE, f"from {received.sender}")

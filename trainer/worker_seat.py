@@ -1,6 +1,7 @@
 """A worker's part in the step without I/O: messages and results go in, messages go out through `post`.
 
-Life of a step here: prepared → open (cells come in and go out) → reducing → pending → committed.
+Life of a step here: prepared → open (cells come in and go out) → reducing → pending → committed. Where the
+stages' optimiser steps depend on each other, a replica with the mean gradient tells of it and awaits `Apply`.
 Everything is keyed by (generation, step, cell) and idempotent; what does not fit is refused by name.
 """
 
@@ -10,8 +11,11 @@ from typing import TypeAlias, assert_never
 
 from torch import Tensor
 
+from trainer.content import address_of
+from trainer.joint import is_finite, other_end, tied_part
 from trainer.messages import (
     Activation,
+    Apply,
     CellDone,
     Commit,
     Fault,
@@ -19,29 +23,35 @@ from trainer.messages import (
     Gradient,
     Labels,
     Message,
-    MessageError,
+    NotFinite,
     OpenStep,
     Partial,
     Passed,
     Prepare,
+    Probe,
+    Probed,
     Ready,
-    Reason,
     Reduce,
     Reduced,
+    Relay,
     Reroute,
+    Summed,
+    Tied,
     Tokens,
-    pack,
-    unpack,
 )
-from trainer.reduction import Reduction
-from trainer.stage import Backward, Forward
+from trainer.payloads import MessageError, Reason, pack, unpack
+from trainer.reduction import Part, Reduction
+from trainer.stage import Backward, Forward, stage_layout
 from trainer.state import StageState
-from trainer.transport import Lost, Received
+from trainer.tensor_shapes import check_shape, check_wire
+from trainer.transport import Lost, Proof, Received
+from trainer.worker_compute import NotFiniteError
 from trainer.worker_mail import EarlyMail
 from trainer.worker_ports import WorkerConfig
+from trainer.worker_probe import HeldProbe, Probes
 from trainer.worker_step import Cell, CellData, StepRecord, StepWork
 
-_OfStep: TypeAlias = OpenStep | CellData | Reroute | Reduce | Partial | Commit
+_OfStep: TypeAlias = OpenStep | CellData | Reroute | Reduce | Partial | Tied | Apply | Commit
 
 
 class Seat:
@@ -61,9 +71,14 @@ class Seat:
         self._config = config
         self._client = config.client
         self._spec = config.stage.spec
+        self._wire = config.manifest.wire
+        self._other_end = other_end(config.manifest, self._spec.index)
+        tied = tied_part(config.manifest, self._spec.index)
+        self._size, self._tied_size = stage_layout(config.manifest, self._spec.index).total, tied.stop - tied.start
         self._me = me
         self._post = post
         self._early = EarlyMail(config.early_limit)
+        self._probes = Probes(config, me)
 
     # results of computing
 
@@ -71,6 +86,13 @@ class Seat:
         """Make the wanted state current and tell the client."""
         self.wanted, self.current = None, state
         self._tell(Ready(self.generation, state.step, state.root))
+
+    def lose_state(self) -> None:
+        """Give up the state, as when there was no memory for the next one, until the client has it restored."""
+        step = self._next_step
+        self.wanted = self.current = self.work = self.reduction = self.pending = None
+        self.dropped.clear()
+        self._tell(Fault(self.generation, step, Reason.NO_STATE, ()))
 
     def computed(self, work: StepWork, cell: Cell, forward: Forward | None, backward: Backward | None) -> None:
         """Keep a cell's results and send them on."""
@@ -86,18 +108,51 @@ class Seat:
     def summed(self, reduction: Reduction, total: Tensor) -> None:
         """Contribute this worker's partial sum."""
         reduction.is_summed = True
-        reduction.add(self._me, total)
-        request = reduction.request
-        partial = Partial(request.generation, request.step, request.attempt, self._spec.index, pack(total))
+        request, payload = reduction.request, pack(total, self._wire)
+        # what the replicas will add is what this worker adds, or their weights would part
+        reduction.add(self._me, unpack(payload) if payload[0].is_encoded else total)
+        partial = Partial(request.generation, request.step, request.attempt, self._spec.index, payload)
         for peer in reduction.others:
             self._post(peer, partial)
+
+    def due_probe(self) -> HeldProbe | None:
+        """Take out the forward pass to validate that is due on the current state."""
+        return None if self.current is None else self._probes.next(self.generation, self.current.step)
+
+    def probed(self, probe: HeldProbe, y: Tensor | None) -> None:
+        """Send a probe's output on, or word that there is none."""
+        self._post(*self._probes.answer(probe, y))
+
+    def averaged(self, reduction: Reduction, gradient: Tensor, tied: Tensor) -> None:
+        """Keep the stage's mean gradient, and send its part of the tied tensor to the other end."""
+        reduction.gradient = gradient
+        request = reduction.request
+        for peer in request.ends:
+            at = (request.generation, request.step, request.attempt, self._spec.index)
+            self._post(peer, Tied(*at, pack(tied)))
+
+    def joined(self, reduction: Reduction, squares: float, digest: bytes) -> None:
+        """Tell the client of the gradient that the other stages' steps depend on."""
+        request = reduction.request
+        reduction.told = Summed(request.generation, request.step, request.attempt, squares, digest)
+        self._tell(reduction.told)
 
     def applied(self, reduction: Reduction, state: StageState) -> None:
         """Hold the state that a complete reduction leads to until the client commits it."""
         self.pending = state
-        self._tell_reduced(reduction.request, state)
+        self._tell_reduced(reduction.order or reduction.request, state)
 
-    def report(self, during: Prepare | OpenStep | Reduce, reason: Reason, peers: tuple[str, ...] = ()) -> None:
+    def not_finite(self, work: StepWork, cell: Cell, found: NotFiniteError) -> None:
+        """Tell the client what of a cell is not finite; what came from beside may come again."""
+        if found.stage < self._spec.index:
+            cell.x = None
+        elif found.stage > self._spec.index:
+            cell.gy = None
+        else:
+            cell.is_failed = True
+        self._tell(NotFinite(work.generation, work.step, cell.index, found.stage, found.what))
+
+    def report(self, during: Prepare | OpenStep | Reduce | Apply, reason: Reason, peers: tuple[str, ...] = ()) -> None:
         """Tell the client what stops this worker."""
         self._tell(Fault(during.generation, during.step, reason, peers))
 
@@ -121,20 +176,24 @@ class Seat:
                 pass  # the client decides who replaces whom
             case Activation() | Gradient() | Tokens() | Labels():
                 self._on_tensor(received, message)
-            case Partial():
-                self._on_partial(received, message)
-            case Ready() | Passed() | CellDone() | Reduced() | Fault():
+            case Partial() | Tied():
+                self._on_part(received, message)
+            case Probe() | Relay():
+                if self.current is None:
+                    raise MessageError(Reason.NO_STATE)
+                self._probes.take(received, message, self.generation, self.current.step)
+            case Ready() | Passed() | CellDone() | NotFinite() | Summed() | Reduced() | Fault() | Probed():
                 raise MessageError(Reason.UNEXPECTED, type(message).__name__)
-            case Prepare() | OpenStep() | Reroute() | Reduce() | Commit() | Finish():
+            case Prepare() | OpenStep() | Reroute() | Reduce() | Apply() | Commit() | Finish():
                 if received.sender != self._client:
                     raise MessageError(Reason.WRONG_SENDER, received.sender)
-                self._obey(message)
+                self._obey(message, received.proof)
                 for early in self._early.take():
                     self.take(early)
             case _:
                 assert_never(message)
 
-    def _obey(self, message: Prepare | OpenStep | Reroute | Reduce | Commit | Finish) -> None:
+    def _obey(self, message: Prepare | OpenStep | Reroute | Reduce | Apply | Commit | Finish, proof: Proof) -> None:
         match message:
             case Prepare():
                 self._on_prepare(message)
@@ -143,7 +202,9 @@ class Seat:
             case Reroute():
                 self._on_reroute(message)
             case Reduce():
-                self._on_reduce(message)
+                self._on_reduce(message, proof)
+            case Apply():
+                self._on_apply(message, proof)
             case Commit():
                 self._on_commit(message)
             case Finish():
@@ -166,14 +227,14 @@ class Seat:
             raise MessageError(Reason.DUPLICATE)
         if self.current is None or (message.generation, message.step) != (self.generation, self._next_step):
             raise MessageError(Reason.NO_STATE)
-        self.work = StepWork(message, self._me, self._spec, self._client)
+        self.work = StepWork(message, self._me, self._spec, self._client, self._config.manifest.quorum)
 
     def _on_tensor(self, received: Received, message: CellData) -> None:
         work = None if self._is_ahead(message) else self.work
         if work is None or not work.expects(message, received.sender):
             self._hold(received, message)
             return
-        self._check_shape(message)
+        check_shape(self._config.manifest, message)
         size = sum(payload.nbytes for payload in message.payload)
         if work.nbytes + size > self._config.memory_limit:
             self.report(work.opened, Reason.MEMORY_FULL)
@@ -201,58 +262,86 @@ class Seat:
         if stage == self._spec.index:
             self._tell_done(work, cell)
 
-    def _on_reduce(self, message: Reduce) -> None:
+    def _on_reduce(self, message: Reduce, proof: Proof) -> None:
         work = self._open_work(message)
         if len(message.owners) != len(work.routes):
             raise MessageError(Reason.UNKNOWN_CELL)
         if self.reduction is not None and message.attempt <= self.reduction.attempt:
             self._answer_again(message, self.reduction)
             return
-        reduction = Reduction(message, self._me)
-        unfinished = [c for c in reduction.own_cells if c not in work.cells or work.cells[c].gw is None]
-        if unfinished:
-            raise MessageError(Reason.UNKNOWN_CELL, f"cells {unfinished} are not finished")
-        self.reduction, self.pending = reduction, None
+        self.reduction, self.pending = work.reduction(message), None
+        self.reduction.proof = proof
 
     def _answer_again(self, message: Reduce, reduction: Reduction) -> None:
         if message != reduction.request:
             raise MessageError(Reason.DUPLICATE, f"attempt {message.attempt}")
-        if self.pending is not None:
+        if reduction.told is not None:
+            self._tell(reduction.told)
+        elif self.pending is not None:
             self._tell_reduced(message, self.pending)
         else:
-            self.report(message, Reason.PARTIAL_MISSING, reduction.missing)
+            self.report(message, Reason.PARTIAL_MISSING, reduction.awaited)
 
-    def _on_partial(self, received: Received, message: Partial) -> None:
+    def _on_apply(self, message: Apply, proof: Proof) -> None:
+        self._open_work(message)
+        reduction, index = self.reduction, self._spec.index
+        if reduction is None or reduction.told is None or len(message.attempts) != self._spec.count:
+            raise MessageError(Reason.UNEXPECTED, "nothing to apply")
+        if len(message.squares) != self._spec.count or message.attempts[index] != reduction.attempt:
+            raise MessageError(Reason.STALE_STEP, f"attempts {message.attempts}")
+        if message.squares[index] != reduction.told.squares:
+            raise MessageError(Reason.UNEXPECTED, "another norm than this worker's")
+        if reduction.order is None or message.attempt > reduction.order.attempt:
+            reduction.order, reduction.order_proof, self.pending = message, proof, None
+        elif message != reduction.order:
+            raise MessageError(Reason.DUPLICATE, f"attempt {message.attempt}")
+        elif self.pending is not None:
+            self._tell_reduced(message, self.pending)
+        else:
+            self.report(message, Reason.PARTIAL_MISSING)
+
+    def _on_part(self, received: Received, message: Partial | Tied) -> None:
+        """Take a replica's partial sum, or the other end's gradient of the tied tensor."""
         reduction = None if self._is_ahead(message) else self.reduction
-        if message.stage != self._spec.index:
+        if message.stage != (self._other_end if isinstance(message, Tied) else self._spec.index):
             raise MessageError(Reason.WRONG_STAGE)
         if reduction is None or message.attempt > reduction.attempt:
             self._hold(received, message)
             return
         if message.attempt < reduction.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
-        if self.current is None or message.payload[0].shape != tuple(self.current.weights.shape):
+        size = self._tied_size if isinstance(message, Tied) else self._size
+        if message.payload[0].shape != (size,):
             raise MessageError(Reason.TENSOR_SHAPE)
-        reduction.add(received.sender, unpack(message.payload))
+        if isinstance(message, Partial):
+            check_wire(self._config.manifest, message)
+        part = unpack(message.payload)
+        # of a team's sums most decide, also on this
+        if self._config.manifest.quorum == 1 and not is_finite(part):
+            self.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
+            raise MessageError(Reason.NOT_FINITE, f"a sum of {received.sender}")
+        address = received.proof[0][0] if received.proof else b""
+        (reduction.add if isinstance(message, Partial) else reduction.add_far)(received.sender, part, address)
+        reduction.keep(Part(received.sender, message, received.proof))
 
     def _on_commit(self, message: Commit) -> None:
         work = self._open_work(message)
         if self.pending is None or self.reduction is None:
             raise MessageError(Reason.UNEXPECTED, "nothing to commit")
-        record = work.record(self.pending.root, self.reduction.request)
+        record = work.record(self.pending.root, self.reduction)
         self.committed.append((self.pending, record))
         self.current = self.pending
         self.work = self.reduction = self.pending = None
         self.dropped.clear()
 
-    def _hold(self, received: Received, message: CellData | Partial) -> None:
+    def _hold(self, received: Received, message: CellData | Partial | Tied) -> None:
         if isinstance(message, Tokens | Labels) or received.sender == self._client:
             raise MessageError(Reason.UNKNOWN_CELL, "the client sends after it has routed")
         self._early.hold(received, message)
 
     # what fits now
 
-    def _open_work(self, message: Reroute | Reduce | Commit) -> StepWork:
+    def _open_work(self, message: Reroute | Reduce | Apply | Commit) -> StepWork:
         if self._is_ahead(message) or self.work is None:
             raise MessageError(Reason.NO_STATE, f"step {message.step} is not open")
         return self.work
@@ -274,33 +363,30 @@ class Seat:
         opened = self.work.opened if self.work is not None else None
         return opened is None or (message.generation, message.step) != (opened.generation, opened.step)
 
-    def _check_shape(self, message: CellData) -> None:
-        manifest = self._config.manifest
-        tokens = (manifest.batch, manifest.sequence)
-        wanted = tokens if isinstance(message, Tokens | Labels) else (*tokens, manifest.hidden)
-        if message.payload[0].shape != wanted:
-            raise MessageError(Reason.TENSOR_SHAPE, f"{message.payload[0].shape}, not {wanted}")
-
     # what goes out
 
     def _tell(self, message: Message) -> None:
         self._post(self._client, message)
 
-    def _tell_reduced(self, request: Reduce, state: StageState) -> None:
+    def _tell_reduced(self, request: Reduce | Apply, state: StageState) -> None:
         self._tell(Reduced(request.generation, request.step, request.attempt, state.root))
 
     def _send_output(self, work: StepWork, cell: Cell) -> None:
         if cell.y is not None and not self._spec.is_last:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            self._post(work.consumer(cell.index), Activation(*at, pack(cell.y)))
-            self._tell(Passed(*at))
+            output = Activation(*at, pack(cell.y, self._wire))
+            for peer in work.consumers(cell.index):
+                self._post(peer, output)
+            self._tell(Passed(*at, address_of(output.payload[0].data) if work.quorum > 1 else b""))
 
     def _send_gradient(self, work: StepWork, cell: Cell) -> None:
         if cell.gx is not None and not self._spec.is_first:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            self._post(work.producer(cell.index), Gradient(*at, pack(cell.gx)))
+            gradient = Gradient(*at, pack(cell.gx, self._wire))
+            for peer in work.producers(cell.index):
+                self._post(peer, gradient)
 
     def _tell_done(self, work: StepWork, cell: Cell) -> None:
         if cell.gw is not None:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            self._tell(CellDone(*at, cell.loss, cell.seconds))
+            self._tell(CellDone(*at, cell.loss, cell.seconds, cell.digest))

@@ -4,19 +4,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
+from trainer.content import address_of
 from trainer.layout import StageSpec
-from trainer.messages import (
-    Activation,
-    Gradient,
-    Labels,
-    MessageError,
-    OpenStep,
-    Reason,
-    Reduce,
-    Reroute,
-    Tokens,
-)
+from trainer.messages import Activation, Apply, Gradient, Labels, OpenStep, Reduce, Reroute, Tokens
+from trainer.payloads import MessageError, Reason
+from trainer.reduction import Part, Reduction
+from trainer.redundancy import Ballot
 from trainer.schedule import in_flight_limit
+from trainer.team_reduction import TeamReduction
 from trainer.transport import Proof, Received
 
 if TYPE_CHECKING:
@@ -27,12 +22,17 @@ CellData: TypeAlias = Tokens | Labels | Activation | Gradient
 
 @dataclass(slots=True)
 class Cell:
-    """One cell's material as it comes in; x is tokens at the first stage, gy is absent at the last."""
+    """One cell's material as it comes in; x is tokens at the first stage, gy is absent at the last.
+
+    `x_sent` and `gy_sent` are the bytes that came, where they are an encoding. `ballots` hold what members of a
+    team sent until most sent the same; `digest` is that of the results' content addresses, where teams compare it.
+    """
 
     index: int
     x: "Tensor | None" = None
     x_sender: str = ""
     x_proof: Proof = ()
+    x_sent: memoryview | None = None
     labels: "Tensor | None" = None
     labels_proof: Proof = ()
     y: "Tensor | None" = None
@@ -40,11 +40,14 @@ class Cell:
     gy: "Tensor | None" = None
     gy_sender: str = ""
     gy_proof: Proof = ()
+    gy_sent: memoryview | None = None
     gx: "Tensor | None" = None
     gw: "Tensor | None" = None
     loss: float = 0.0
     seconds: float = 0.0
     is_failed: bool = False
+    digest: bytes = b""
+    ballots: "dict[type, Ballot[tuple[CellData, Received, Tensor]]]" = field(default_factory=dict)
 
     @property
     def is_in_flight(self) -> bool:
@@ -55,12 +58,18 @@ class Cell:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         tensors = (self.x, self.labels, self.y, self.gy, self.gx, self.gw)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        encoded = sum(len(sent) for sent in (self.x_sent, self.gy_sent) if sent is not None)
+        encoded += sum(ballot.size for ballot in self.ballots.values())
+        return encoded + sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class CellRecord:
-    """The trace of a finished cell: inputs with their senders and proofs, outputs, layer boundaries."""
+    """The trace of a finished cell: inputs with their senders and proofs, outputs, layer boundaries.
+
+    `x_sent` and `gy_sent` are the bytes that came, where they are an encoding of what was computed on. `gw` is
+    absent where there was no room to keep it: re-execution gives it again.
+    """
 
     cell: int
     x: "Tensor"
@@ -74,14 +83,20 @@ class CellRecord:
     gy_sender: str
     gy_proof: Proof
     gx: "Tensor"
-    gw: "Tensor"
+    gw: "Tensor | None"
     loss: float
     seconds: float
+    x_sent: memoryview | None = None
+    gy_sent: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A committed step at one worker: the cells it owns, their reduction, the new state's root."""
+    """A committed step at one worker: the cells it owns, their reduction, the new state's root.
+
+    `applied` tells the norms of all stages' gradients where the optimiser's step needed them. `parts` are what the
+    other contributors added, `far` the other end's part of the tied gradient; the proofs are the client's.
+    """
 
     generation: int
     step: int
@@ -90,6 +105,11 @@ class StepRecord:
     reduction: Reduce
     routes: tuple[tuple[str, ...], ...]
     cells: tuple[CellRecord, ...]
+    applied: Apply | None = None
+    parts: tuple[Part, ...] = ()
+    far: Part | None = None
+    proof: Proof = ()
+    applied_proof: Proof = ()
 
 
 class Half(Enum):
@@ -102,12 +122,17 @@ class Half(Enum):
 
 @dataclass
 class StepWork:
-    """The cells of one open step at worker `me`, which holds stage `spec`."""
+    """The cells of one open step at worker `me`, which holds stage `spec`.
+
+    With a `quorum` above one a route's peer stands for its team: all of it computes the cell, and an input is what
+    so many members of the team before, or after, sent alike.
+    """
 
     opened: OpenStep
     me: str
     spec: StageSpec
     client: str
+    quorum: int = 1
     routes: list[list[str]] = field(init=False)
     cells: dict[int, Cell] = field(init=False, default_factory=dict)
 
@@ -115,6 +140,7 @@ class StepWork:
         if any(len(route) != self.spec.count for route in self.opened.routes):
             raise MessageError(Reason.MALFORMED, f"a route that has not {self.spec.count} stages")
         self.routes = [list(route) for route in self.opened.routes]
+        self.teams = {peer: team for team in self.opened.teams for peer in team}
 
     @property
     def generation(self) -> int:
@@ -131,17 +157,21 @@ class StepWork:
         """Bytes of all tensors held."""
         return sum(cell.nbytes for cell in self.cells.values())
 
+    def members(self, peer: str) -> tuple[str, ...]:
+        """Return the team of a peer, itself where there are no teams."""
+        return self.teams.get(peer, (peer,))
+
     def owns(self, cell: int) -> bool:
-        """Whether the cell is routed to this worker now."""
-        return self.routes[cell][self.spec.index] == self.me
+        """Whether the cell is routed to this worker, or its team, now."""
+        return self.me in self.members(self.routes[cell][self.spec.index])
 
-    def producer(self, cell: int) -> str:
+    def producers(self, cell: int) -> tuple[str, ...]:
         """Who sends the cell's input."""
-        return self.client if self.spec.is_first else self.routes[cell][self.spec.index - 1]
+        return (self.client,) if self.spec.is_first else self.members(self.routes[cell][self.spec.index - 1])
 
-    def consumer(self, cell: int) -> str:
+    def consumers(self, cell: int) -> tuple[str, ...]:
         """Who takes the cell's output and sends its gradient; the client at the last stage."""
-        return self.client if self.spec.is_last else self.routes[cell][self.spec.index + 1]
+        return (self.client,) if self.spec.is_last else self.members(self.routes[cell][self.spec.index + 1])
 
     def expects(self, message: CellData, sender: str) -> bool:
         """Whether the cell is this worker's and `sender` is on its route for such a message.
@@ -150,34 +180,44 @@ class StepWork:
         """
         self._check_cell(message.cell)
         here, spec = message.cell, self.spec
+        wanted: tuple[str, ...]
         match message:
             case Tokens():
-                is_right_stage, wanted = spec.is_first, self.client
+                is_right_stage, wanted = spec.is_first, (self.client,)
             case Labels():
-                is_right_stage, wanted = spec.is_last, self.client
+                is_right_stage, wanted = spec.is_last, (self.client,)
             case Activation():
-                is_right_stage, wanted = message.stage == spec.index - 1, self.producer(here)
+                is_right_stage, wanted = message.stage == spec.index - 1, self.producers(here)
             case Gradient():
-                is_right_stage, wanted = message.stage == spec.index + 1, self.consumer(here)
+                is_right_stage, wanted = message.stage == spec.index + 1, self.consumers(here)
             case _:
                 assert_never(message)
         if not is_right_stage:
             raise MessageError(Reason.WRONG_STAGE)
-        return self.owns(here) and sender == wanted
+        return self.owns(here) and sender in wanted
 
     def put(self, message: CellData, received: Received, tensor: "Tensor") -> None:
-        """Keep an input of a cell; raise `MessageError` if it is already there."""
+        """Keep an input of a cell, from a team what most of it sent; raise `MessageError` if it is already there."""
         cell = self.cells.setdefault(message.cell, Cell(message.cell))
+        if self.quorum > 1 and isinstance(message, Activation | Gradient):
+            ballot = cell.ballots.setdefault(type(message), Ballot(self.quorum))
+            data = message.payload[0].data
+            address = received.proof[0][0] if received.proof else address_of(data)
+            chosen = ballot.cast(received.sender, address, (message, received, tensor), len(data))
+            if chosen is None:
+                return
+            message, received, tensor = chosen
+        sent = message.payload[0].data if message.payload[0].is_encoded else None
         match message:
             case Tokens() | Activation():
                 _check_absent(cell.x)
-                cell.x, cell.x_sender, cell.x_proof = tensor, received.sender, received.proof
+                cell.x, cell.x_sender, cell.x_proof, cell.x_sent = tensor, received.sender, received.proof, sent
             case Labels():
                 _check_absent(cell.labels)
                 cell.labels, cell.labels_proof = tensor, received.proof
             case Gradient():
                 _check_absent(cell.gy)
-                cell.gy, cell.gy_sender, cell.gy_proof = tensor, received.sender, received.proof
+                cell.gy, cell.gy_sender, cell.gy_proof, cell.gy_sent = tensor, received.sender, received.proof, sent
             case _:
                 assert_never(message)
 
@@ -211,17 +251,36 @@ class StepWork:
                 return cell, Half.WHOLE if self.spec.is_last else Half.FORWARD
         return None
 
-    def record(self, root: bytes, reduction: Reduce) -> StepRecord:
-        """Return the record of the cells that count as this worker's in the final reduction."""
-        owned = [self.cells[c] for c, owner in enumerate(reduction.owners) if owner == self.me]
+    def reduction(self, request: Reduce) -> Reduction:
+        """Return the reduction that is asked for; raise `MessageError` while cells that it needs are not finished."""
+        finished = [cell.index for cell in self.cells.values() if cell.gw is not None]
+        if self.quorum > 1:
+            return TeamReduction(request, self.me, self.teams, finished, self.quorum)
+        reduction = Reduction(request, self.me)
+        if unfinished := sorted(set(reduction.own_cells).difference(finished)):
+            raise MessageError(Reason.UNKNOWN_CELL, f"cells {unfinished} are not finished")
+        return reduction
+
+    def record(self, root: bytes, reduction: Reduction) -> StepRecord:
+        """Return the record of the cells that count as this worker's, or its team's, in the final reduction."""
+        owners = reduction.request.owners
+        mine = [c for c, owner in enumerate(owners) if self.me in self.members(owner)]
+        if self.quorum > 1:  # the others have finished what this worker has not
+            mine = [c for c in mine if c in self.cells and self.cells[c].gw is not None]
+        owned = [self.cells[c] for c in mine]
         return StepRecord(
             generation=self.generation,
             step=self.step,
             stage=self.spec.index,
             root=root,
-            reduction=reduction,
+            reduction=reduction.request,
             routes=tuple(tuple(route) for route in self.routes),
             cells=tuple(_record_of(cell) for cell in owned),
+            applied=reduction.order,
+            parts=tuple(part for _, part in sorted(reduction.parts.items())),
+            far=reduction.far_part,
+            proof=reduction.proof,
+            applied_proof=reduction.order_proof,
         )
 
 
@@ -249,4 +308,6 @@ def _record_of(cell: Cell) -> CellRecord:
         gw=cell.gw,
         loss=cell.loss,
         seconds=cell.seconds,
+        x_sent=cell.x_sent,
+        gy_sent=cell.gy_sent,
     )

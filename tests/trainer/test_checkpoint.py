@@ -1,4 +1,5 @@
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,95 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, monkey
     assert caught.value.reason == CheckpointReason.DISK
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert resume(tmp_path).step == 2
+
+
+def injected(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> list[int]:
+    """Have call `number` of a function of `os` fail; return a list of the calls."""
+    original, calls = getattr(os, name), []
+
+    def call(*arguments: object) -> object:
+        calls.append(len(calls))
+        if len(calls) - 1 == number:
+            raise OSError(28, "No space left on device")
+        return original(*arguments)
+
+    monkeypatch.setattr(os, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace", "link"])
+@pytest.mark.parametrize("step", [2, 3])
+def test_whichever_call_fails_while_saving_the_previous_checkpoint_stays_whole(
+    name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former, later = checkpoint(step=2), replace(checkpoint(step=step), losses=((1, 9.0), (2, 8.0)))
+    with monkeypatch.context() as patch:
+        calls = injected(patch, name, -1)
+        save(former, tmp_path / "probe")
+        calls.clear()
+        save(later, tmp_path / "probe")
+        count = len(calls)
+    assert count
+    save(former, tmp_path / "former")
+    for number in sorted({0, 1, count // 3, count // 2, count - 2, count - 1} & set(range(count))):
+        shutil.copytree(tmp_path / "former", folder := tmp_path / str(number))
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+            injected(patch, name, number)
+            save(later, folder)
+        assert caught.value.reason == CheckpointReason.DISK
+        assert "full" in caught.value.sentence
+        after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        assert before.items() <= after.items() or resume(folder).losses == later.losses
+        of_model = {file: data for file, data in before.items() if "state" not in file.parts}
+        assert of_model.items() <= after.items()
+        assert resume(folder).step in (2, step)
+        assert not list(folder.rglob(".pending"))
+
+
+def test_a_process_killed_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(checkpoint(step=2), tmp_path)
+    original = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        original(source, target)
+        if ".aside" in target.parts:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(shutil, "rmtree", lambda *arguments, **more: None)
+        with pytest.raises(KeyboardInterrupt):
+            save(replace(checkpoint(step=2), losses=()), tmp_path)
+    assert not (tmp_path / "state" / "step-0000000002").exists()
+    assert resume(tmp_path).step == 2
+
+
+def test_the_card_says_what_was_trained_on_what_and_how_to_prove_it(tmp_path: Path) -> None:
+    run = replace(checkpoint(), task="ab" * 32, data="cd" * 32, tokens=1234, sealed_by=f"71:{'ef' * 32}")
+    save(replace(run, validation=((2, 4.5),)), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for said in ("ab" * 32, "cd" * 32, "1,234 tokens", f"height 71, block `{'ef' * 32}`", "4.5000 after step 2"):
+        assert said in card
+    assert f"tdml-chain task {'ab' * 32} --db chain.db --height 71" in card
+    assert "raw bytes, 257 ids" in card
+    save(checkpoint(), tmp_path / "alone")
+    assert "tdml-chain" not in (tmp_path / "alone" / "README.md").read_text()
+    assert resume(tmp_path).validation == ((2, 4.5),)
+
+
+def test_a_finished_run_has_its_curve_as_a_picture(tmp_path: Path) -> None:
+    run = checkpoint(step=100)
+    save(replace(run, losses=tuple((n, 9.0 / n) for n in range(1, 101)), validation=((50, 1.0), (100, 0.5))), tmp_path)
+    picture = (tmp_path / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (960, 540)
+    curve = (tmp_path / "loss.svg").read_text()
+    assert curve.count("<polyline") == 2
+    assert "validation</text>" in curve
+    save(checkpoint(step=3), tmp_path / "half")
+    assert not (tmp_path / "half" / "loss.png").exists()
 
 
 @pytest.mark.parametrize("damage", ["no state", "cut", "flipped", "task"])

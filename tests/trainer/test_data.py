@@ -1,57 +1,12 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from training_samples import small_batches, small_manifest
 
-from trainer.data import Batches, load_batches, read_corpus, standard_library
+from trainer.data import Batches, Corpus, load_batches, split_off, standard_library
 from trainer.errors import DataError, DataReason
+from trainer.token_file import TokenData
 from trainer.tokens import byte_tokenizer
-
-
-def reason_of(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        read_corpus(path)
-    assert caught.value.sentence.endswith(".")
-    return caught.value.reason
-
-
-def test_a_folder_is_read_in_an_order_of_its_own_and_other_files_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    for number in range(6):
-        (tmp_path / "deep" / f"{number}.txt").write_text(f"text {number}")
-    (tmp_path / "picture.bin").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / ".hidden").write_text("secret")
-    corpus = read_corpus(tmp_path)
-    assert sorted(corpus.texts) == [f"text {number}" for number in range(6)]
-    assert corpus == read_corpus(tmp_path)
-    assert corpus.bytes == 36
-    part = read_corpus(tmp_path, max_bytes=12)
-    assert part.texts == corpus.texts[:2]
-
-
-def test_json_lines(tmp_path: Path) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two")))
-    assert read_corpus(file).texts == ("one", "two")
-    file.write_text('{"text": 5}')
-    assert reason_of(file) == DataReason.UNREADABLE
-    file.write_text("nonsense")
-    assert reason_of(file) == DataReason.UNREADABLE
-
-
-def test_data_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
-    assert reason_of(tmp_path / "absent") == DataReason.MISSING
-    assert reason_of(tmp_path) == DataReason.EMPTY
-    (tmp_path / "blank.txt").write_text("  \n")
-    assert reason_of(tmp_path / "blank.txt") == DataReason.EMPTY
-    (tmp_path / "binary").write_bytes(b"a\0b")
-    assert reason_of(tmp_path / "binary") == DataReason.NOT_TEXT
-    (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
-    assert reason_of(tmp_path / "latin") == DataReason.NOT_TEXT
 
 
 def test_too_little_text_and_too_small_a_vocabulary_are_refused() -> None:
@@ -94,6 +49,26 @@ def test_any_step_can_be_resumed_and_the_seed_decides() -> None:
 
 
 def test_the_standard_library_is_a_corpus() -> None:
-    corpus = read_corpus(standard_library(), max_bytes=200_000)
-    assert 200_000 <= corpus.bytes < 210_000
+    corpus = Corpus((standard_library(),), limit=200_000)
     assert load_batches(corpus, byte_tokenizer(), small_manifest()).windows > 12_000
+
+
+def test_what_validates_is_never_trained_on() -> None:
+    manifest = small_manifest()
+    ids = np.arange(300, dtype=np.int32)
+    batches, kept = split_off(TokenData(ids, "hash", 299), 0.3, manifest)
+    trained = {int(t) for n in range(batches.windows) for t in batches.batch(1 + n // 4, n % 4 // 2).labels.flatten()}
+    held = [kept.batch(index) for index in range(kept.count)]
+    assert kept.count == 2
+    assert torch.equal(held[0].tokens.flatten(), torch.arange(210, 242, dtype=torch.int32))
+    assert all(torch.equal(batch.tokens + 1, batch.labels) for batch in held)
+    assert max(trained) < 210
+    again = split_off(TokenData(ids, "hash", 299), 0.3, manifest)[1]
+    assert torch.equal(again.batch(1).labels, kept.batch(1).labels)
+
+
+@pytest.mark.parametrize(("share", "reason"), [(0.0, "bad-split"), (1.5, "bad-split"), (0.05, "data-too-short")])
+def test_a_split_that_makes_no_sense_is_refused(share: float, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        split_off(TokenData(np.zeros(400, np.int32), "", 0), share, small_manifest())
+    assert caught.value.reason == reason

@@ -48,16 +48,17 @@ def test_a_config_alone_gives_the_architecture(folder: Path) -> None:
     [
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-            ManifestReason.UNKNOWN_SETTING,
+            ManifestReason.BAD_CONFIG,
         ),
-        ({"rope_parameters": {"rope_type": "linear"}}, ManifestReason.UNKNOWN_SETTING),
+        ({"rope_parameters": {"rope_type": "linear"}}, ManifestReason.BAD_CONFIG),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ManifestReason.UNKNOWN_SETTING),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, ManifestReason.UNKNOWN_SETTING),
         ({"rope_parameters": 3}, ManifestReason.UNKNOWN_SETTING),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ManifestReason.UNKNOWN_SETTING),
-        ({"attention_dropout": 0.1}, ManifestReason.UNKNOWN_SETTING),
+        ({"attention_dropout": 1.0}, ManifestReason.BAD_CONFIG),
         ({"quantization_config": {"bits": 4}}, ManifestReason.UNKNOWN_SETTING),
         ({"hidden_size": [64]}, ManifestReason.BAD_CONFIG),
         ({"model_type": "mamba"}, ManifestReason.UNKNOWN_FAMILY),
-        ({"tie_word_embeddings": True}, ManifestReason.TIED_EMBEDDINGS),
     ],
 )
 def test_settings_that_would_make_another_model_are_refused(

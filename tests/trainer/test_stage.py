@@ -133,3 +133,25 @@ def test_an_audit_that_fails_leaves_no_cell_behind() -> None:
         with pytest.raises(StageError) as caught:
             execute(first, tokens, None, None)
         assert caught.value.reason == StageReason.BAD_SHAPE
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_computing_forward_twice_changes_no_bit_and_keeps_no_graph(index: int) -> None:
+    manifest = small_manifest(3)
+    tokens, labels = small_batches(manifest).batch(1, 0)
+    shape = (manifest.batch, manifest.sequence, manifest.hidden)
+    generator = torch.Generator().manual_seed(3)
+    x = tokens if index == 0 else torch.randn(shape, generator=generator)
+    gy = None if index == 2 else torch.randn(shape, generator=generator)
+    given = labels if index == 2 else None
+    results, kept = [], []
+    for recompute in (False, True):
+        stage = build_stage(manifest, index, recompute)
+        stage.load(initial_state(manifest, index).weights)
+        keys = [CellKey(0, 1, cell) for cell in range(2)]
+        outputs = [stage.forward(key, x, given) for key in keys]
+        kept.append([graph.y.grad_fn is not None for graph in stage._graphs.values()])
+        results.append((*outputs[0], *stage.backward(keys[0], gy), *stage.backward(keys[1], gy)))
+    for usual, again in zip(*results, strict=True):
+        assert usual == again if isinstance(usual, tuple) else torch.equal(usual, again)
+    assert kept == [[True] * 2, [index == 2] * 2]

@@ -8,7 +8,7 @@ from trainer.coordinator_pace import Pace
 from trainer.coordinator_ports import Members, Patience
 from trainer.coordinator_roster import Roster, Status
 from trainer.coordinator_round import Round
-from trainer.messages import MessageError, Reason
+from trainer.payloads import MessageError, Reason
 
 
 def done(cell: int, stage: int, loss: float = 0.0) -> m.CellDone:

@@ -6,9 +6,10 @@ from functools import lru_cache
 import pytest
 import torch
 import trio
-from swarm_kit import CLIENT, Kit, assert_same_model, manifest_of, trained
+from swarm_kit import CLIENT, Kit, assert_same_model, manifest_of, tied_manifest, trained
 
 from trainer import messages as m
+from trainer import payloads
 from trainer.coordinator import StageLost
 from trainer.coordinator_ports import (
     Members,
@@ -19,7 +20,8 @@ from trainer.coordinator_ports import (
     StepDone,
     SwarmEvent,
 )
-from trainer.messages import Reason
+from trainer.joint import check_tied
+from trainer.payloads import Reason
 from trainer.state import StageState
 from trainer.transport import Faults
 from trainer.worker_ports import Compute, T
@@ -52,6 +54,21 @@ def test_an_eviction_rolls_back_and_replays_without_the_cheat() -> None:
     assert steps_of(kit) == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 3), (1, 4), (1, 5), (1, 6)]
     assert of_kind(kit, RolledBack) == [RolledBack(1, 2)]
     assert {r.generation for peer, r in kit.records if peer == "s1r1"} == {0}
+
+
+def test_a_rollback_of_ends_that_share_a_tensor_leaves_them_equal() -> None:
+    manifest = tied_manifest(stages=2, steps=6)
+    expected = trained(Kit(manifest))
+    kit = Kit(manifest)
+
+    def evict() -> None:
+        kit.governor.members = Members(1, 2, (("s0r0", "s0r1"), ("s1r0",)))
+
+    kit.governor.hooks[5] = evict
+    found = trained(kit)
+    assert_same_model(found, expected)
+    check_tied(manifest, found)
+    assert steps_of(kit)[3:5] == [(0, 4), (1, 3)]
 
 
 def test_an_eviction_in_the_middle_of_a_step_ends_it_at_once() -> None:
@@ -144,6 +161,22 @@ def test_an_empty_stage_is_refilled_by_a_newcomer() -> None:
     assert of_kind(kit, StageEmpty) == [StageEmpty(1, 1)]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_last_worker_of_a_stage_hands_its_state_over_and_leaves(stage: int) -> None:
+    kit = Kit(MANIFEST, replicas=1)
+    seats = [("s0r0",), ("s1r0",)]
+
+    def leave() -> None:
+        seats[stage] = ("new",)
+        kit.governor.members = Members(0, 0, tuple(seats))
+        kit.start("new", stage)
+
+    kit.governor.hooks[4] = leave
+    assert_same_model(trained(kit), undisturbed())
+    assert PeerJoined(4, stage, "new") in kit.events
+    assert len(steps_of(kit)) == MANIFEST.steps
+
+
 def perturbed(kit: Kit, peer: str) -> Compute:
     """Return a compute that spoils the peer's third optimiser step."""
     plain = kit.compute(peer)
@@ -172,8 +205,8 @@ def test_a_replica_with_another_root_is_left_out_and_resyncs() -> None:
 
 def intruded(kit: Kit) -> None:
     """Let a stranger and a member of the wrong place send what they must not."""
-    x = m.pack(torch.zeros(MANIFEST.batch, MANIFEST.sequence, MANIFEST.hidden))
-    flat = m.pack(torch.zeros(3))
+    x = payloads.pack(torch.zeros(MANIFEST.batch, MANIFEST.sequence, MANIFEST.hidden))
+    flat = payloads.pack(torch.zeros(3))
     for sender in ("stranger", "s1r1"):
         kit.hub.inject(sender, "s0r0", m.Prepare(9, 0, 0, b"", ()))
         kit.hub.inject(sender, "s0r0", m.Commit(0, 2))
@@ -194,6 +227,35 @@ def test_intruders_are_refused_and_change_nothing() -> None:
     assert_same_model(trained(kit), undisturbed())
     assert kit.workers["s0r0"].refused == {Reason.WRONG_SENDER: 6}
     assert kit.coordinator.refused[Reason.UNEXPECTED] == 2
+    assert not of_kind(kit, PeerLeft)
+
+
+def answered_wrongly(kit: Kit) -> None:
+    """Let members answer too late, for another generation, for no cell, and for cells of others."""
+    kit.hub.inject("s1r1", CLIENT, m.CellDone(0, 2, 0, 1, 0.0, 0.0))
+    kit.hub.inject("s1r1", CLIENT, m.NotFinite(0, 2, 0, 1, "output"))
+    kit.hub.inject("s1r1", CLIENT, m.Reduced(0, 2, 1, bytes(32)))
+    kit.hub.inject("s1r1", CLIENT, m.CellDone(7, 4, 0, 1, 0.0, 0.0))
+    for cell in (*range(MANIFEST.microbatches), MANIFEST.microbatches, 1000):
+        kit.hub.inject("s1r1", CLIENT, m.CellDone(0, 4, cell, 0, 0.0, 0.0))
+        kit.hub.inject("s1r1", CLIENT, m.Passed(0, 4, cell, 0))
+
+
+def test_answers_that_are_late_or_for_other_cells_are_refused_by_name_and_change_nothing() -> None:
+    kit = Kit(MANIFEST)
+    carry, done = kit.hub.carry, []
+
+    async def carry_on(sender: str, to: str, message: m.Message) -> None:
+        if isinstance(message, m.Passed) and message.step == 4 and not done:
+            done.append(answered_wrongly(kit))
+        await carry(sender, to, message)
+
+    kit.hub.carry = carry_on  # type: ignore[method-assign]
+    assert_same_model(trained(kit), undisturbed())
+    assert done
+    assert kit.coordinator.refused[Reason.STALE_STEP] == 4
+    assert kit.coordinator.refused[Reason.WRONG_SENDER] == 2 * MANIFEST.microbatches
+    assert kit.coordinator.refused[Reason.UNKNOWN_CELL] == 4
     assert not of_kind(kit, PeerLeft)
 
 
@@ -225,3 +287,34 @@ def test_events_tell_every_step_once(replicas: int) -> None:
     trained(kit)
     assert steps_of(kit) == [(0, step) for step in range(1, 7)]
     assert all(e.tokens == MANIFEST.tokens_per_step for e in kit.events if isinstance(e, StepDone))
+
+
+def failing(kit: Kit, peer: str, error: Exception, at: int) -> Compute:
+    """Return a compute whose `at`-th piece of work fails."""
+    plain = kit.compute(peer)
+    count = 0
+
+    async def compute(work: Callable[[], T], /) -> T:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise error
+        return await plain(work)
+
+    return compute
+
+
+TORCH_FULL = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(TORCH_FULL)], ids=["python", "torch"])
+@pytest.mark.parametrize("at", [1, 2, 3, 6, 7, 8])
+def test_lack_of_memory_at_any_moment_is_a_fault_that_the_worker_survives(error: Exception, at: int) -> None:
+    kit = Kit(MANIFEST)
+    kit.computes["s0r1"] = failing(kit, "s0r1", error, at)
+    assert_same_model(trained(kit), undisturbed())
+    assert "s0r1" in {peer for peer, record in kit.records if record.step == MANIFEST.steps}
+    faults = [message.reason for sender, _, message in kit.hub.log if isinstance(message, m.Fault)]
+    assert set(faults) <= {Reason.MEMORY_FULL, Reason.NO_STATE}
+    assert faults
+    assert max(event.seconds for event in kit.events if isinstance(event, StepDone)) < 10

@@ -9,6 +9,7 @@ from training_samples import CONFIG, small_manifest
 
 from trainer.errors import ManifestError
 from trainer.families.base import Costs
+from trainer.image_settings import ImageSettings
 from trainer.manifest import (
     MAX_MANIFEST_BYTES,
     AuditSettings,
@@ -47,13 +48,13 @@ def test_a_complete_manifest_survives_its_canonical_bytes() -> None:
         (draft(batch=0), ManifestReason.BAD_SIZE),
         (draft(steps=0), ManifestReason.BAD_SIZE),
         (draft(microbatches=1025), ManifestReason.BAD_SIZE),
-        (draft(audit=AuditSettings(redundancy=2)), ManifestReason.BAD_SIZE),
+        (draft(audit=AuditSettings(redundancy=2)), ManifestReason.BAD_REDUNDANCY),
         (draft(sequence=65), ManifestReason.SEQUENCE_TOO_LONG),
         (draft({"vocab_size": 1 << 20}, batch=4096), ManifestReason.CELL_TOO_LARGE),
         (draft(stages=2, cuts=(4, 0)), ManifestReason.BAD_CUTS),
         (draft(stages=2, cuts=(4,)), ManifestReason.BAD_CUTS),
         (draft(stages=2, cuts=(2, 3)), ManifestReason.BAD_CUTS),
-        (draft(precision="bf16"), ManifestReason.BAD_PRECISION),
+        (draft(precision="fp8"), ManifestReason.BAD_PRECISION),
         (draft(initial=("zz",)), ManifestReason.BAD_ADDRESS),
         (draft(initial=("ab" * 32,) * 3), ManifestReason.BAD_START),
         (draft(start=3), ManifestReason.BAD_START),
@@ -61,7 +62,7 @@ def test_a_complete_manifest_survives_its_canonical_bytes() -> None:
         (draft(optimizer=OptimizerSettings(name="sgd")), ManifestReason.BAD_OPTIMIZER),
         (draft(optimizer=OptimizerSettings(beta1=1.0)), ManifestReason.BAD_OPTIMIZER),
         (draft(optimizer=OptimizerSettings(learning_rate=float("nan"))), ManifestReason.BAD_OPTIMIZER),
-        (draft({"tie_word_embeddings": True}), ManifestReason.TIED_EMBEDDINGS),
+        (draft(optimizer=OptimizerSettings(clip=-1.0)), ManifestReason.BAD_OPTIMIZER),
         (
             draft(
                 {
@@ -81,7 +82,7 @@ def test_a_complete_manifest_survives_its_canonical_bytes() -> None:
         (draft({"hidden_size": 1 << 40}), ManifestReason.BAD_CONFIG),
         (draft({"num_key_value_heads": 3}), ManifestReason.BAD_CONFIG),
         (draft({"head_dim": 7}), ManifestReason.BAD_CONFIG),
-        (draft({"hidden_act": "relu"}), ManifestReason.BAD_CONFIG),
+        (draft({"hidden_act": "swish2"}), ManifestReason.BAD_CONFIG),
         (draft({"attention_bias": 0}), ManifestReason.BAD_CONFIG),
         (draft({"rope_theta": float("inf")}), ManifestReason.BAD_CONFIG),
         (draft({"rms_norm_eps": "small"}), ManifestReason.BAD_CONFIG),
@@ -132,10 +133,11 @@ def test_damaged_bytes_never_decode_to_another_manifest(noise: bytes, place: int
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_cut_and_its_head_does_not_slow_the_last_stage(name: str) -> None:
     preset = preset_of(name)
+    kind = {"images": ImageSettings(preset.image_size), "sequence": 1} if preset.image_size else {}
     for stages in (1, 2, 4):
-        manifest = complete(TaskManifest(preset.family, preset.config, stages=stages))
+        manifest = complete(TaskManifest(preset.family, preset.config, stages=stages, **kind))
         assert sum(manifest.cuts) == manifest.layers
-        assert manifest.cuts[-1] <= manifest.cuts[0]
+        assert kind or manifest.cuts[-1] <= manifest.cuts[0]
         assert [manifest.stage(index).first for index in range(stages)] == [
             sum(manifest.cuts[:index]) for index in range(stages)
         ]
@@ -151,6 +153,8 @@ def test_cuts_minimise_the_slowest_stage() -> None:
     assert balanced_cuts(8, 2, Costs(layer=10, embedding=0, head=20)) == (5, 3)
     assert balanced_cuts(4, 4, Costs(layer=10, embedding=0, head=99)) == (1, 1, 1, 1)
     assert balanced_cuts(7, 2, Costs(layer=10, embedding=0, head=0)) in {(3, 4), (4, 3)}
+    assert balanced_cuts(4, 2, Costs(layer=10, embedding=5, head=0, each=(5, 20, 5, 5))) == (1, 3)
+    assert balanced_cuts(4, 2, Costs(layer=10, embedding=0, head=9, each=(5, 5, 5, 20))) == (3, 1)
 
 
 def test_manifests_and_presets_import_neither_torch_nor_transformers() -> None:

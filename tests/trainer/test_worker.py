@@ -8,7 +8,8 @@ import trio
 from swarm_kit import CLIENT, batches_of, in_virtual_time, manifest_of
 
 from trainer import messages as m
-from trainer.messages import Reason
+from trainer import payloads
+from trainer.payloads import Reason
 from trainer.stage import build_stage
 from trainer.state import StageState, initial_state
 from trainer.transport import InMemoryHub, Lost, Received
@@ -85,6 +86,9 @@ class Bench:
         kinds = [type(await self.hear()) for _ in range(4)]
         assert kinds.count(m.CellDone) == kinds.count(m.Passed) == 2
         await self.say(m.Reduce(0, step, 1, (ME, ME), (ME,)))
+        summed = await self.hear()
+        assert isinstance(summed, m.Summed)
+        await self.say(m.Apply(0, step, 1, (1, 1), (summed.squares, 0.5)))
         reduced = await self.hear()
         assert isinstance(reduced, m.Reduced)
         await self.say(m.Commit(0, step))
@@ -92,11 +96,11 @@ class Bench:
 
 
 def tokens(step: int, cell: int) -> m.Tokens:
-    return m.Tokens(0, step, cell, m.pack(batches_of(MANIFEST).batch(step, cell).tokens))
+    return m.Tokens(0, step, cell, payloads.pack(batches_of(MANIFEST).batch(step, cell).tokens))
 
 
-def gradient(scale: float = 0.01) -> tuple[m.TensorPayload]:
-    return m.pack(torch.full(HIDDEN, scale))
+def gradient(scale: float = 0.01) -> tuple[payloads.TensorPayload]:
+    return payloads.pack(torch.full(HIDDEN, scale))
 
 
 def test_a_step_ends_in_a_record_with_everything() -> None:
@@ -172,7 +176,53 @@ def test_replicas_sum_in_the_same_order() -> None:
         answers = [await bench.hear() for _ in range(3)]
         assert answers[-1] == m.Fault(0, 1, Reason.PARTIAL_MISSING, (TWIN,))
         await bench.say(m.Partial(0, 1, 1, 0, partial.payload), peer=TWIN)
-        assert isinstance(await bench.hear(), m.Reduced)
+        assert isinstance(await bench.hear(), m.Summed)
+
+    Bench().run(script)
+
+
+def test_another_order_to_apply_replaces_the_first() -> None:
+    async def script(bench: Bench) -> None:
+        await bench.open()
+        for cell in range(2):
+            await bench.say(tokens(1, cell))
+            await bench.say(m.Gradient(0, 1, cell, 1, gradient()), peer=NEXT)
+        await bench.say(m.Reduce(0, 1, 3, (ME, ME), (ME,)))
+        summed = [await bench.hear() for _ in range(5)][-1]
+        assert isinstance(summed, m.Summed)
+        orders = [m.Apply(0, 1, n, (3, n), (summed.squares, float(n))) for n in (1, 2)]
+        for order in (*orders, orders[1], orders[0]):
+            await bench.say(order)
+        first, second, again = [await bench.hear() for _ in range(3)]
+        assert isinstance(first, m.Reduced)
+        assert isinstance(second, m.Reduced)
+        assert (first.attempt, second.attempt) == (1, 2)
+        assert first.root != second.root
+        assert again == second
+        assert bench.worker.refused == {Reason.DUPLICATE: 1}
+        await bench.say(m.Apply(0, 1, 3, (2, 3), (1.0, 1.0)))
+        assert bench.worker.refused == {Reason.DUPLICATE: 1, Reason.STALE_STEP: 1}
+        await bench.say(m.Commit(0, 1))
+        assert bench.records[0].root == second.root
+        assert bench.records[0].applied == orders[1]
+
+    Bench().run(script)
+
+
+def test_what_is_not_finite_is_told_and_not_sent_on() -> None:
+    async def script(bench: Bench) -> None:
+        await bench.open(routes=((ME, NEXT), (TWIN, NEXT)))
+        await bench.say(tokens(1, 0))
+        await bench.say(m.Gradient(0, 1, 0, 1, gradient(float("inf"))), peer=NEXT)
+        assert [await bench.hear() for _ in range(2)] == [m.Passed(0, 1, 0, 0), m.NotFinite(0, 1, 0, 1, "gradient")]
+        await bench.say(m.Gradient(0, 1, 0, 1, gradient()), peer=NEXT)
+        assert isinstance(await bench.hear(), m.CellDone)
+        await bench.say(m.Reduce(0, 1, 1, (ME, TWIN), (ME, TWIN)))
+        partial = await bench.hear(TWIN)
+        assert isinstance(partial, m.Partial)
+        poisoned = payloads.pack(torch.full(partial.payload[0].shape, float("nan")))
+        await bench.say(m.Partial(0, 1, 1, 0, poisoned), peer=TWIN)
+        assert await bench.hear() == m.Fault(0, 1, Reason.NOT_FINITE, (TWIN,))
 
     Bench().run(script)
 
@@ -241,7 +291,7 @@ def test_an_error_of_the_stage_is_told_and_survived() -> None:
     async def script(bench: Bench) -> None:
         await bench.open()
         wrong = torch.full((MANIFEST.batch, MANIFEST.sequence), 10**6, dtype=torch.int32)
-        await bench.say(m.Tokens(0, 1, 0, m.pack(wrong)), tokens(1, 1))
+        await bench.say(m.Tokens(0, 1, 0, payloads.pack(wrong)), tokens(1, 1))
         heard = [await bench.hear() for _ in range(2)]
         assert heard == [m.Fault(0, 1, Reason.COMPUTE_FAILED, ()), m.Passed(0, 1, 1, 0)]
 
@@ -267,14 +317,16 @@ REFUSALS: list[tuple[str, str, m.Message, Reason]] = [
     (
         "gradient-of-the-wrong-shape",
         NEXT,
-        m.Gradient(0, 2, 0, 1, m.pack(torch.zeros(1, 1, 1))),
+        m.Gradient(0, 2, 0, 1, payloads.pack(torch.zeros(1, 1, 1))),
         Reason.TENSOR_SHAPE,
     ),
-    ("partial-of-the-wrong-stage", TWIN, m.Partial(0, 2, 1, 1, m.pack(torch.zeros(4))), Reason.WRONG_STAGE),
+    ("partial-of-the-wrong-stage", TWIN, m.Partial(0, 2, 1, 1, payloads.pack(torch.zeros(4))), Reason.WRONG_STAGE),
     ("reduce-unfinished-cells", CLIENT, m.Reduce(0, 2, 1, (ME, ME), (ME,)), Reason.UNKNOWN_CELL),
     ("reduce-other-cells", CLIENT, m.Reduce(0, 2, 1, (TWIN,), (TWIN, ME)), Reason.UNKNOWN_CELL),
     ("reduce-without-me", CLIENT, m.Reduce(0, 2, 1, (TWIN, TWIN), (TWIN,)), Reason.UNEXPECTED),
     ("reduce-unlisted-owner", CLIENT, m.Reduce(0, 2, 1, (TWIN, TWIN), (ME,)), Reason.UNEXPECTED),
+    ("apply-nothing", CLIENT, m.Apply(0, 2, 1, (1, 1), (0.0, 0.0)), Reason.UNEXPECTED),
+    ("tied-part-where-none-is", NEXT, m.Tied(0, 2, 1, 1, payloads.pack(torch.zeros(4))), Reason.WRONG_STAGE),
     ("commit-nothing", CLIENT, m.Commit(0, 2), Reason.UNEXPECTED),
     ("reroute-past-step", CLIENT, m.Reroute(0, 1, 0, 0, ME), Reason.STALE_STEP),
     ("reroute-no-such-stage", CLIENT, m.Reroute(0, 2, 0, 5, ME), Reason.WRONG_STAGE),

@@ -2,9 +2,11 @@
 
 from trainer.errors import ManifestError, ManifestReason
 from trainer.families.base import Config, Costs, Family
-from trainer.families.llama import LLAMA
+from trainer.families.gpt2 import GPT2
+from trainer.families.llama import LLAMA, QWEN2
+from trainer.families.resnet import RESNET
 
-FAMILIES: dict[str, Family] = {LLAMA.name: LLAMA}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, GPT2, QWEN2, RESNET)}
 
 __all__ = ["FAMILIES", "Config", "Costs", "Family", "family_of"]
 

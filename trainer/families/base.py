@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from trainer.layout import Layout, StageSpec
+from trainer.layout import Layout, Shape, StageSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from trainer.families.dropout import Masks
 
 Config = dict[str, int | float | bool | str]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Relative compute per token (integers): one decoder layer, and what the two end stages add."""
+    """Relative compute per token or image (integers): a layer, and what the two end stages add.
+
+    `each` has the layers' own where they are not equal; `layer` is their mean then.
+    """
 
     layer: int
     embedding: int
     head: int
+    each: tuple[int, ...] = ()
+
+    def of(self, first: int, last: int) -> int:
+        """Return what the layers `first <= i < last` cost."""
+        return sum(self.each[first:last]) if self.each else (last - first) * self.layer
 
 
 class StageModule(Protocol):
@@ -31,7 +41,18 @@ class StageModule(Protocol):
         ...
 
     def ordered(self) -> list[nn.Parameter]:
-        """Return the parameters in the order of the layout."""
+        """Return the parameters in the order of the layout, without running statistics."""
+        ...
+
+    def additions(self) -> list[Tensor]:
+        """Return what the cell that ran last adds to the running statistics, in the order of the layout."""
+        ...
+
+    masks: Masks
+    training: bool
+
+    def train(self, mode: bool = True) -> object:
+        """Make the module behave as in training, or as when it is used."""
         ...
 
     def get_submodule(self, target: str) -> nn.Module:
@@ -40,9 +61,10 @@ class StageModule(Protocol):
 
 
 class Family(Protocol):
-    """One architecture, cut at decoder-layer boundaries."""
+    """One architecture, cut between its layers; `kind` is what it is trained on."""
 
     name: str
+    kind: Literal["text", "images"]
 
     def read(self, found: Mapping[str, object]) -> Config:
         """Return the settings in a Hugging Face `config.json`; raise `ManifestError` for what is not supported."""
@@ -61,11 +83,31 @@ class Family(Protocol):
         ...
 
     def vocabulary(self, config: Config) -> int:
-        """Return the size of the vocabulary."""
+        """Return the size of the vocabulary, or the number of classes."""
+        ...
+
+    def example(self, config: Config, size: int) -> Shape:
+        """Return the shape of one example: tokens (T), or pixels (C,H,W)."""
+        ...
+
+    def boundary(self, config: Config, size: int, layers: int) -> Shape:
+        """Return the shape of what one example is after so many layers: (T,D) or (C,H,W)."""
+        ...
+
+    def normalised(self, config: Config, size: int) -> int:
+        """Return over how many positions of one example its statistics are taken at least; 1 without any."""
         ...
 
     def context(self, config: Config) -> int:
         """Return the longest sequence."""
+        ...
+
+    def tied(self, config: Config) -> str:
+        """Return the name of the tensor that both end stages hold, empty if there is none."""
+        ...
+
+    def stored_name(self, config: Config, name: str) -> str:
+        """Return the name in the model of a tensor in a weights file; empty for one that the model derives."""
         ...
 
     def costs(self, config: Config, sequence: int) -> Costs:

@@ -1,0 +1,73 @@
+"""What a seat asks of a machine's memory, from the manifest alone, before anybody applies for it.
+
+`bench.memory` measures the same parts on a running worker. What autograd keeps of a cell and buffers on their way
+are left out: they depend on kernels and links.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from trainer.families import family_of
+from trainer.manifest import TaskManifest
+from trainer.stage import stage_layout
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of a seat: `step` for the tensors of an open step, `resident` for weights, states and sums besides."""
+
+    step: int
+    resident: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.step + self.resident
+
+
+def footprint(manifest: TaskManifest, index: int) -> Footprint:
+    """Return what a seat of stage `index` needs while all its replicas do their share.
+
+    A step holds the weight gradients of its cells until they are summed, and their inputs and outputs. Resident are
+    the weights, weights and two moments of the current, the pending and every unsettled step, and the sum and mean.
+    """
+    trained = _FLOAT * stage_layout(manifest, index).total
+    weights = _FLOAT * family_of(manifest.family).layout(manifest.config, manifest.stage(index)).total
+    cells = -(-manifest.microbatches // (manifest.replicas // manifest.audit.redundancy))
+    activation = _FLOAT * max(prod(manifest.boundary(done)) for done in range(manifest.layers + 1))
+    states = 3 * trained * (2 + manifest.audit.depth)
+    return Footprint(step=cells * (trained + 3 * activation), resident=weights + states + 2 * trained)
+
+
+def largest(manifest: TaskManifest) -> Footprint:
+    """Return what the largest seat needs: the chain decides which one a peer gets."""
+    return max((footprint(manifest, index) for index in manifest.seated), key=lambda found: found.total)
+
+
+def available_bytes() -> int | None:
+    """Return how much memory this machine can still give, None where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def why_not(manifest: TaskManifest, limit: int, available: int | None) -> str | None:
+    """Return in a sentence why a machine does not hold every seat of a task, or None.
+
+    `limit` bounds the tensors of a step (`start --memory`), `available` is what the machine can still give.
+    """
+    need = largest(manifest)
+    if need.step > limit:
+        return f"the tensors of a step take {_size(need.step)}, more than the {_size(limit)} of --memory"
+    if available is not None and need.total > available:
+        return f"a seat takes about {_size(need.total)} of memory, and {_size(available)} are free"
+    return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
