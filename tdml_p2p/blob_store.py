@@ -89,6 +89,14 @@ class BlobStore:
         path = self._folder / address.hex() if self._folder is not None else None
         return path if path is not None and path.exists() else None
 
+    def drop(self, address: bytes) -> None:
+        """Let go of a blob that `put` has kept."""
+        self._memory.pop(address, None)
+        self._indexes.pop(address, None)
+        if self._folder is not None:
+            for path in (self._folder / address.hex(), self._folder / f"{address.hex()}.index"):
+                path.unlink(missing_ok=True)
+
     def partial_path(self, address: bytes) -> Path:
         """Return where a download of `address` collects its chunks; needs a folder."""
         if self._folder is None:

@@ -2,9 +2,9 @@
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import structlog
@@ -24,9 +24,13 @@ _MAX_REPLY_BYTES = 4 << 20
 _INDEX_BYTES_PER_CHUNK = 40
 _MAX_CHUNKS = MAX_BLOB_BYTES // CHUNK_BYTES
 _SECONDS = 30.0
+_PATIENCE_SECONDS = 3.0
+"""How long one provider may keep a request to itself; then another one is asked as well."""
 _PARALLEL = 4
 
 ABSENT = "blob-absent"
+
+T = TypeVar("T")
 
 
 class WantIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
@@ -74,6 +78,7 @@ class Blobs:
         self.bytes_fetched = 0
         self._requests = requests
         self._limits = limits
+        self._may_have: Callable[[str, bytes], bool] = lambda _peer, _address: True
         requests.serve(PROTOCOL, self._serve, MAX_REQUEST_BYTES)
 
     async def put(self, data: bytes | memoryview) -> bytes:
@@ -87,6 +92,10 @@ class Blobs:
     def add_source(self, source: Source) -> None:
         """Serve whatever `source` returns for an address, and None for what it does not hold."""
         self.store.add_source(source)
+
+    def guard(self, may_have: Callable[[str, bytes], bool]) -> None:
+        """Serve a blob only to peers for which `may_have(peer, address)`; to others it is not here."""
+        self._may_have = may_have
 
     async def fetch(self, address: bytes, providers: Sequence[str], limit: int = MAX_BLOB_BYTES) -> memoryview:
         """Return a blob of up to `limit` bytes, local or from `providers`; raise `BlobUnavailable`."""
@@ -139,9 +148,9 @@ class Blobs:
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
         return buffer
 
-    async def _serve(self, _sender: str, data: bytes) -> bytes:
+    async def _serve(self, sender: str, data: bytes) -> bytes:
         want = decode_want(data)
-        index = await self.store.index(want.address)
+        index = await self.store.index(want.address) if self._may_have(sender, want.address) else None
         if index is None:
             raise Refused(ABSENT)
         if isinstance(want, WantIndex):
@@ -165,6 +174,8 @@ class _Transfer:
         self._providers = list(dict.fromkeys(providers))
         self._limit = limit
         self._faults: Counter[str] = Counter()
+        self._delays: Counter[str] = Counter()
+        self._lacks: Counter[str] = Counter()
         self._complaints: dict[str, str] = {}
         self._index = BlobIndex(0, ())
         self._first: bytes | None = None
@@ -173,24 +184,50 @@ class _Transfer:
         """Return the index that hashes to the address."""
         size_limit = min(self._limit, MAX_BLOB_BYTES)
         reply_limit = 1024 + CHUNK_BYTES + _INDEX_BYTES_PER_CHUNK * (size_limit // CHUNK_BYTES + 1)
-        for peer in list(self._providers):
+
+        async def attempt(peer: str) -> IndexReply | None:
             reply = await self._ask(peer, WantIndex(self._address), min(reply_limit, _MAX_REPLY_BYTES))
-            if reply is None:
-                continue
-            try:
-                answer = _index_decoder.decode(reply)
-            except (msgspec.DecodeError, RecursionError):
+            answer = None if reply is None else self._decoded(reply)
+            if reply is not None and answer is None:
                 self._blame(peer)
-                continue
-            index = answer.index
-            if index.address() != self._address or len(index.chunks) != -(-index.size // CHUNK_BYTES):
-                self._blame(peer)
-                continue
-            if index.size > self._limit:
-                raise BlobUnavailable(f"{self._address.hex()} has {index.size} bytes, over {self._limit}")
-            self._index, self._first = index, answer.chunk or None
-            return index
-        raise self._unavailable()
+            return answer
+
+        answer = await self._first_of(self._providers, attempt)
+        if answer is None:
+            raise self._unavailable()
+        if answer.index.size > self._limit:
+            raise BlobUnavailable(f"{self._address.hex()} has {answer.index.size} bytes, over {self._limit}")
+        self._index, self._first = answer.index, answer.chunk or None
+        return answer.index
+
+    def _decoded(self, reply: bytes) -> IndexReply | None:
+        try:
+            answer = _index_decoder.decode(reply)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        index = answer.index
+        is_true = index.address() == self._address and len(index.chunks) == -(-index.size // CHUNK_BYTES)
+        return answer if is_true else None
+
+    async def _first_of(self, peers: Sequence[str], attempt: Callable[[str], Awaitable[T | None]]) -> T | None:
+        """Return what the first peer gives, asked one after the other; who is slow is not waited for alone."""
+        found: list[T] = []
+        async with trio.open_nursery() as nursery:
+
+            async def one(peer: str, ended: trio.Event) -> None:
+                result = await attempt(peer)
+                if result is not None:
+                    found.append(result)
+                    nursery.cancel_scope.cancel()
+                ended.set()
+
+            for peer in peers:
+                ended = trio.Event()
+                nursery.start_soon(one, peer, ended)
+                with trio.move_on_after(_PATIENCE_SECONDS) as waiting:
+                    await ended.wait()
+                self._delays[peer] += waiting.cancelled_caught
+        return found[0] if found else None
 
     async def run(self, missing: set[int], keep: Callable) -> None:
         """Fetch the chunks `missing` and hand each, verified, to `keep`."""
@@ -215,21 +252,29 @@ class _Transfer:
             raise failed[0]
 
     async def _chunk(self, number: int, lane: int) -> bytes:
-        """Return a verified chunk, from the least faulty provider first; lanes spread over equals."""
+        """Return a verified chunk, from the least faulty, slow and empty provider first; lanes spread over equals."""
         order = sorted(
             range(len(self._providers)),
-            key=lambda i: (self._faults[self._providers[i]], (i - lane) % len(self._providers)),
+            key=lambda i: (*self._record(self._providers[i]), (i - lane) % len(self._providers)),
         )
-        for peer in [self._providers[i] for i in order]:
+
+        async def attempt(peer: str) -> bytes | None:
             if self._faults[peer] >= 3:
-                continue
+                return None
             chunk = await self._ask(peer, WantChunk(self._address, number), CHUNK_BYTES)
-            if chunk is None:
-                continue
-            if self._is_true(number, chunk):
+            if chunk is None or self._is_true(number, chunk):
                 return chunk
             self._blame(peer)
-        raise self._unavailable()
+            return None
+
+        chunk = await self._first_of([self._providers[i] for i in order], attempt)
+        if chunk is None:
+            raise self._unavailable()
+        return chunk
+
+    def _record(self, peer: str) -> tuple[int, int, int]:
+        # a provider that lacks one chunk may have the others, yet who has had all is asked before
+        return self._faults[peer], self._delays[peer], self._lacks[peer]
 
     def _is_true(self, number: int, chunk: bytes) -> bool:
         size = min(CHUNK_BYTES, self._index.size - number * CHUNK_BYTES)
@@ -239,8 +284,8 @@ class _Transfer:
         try:
             return await self._requests.ask(peer, PROTOCOL, _encoder.encode(want), limit=limit, timeout=_SECONDS)
         except RequestFailed as error:
-            # A provider that lacks one chunk may have the others.
             self._faults[peer] += error.reason != ABSENT
+            self._lacks[peer] += error.reason == ABSENT
             self._complaints[peer] = error.reason
             return None
 

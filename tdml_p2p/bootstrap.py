@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 import trio
 
+from chain.calibration import Calibration, calibrated, read_calibration
 from chain.codec import MAX_OBJECT_BYTES, DecodeError, decode, encode
 from chain.genesis import Allocation, Genesis, GenesisValidator
 from chain.keys import PrivateKey, peer_id
@@ -31,6 +32,7 @@ FOUNDER_STAKE = 40 * FAUCET_GRANT // BOND_FRACTION
 """Forty joiners' bonds: even ten of them that vanish at once hold less than 1/3 of the stake."""
 FOUNDER_BALANCE = 1_000 * FAUCET_GRANT
 FAUCET_TOTAL = 1_000_000 * FAUCET_GRANT
+_PRIVATE = Params(faucet_grant=FAUCET_GRANT)
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,29 @@ class Origin:
     invites: tuple[Invite, ...]
 
 
-def private_genesis(key: PrivateKey, timestamp_ms: int, name: str = "private") -> Genesis:
+def private_genesis(key: PrivateKey, timestamp_ms: int, name: str = "private", params: Params = _PRIVATE) -> Genesis:
     """Return the genesis of a new network with `key` as its sole validator and a faucet."""
     return Genesis(
         name=name.encode()[:64],
         timestamp=timestamp_ms,
-        params=Params(faucet_grant=FAUCET_GRANT),
+        params=params,
         accounts=(Allocation(key.account, FOUNDER_BALANCE),),
         validators=(GenesisValidator(key.account, FOUNDER_STAKE, onion_of(key).tip),),
         faucet=FAUCET_TOTAL,
     )
 
 
-def find_origin(home: Home, key: PrivateKey, join: Sequence[str], timestamp_ms: int) -> Origin:
-    """Return the network that `home` belongs to or joins, founded now if there is none to join.
+def find_origin(
+    home: Home, key: PrivateKey, join: Sequence[str], timestamp_ms: int, params: Params = _PRIVATE
+) -> Origin:
+    """Return the network that `home` belongs to or joins, founded now on `params` if there is none to join.
 
     Raises `UserError` for an invite of another network than the home's, or invites of several.
     """
     invites = tuple(_dialable(Invite.parse(line)) for line in join)
     genesis = home.load_genesis()
     if genesis is None and not invites:
-        genesis = private_genesis(key, timestamp_ms)
+        genesis = private_genesis(key, timestamp_ms, params=params)
         home.save_genesis(genesis)
         log.info("founded a private network", chain_id=genesis.chain_id.hex())
     chain_id = genesis.chain_id if genesis is not None else invites[0].chain_id
@@ -83,9 +87,16 @@ def _dialable(invite: Invite) -> Invite:
     return invite
 
 
-def initialize(path: Path, genesis_file: Path | None) -> dict[str, str]:
-    """Make a home with key and genesis, given or private, and return what it holds; raise `UserError`."""
+def initialize(path: Path, genesis_file: Path | None, calibration_file: Path | None = None) -> dict[str, str]:
+    """Make a home with key and genesis, given or private, and return what it holds; raise `UserError`.
+
+    A private network judges results by the thresholds of a calibration, if one is given.
+    """
     home = Home(path)
+    if genesis_file is not None and calibration_file is not None:
+        hint = "vote for other thresholds with `tdml-peer vote-params --calibration FILE`"
+        raise UserError("A network that exists has its thresholds already.", hint, USAGE)
+    params = _PRIVATE if calibration_file is None else calibrate(_PRIVATE, calibration_file)[1]
     home.create()
     with home.lock():
         key = home.load_key()
@@ -94,8 +105,22 @@ def initialize(path: Path, genesis_file: Path | None) -> dict[str, str]:
                 home.save_genesis(read_genesis(genesis_file.read_bytes(), str(genesis_file)))
             except OSError as error:
                 raise UserError(f"{genesis_file} cannot be read: {error.strerror}.", "give a genesis.json") from None
-        origin = find_origin(home, key, (), time.time_ns() // 1_000_000)
+        elif calibration_file is not None and home.load_genesis() is not None:
+            raise UserError(f"{path} has a network with its thresholds already.", "make another home", USAGE)
+        origin = find_origin(home, key, (), time.time_ns() // 1_000_000, params)
     return {"home": str(path), "peer": peer_id(key.account), "chain_id": origin.chain_id.hex()}
+
+
+def calibrate(params: Params, file: Path) -> tuple[Calibration, Params]:
+    """Return a calibration and `params` with the thresholds that it names; raise `UserError`."""
+    hint = "make one with `python -m bench.numerics --calibration FILE`"
+    try:
+        found = read_calibration(file.read_bytes())
+        return found, calibrated(params, found)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.", hint, USAGE) from None
+    except ValueError as error:
+        raise UserError(f"{file} cannot be used: {error}.", hint, USAGE) from None
 
 
 def serve_genesis(network: Network, genesis: Genesis) -> None:

@@ -77,6 +77,10 @@ class ControlPeer(Protocol):
         """Submit a payload and return its id and height; raise `ApiError` with the receipt's reason."""
         ...
 
+    async def replay(self, identity: str) -> dict[str, Any]:
+        """Execute an audited cell again and return how it compares; raise `ApiError`."""
+        ...
+
     def feed(self) -> AbstractAsyncContextManager[EventFeed]:
         """Return a subscription to the events of final blocks."""
         ...
@@ -141,6 +145,10 @@ class Api:
             raise ApiError(400, f"{error}.", 'for example {"kind":"bond","amount":"1000"}') from None
         return _json(await self._peer.transact(payload))
 
+    async def replay(self, request: Request) -> Response:
+        """Execute the cell of an audit again, here, and answer how it compares with the claim."""
+        return _json(await self._peer.replay(request.path_params["audit"]))
+
 
 def build_app(peer: ControlPeer, *, is_trusted: bool) -> Starlette:
     """Return the interface over `peer`; only an `is_trusted` one (the 0600 socket) may transact."""
@@ -157,6 +165,7 @@ def build_app(peer: ControlPeer, *, is_trusted: bool) -> Starlette:
     ]
     if is_trusted:
         routes.append(Route("/transactions", api.transact, methods=["POST"]))
+        routes.append(Route("/replays/{audit}", api.replay, methods=["POST"]))
     # A page of a foreign site that resolves its own name to 127.0.0.1 must not read this one.
     guards = [] if is_trusted else [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)]
     return Starlette(

@@ -19,11 +19,12 @@ from libp2p.exceptions import ParseError
 from libp2p.io.exceptions import IOException
 from libp2p.network.connection.exceptions import RawConnError
 from libp2p.network.stream.exceptions import StreamEOF, StreamError
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
+from tdml_p2p.gossip_router import make_router
 from tdml_p2p.limits import Offence, PeerLimits
 
 log = structlog.get_logger(__name__)
@@ -65,7 +66,7 @@ class Gossip:
         self._slow: dict[str, SlowTopicHandler] = {}
         self._joined: dict[str, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
-        self.router = _router()
+        self.router = make_router()
         self._pubsub = _Pubsub(host, self.router, limits)
         self._pubsub.defer = self._defer
         self._waiting = _Waiting()
@@ -349,32 +350,3 @@ def _message_id(message: Any) -> bytes:
     for topic in message.topicIDs:
         hasher.update(topic.encode())
     return hasher.digest(20)
-
-
-class _Router(GossipSub):
-    """GossipSub that believes no unsigned origin: what a message is worth is decided by its handler."""
-
-    def _check_equivocation(self, msg: Any) -> bool:
-        # Else whoever forges the origin and number of a message first would silence the true one.
-        return True
-
-    def send_rpc(self, peer_id: Any, rpc: Any, priority: bool = False) -> None:
-        rpc.ClearField("senderRecord")
-        super().send_rpc(peer_id, rpc, priority)
-
-
-def _router() -> GossipSub:
-    return _Router(
-        protocols=[PROTOCOL_ID_V11],
-        degree=3,
-        degree_low=2,
-        degree_high=4,
-        heartbeat_initial_delay=0.1,
-        heartbeat_interval=1,
-        prune_back_off=5,
-        unsubscribe_back_off=5,
-        adaptive_gossip_enabled=False,
-        spam_protection_enabled=False,
-        eclipse_protection_enabled=False,
-        max_pending_messages_per_peer=256,
-    )

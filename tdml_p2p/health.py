@@ -7,6 +7,8 @@ LAG_BLOCKS = 5
 """Heights behind the best peer at which a peer is falling behind."""
 STALL_SECONDS = 30.0
 """Seconds without a final block at which a network is stalled; heartbeat blocks come every 5-10 s."""
+CLOCK_SECONDS = 5.0
+"""Seconds that a clock may be behind the newest block: half of what honest validators put up with."""
 MIN_OWNERS = 4
 """Validators below which one fault or one owner decides every verdict."""
 
@@ -21,6 +23,7 @@ class WarningCode(StrEnum):
     ONE_OWNER = "one-owner"
     JAILED = "jailed"
     OLD_TIP = "old-tip"
+    SLOW_CLOCK = "slow-clock"
     UNREACHABLE = "unreachable"
 
 
@@ -45,6 +48,8 @@ class Vitals:
     powers: tuple[int, ...] = ()
     halted: str | None = None
     old_tip: str | None = None
+    clock_behind: float = 0.0
+    """Seconds by which this machine's clock is behind the newest final block."""
     is_jailed: bool = False
     is_reachable: bool | None = None
     grace: float = field(default=10.0)
@@ -55,6 +60,7 @@ def warnings(vitals: Vitals) -> tuple[Warn, ...]:
     found = [
         _halted(vitals),
         _old_tip(vitals),
+        _slow_clock(vitals),
         _stalled(vitals),
         _falling_behind(vitals),
         _alone(vitals),
@@ -82,6 +88,16 @@ def _old_tip(vitals: Vitals) -> Warn | None:
         WarningCode.OLD_TIP,
         vitals.old_tip,
         "start with --trust HEIGHT:HASH of a recent block that somebody vouches for",
+    )
+
+
+def _slow_clock(vitals: Vitals) -> Warn | None:
+    if vitals.clock_behind <= CLOCK_SECONDS:
+        return None
+    return Warn(
+        WarningCode.SLOW_CLOCK,
+        f"This machine's clock is {vitals.clock_behind:.0f} s behind the chain's time.",
+        "set it, best by a time service; from ten seconds on it proposes no blocks and takes others' late",
     )
 
 

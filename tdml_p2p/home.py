@@ -36,6 +36,7 @@ class Home:
         self.chain_path = path / "chain.db"
         self.signing_path = path / "signing.db"
         self.blobs_path = path / "blobs"
+        self.evidence_path = path / "evidence"
         self.tasks_path = path / "tasks"
 
     def create(self) -> None:

@@ -10,6 +10,7 @@ from chain.keys import peer_id
 from chain.records import Task, Worker
 from chain.state import State, Table
 from tdml_p2p.health import Vitals, Warn, warnings
+from tdml_p2p.http_audits import audit_counts, recent_audits
 from tdml_p2p.listen import inbound
 from tdml_p2p.reachability import Reachability, judge
 
@@ -29,7 +30,7 @@ def build_status(peer: "Peer") -> dict[str, Any]:
     reach = judge(peer.network.addresses, inbound(peer.network))
     found = warnings(_vitals(peer, engine, reach))
     connected = peer.network.peers()
-    seats = [_seat(worker) for worker in workers if worker.is_seated]
+    seats = [_seat(peer, worker) for worker in workers if worker.is_seated]
     _set_gauges(peer, len(connected), len(seats), reach, found)
     return {
         "peer": peer.name,
@@ -44,6 +45,8 @@ def build_status(peer: "Peer") -> dict[str, Any]:
         **_consensus(peer, state, engine),
         "peers": list(connected),
         "seats": seats,
+        "declined": _declined(peer),
+        "audits": audit_counts(state, peer.key.account),
         **_funds(peer, state, workers),
         "reachability": {
             "verdict": str(reach.verdict),
@@ -88,6 +91,7 @@ def build_page(peer: "Peer") -> dict[str, Any]:
         "status": build_status(peer),
         "tasks": [_task(peer, state, task) for task in recent_tasks(state)],
         "blocks": list(peer.chain.tail),
+        "audits": recent_audits(state),
         "evictions": evictions(state),
     }
 
@@ -149,8 +153,15 @@ def package_version() -> str:
         return "0+source"
 
 
-def _seat(worker: Worker) -> dict[str, Any]:
-    return {
+def _declined(peer: "Peer") -> list[dict[str, str]]:
+    """Return the open tasks that this peer is too small for, and why."""
+    found = {} if peer.swarm is None else peer.swarm.applicant.declined
+    return [{"task": task.hex(), "reason": reason} for task, reason in found.items()]
+
+
+def _seat(peer: "Peer", worker: Worker) -> dict[str, Any]:
+    done = {} if peer.swarm is None else peer.swarm.progress(worker.task)
+    return done | {
         "task": worker.task.hex(),
         "stage": worker.stage,
         "bond": str(worker.bond + worker.withheld),
@@ -192,6 +203,7 @@ def _vitals(peer: "Peer", engine: dict[str, Any], reach: Reachability) -> Vitals
         powers=tuple(power for _, power in state.validators().members),
         halted=engine["halted"],
         old_tip=engine["warning"],
+        clock_behind=engine["clock_behind_ms"] / 1000,
         is_jailed=own is not None and own.is_jailed and bool(state.account(peer.key.account).bonded),
         is_reachable=reach.is_reachable,
     )

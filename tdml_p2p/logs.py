@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -16,6 +16,18 @@ _QUIET = {
     "trio": logging.WARNING,
 }
 """Least levels of libraries: libp2p calls every stream that ends, and every dial that fails, an error."""
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever stderr is by then: a live view of a terminal stands in for it while it is drawn."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """The present stderr."""
+        return sys.stderr
 
 
 def configure_logs(level: str) -> None:
@@ -34,7 +46,7 @@ def configure_logs(level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(least),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_last_processors()))
     root = logging.getLogger()
     for other in list(root.handlers):

@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("tdml.peer")
 
+_LEAVE_SECONDS = 4.0
+"""How long a peer that was told to stop waits for the chain to take back its seats."""
+_HAND_OVER_SECONDS = 120.0
+"""How long it then serves its state to a newcomer who has the stage alone."""
+
 Report = Callable[[dict[str, Any]], None]
 INCLUSION_TIMEOUT = 60.0
 QUERY_THREADS = 2
@@ -111,6 +116,7 @@ class Peer:
                 "status": str(task.state),
                 "stages": task.stages,
                 "replicas": task.replicas,
+                "redundancy": task.redundancy,
                 "steps": task.steps,
                 "settled": task.settled,
                 "price": str(task.price),
@@ -140,6 +146,16 @@ class Peer:
         if not receipt.ok:
             raise ApiError(409, f"The ledger refused it: {receipt.reason}.", "see `tdml-chain account`")
         return {"id": receipt.tx_id.hex(), "height": self.engine.state.height}
+
+    async def replay(self, identity: str) -> dict[str, Any]:
+        """Execute the cell of an audit again and return how it compares with the claim; raise `ApiError`."""
+        from tdml_p2p.swarm.replay import NotReplayable, audit_id
+
+        assert self.swarm is not None  # every peer has a swarm service
+        try:
+            return await self.swarm.replay(audit_id(identity))
+        except NotReplayable as error:
+            raise ApiError(404, error.sentence, error.hint) from None
 
     def feed(self) -> AbstractAsyncContextManager[EventFeed]:
         """Subscribe to the events of final blocks."""
@@ -216,6 +232,8 @@ def _check(config: PeerConfig) -> None:
         raise UserError(f"--device {config.device} is not supported yet.", "peers compute on the CPU: use cpu", USAGE)
     if config.memory < 0:
         raise UserError("--memory cannot be negative.", "0 sets the usual bound", USAGE)
+    if config.grace < 1:
+        raise UserError(f"--grace cannot be {config.grace}.", "give seconds, 1 or more", USAGE)
     if 0 != config.keep < LEAST_KEPT:
         raise UserError(
             f"--keep cannot be {config.keep}.", f"peers catch up from the newest {LEAST_KEPT} blocks: keep them", USAGE
@@ -275,23 +293,44 @@ async def run_start(config: PeerConfig, report: Report, stage_factory: "StageFac
     configure_logs(config.log_level)
     with plain_errors():
         async with trio.open_nursery() as nursery:
-            stop = trio.CancelScope()
-            await nursery.start(_watch_signals, stop)
-            with stop:
-                async with open_peer(config, stage_factory=stage_factory, report=report):
-                    await trio.sleep_forever()
+            starting, serving, ready = trio.CancelScope(), trio.CancelScope(), trio.Event()
+            await nursery.start(_watch_signals, starting, serving, ready)
+            with starting:
+                async with open_peer(config, stage_factory=stage_factory, report=report) as peer:
+                    ready.set()
+                    with serving:
+                        await trio.sleep_forever()
+                    await _leave(peer)
             nursery.cancel_scope.cancel()
     return 0
 
 
-async def _watch_signals(stop: trio.CancelScope, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
+async def _leave(peer: Peer) -> None:
+    """Give up the peer's seats before it stops, so that the swarms it works in need not find out."""
+    assert peer.swarm is not None  # every peer has a swarm service
+    with trio.move_on_after(_LEAVE_SECONDS) as leaving:
+        await peer.swarm.leaving.leave()
+    if not leaving.cancelled_caught:
+        with trio.move_on_after(_HAND_OVER_SECONDS):
+            await peer.swarm.leaving.hand_over()
+
+
+async def _watch_signals(
+    starting: trio.CancelScope,
+    serving: trio.CancelScope,
+    ready: trio.Event,
+    *,
+    task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
+) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for received in signals:
-            if stop.cancel_called:
+            if serving.cancel_called:
                 os._exit(128 + received)
             log.info("stopping", signal=signal.Signals(received).name)
-            stop.cancel()
+            serving.cancel()
+            if not ready.is_set():  # a peer that serves leaves its seats first
+                starting.cancel()
 
 
 def _now_ms() -> int:

@@ -1,5 +1,6 @@
 """The receiving end of tensor streams: sessions, bounded assembly of frames, and credit."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,6 +151,7 @@ class Inbound:
 
     async def _read_record(self, link: InboundLink) -> None:
         head = await link.reader.exactly(RECORD_BYTES)
+        began = time.perf_counter_ns()
         record = decode_record(head, self._max_frame)
         if record.kind is RecordKind.OPEN:
             self._answer_open(link, record.session)
@@ -158,7 +160,7 @@ class Inbound:
             raise FrameError(FrameReason.SESSION_NOT_OPENED)
         # A peer that stops in the middle of a frame loses the stream, not this peer's patience.
         with trio.move_on_after(_STALL_SECONDS) as stalled:
-            await self._read_frame(link, record, stalled)
+            await self._read_frame(link, record, began, stalled)
         if stalled.cancelled_caught:
             raise StreamEnded("stalled within a frame")
 
@@ -177,7 +179,7 @@ class Inbound:
         self.refused[refusal] += 1
         link.say(Control(ControlKind.REFUSE, session, reason=refusal))
 
-    async def _read_frame(self, link: InboundLink, record: Record, stalled: trio.CancelScope) -> None:
+    async def _read_frame(self, link: InboundLink, record: Record, began: int, stalled: trio.CancelScope) -> None:
         header = await link.reader.exactly(record.header)
         table = await link.reader.exactly(record.tensors * _LENGTH_BYTES)
         lengths = decode_lengths(table, record)
@@ -194,7 +196,8 @@ class Inbound:
         tensors = tuple([await _read_tensor(meter, length) for length in lengths])
         self.bytes_received += record.total
         self._unread[link.peer] += kept
-        self._sessions.deliver(record.session, Frame(link.peer, header, tensors), lambda: self._on_read(link, kept))
+        frame = Frame(link.peer, header, tensors, (began, time.perf_counter_ns()))
+        self._sessions.deliver(record.session, frame, lambda: self._on_read(link, kept))
 
     def _on_read(self, link: InboundLink, kept: int) -> None:
         """Give a frame's credit back to its link or, when that is gone, to the peer's later ones."""

@@ -15,11 +15,15 @@ _MAX_EVICTION_LISTS = 1024
 
 @dataclass(frozen=True)
 class Frame:
-    """One message of a peer: its header and its tensors as raw little-endian bytes."""
+    """One message of a peer: its header and its tensors as raw little-endian bytes.
+
+    `times` are when its first and its last byte came, in nanoseconds of `time.perf_counter_ns`.
+    """
 
     sender: str
     header: bytes
     tensors: tuple[memoryview, ...]
+    times: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from tdml_p2p.tensor_frames import (
 )
 from tdml_p2p.tensor_inbound import Inbound
 from tdml_p2p.tensor_sessions import Frame, FrameChannel, LinkLost, Sessions
+from trainer.trace import span
 
 log = structlog.get_logger(__name__)
 
@@ -140,11 +141,15 @@ class TensorStreams:
         views = [memoryview(tensor).cast("B") for tensor in tensors]
         record = self._record(session, header, views)
         with trio.move_on_after(deadline) as scope:
-            link = await self._link(peer)
-            self._sessions.note(session, peer)
-            await self._enter(link, session)
-            async with link.lock:
+            with span("link"):
+                link = await self._link(peer)
+                self._sessions.note(session, peer)
+                await self._enter(link, session)
+                await link.lock.acquire()
+            try:
                 await self._write_frame(link, record, header, views)
+            finally:
+                link.lock.release()
             if session in link.refused:
                 raise SendRefused(peer, link.refused[session])
         if scope.cancelled_caught:
@@ -214,8 +219,10 @@ class TensorStreams:
 
     async def _credit(self, link: _Link, least: int, most: int) -> int:
         """Take between `least` and `most` bytes of credit, waiting for the receiver's grants."""
-        while link.credit < least and not link.is_lost:
-            await link.changed.wait()
+        if link.credit < least and not link.is_lost:
+            with span("credit"):
+                while link.credit < least and not link.is_lost:
+                    await link.changed.wait()
         if link.is_lost:
             raise PeerLost(link.peer)
         taken = min(link.credit, most)
@@ -226,7 +233,8 @@ class TensorStreams:
         if not data:
             return
         try:
-            await write(link.stream, data)
+            with span("encrypt and write"):
+                await write(link.stream, data)
         except StreamEnded as error:
             await self._give_up(link)
             raise PeerLost(link.peer, str(error)) from None

@@ -25,6 +25,22 @@ async def run_train(config: PeerConfig, train: TrainConfig, report: Report) -> i
     Raises `UserError` for everything that the user can mend. A second signal ends the process at once.
     """
     configure_logs(config.log_level)
+    async with (
+        open_client(config, train, report) as client,
+        _interrupts() as interrupted,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(_stop_on, interrupted, client)
+        try:
+            return await client.run()
+        finally:
+            nursery.cancel_scope.cancel()
+    raise UserError("The peer stopped before the training was done.", "see its log")
+
+
+@asynccontextmanager
+async def open_client(config: PeerConfig, train: TrainConfig, report: Report) -> AsyncIterator[SwarmClient]:
+    """Prepare a run and open a peer for it, which neither works nor validates; raise `UserError`."""
     home = config.home or train.out / ".peer"
     client_config = replace(config, home=home, work=False, validate=False)
     prepared = await trio.to_thread.run_sync(prepare, train)
@@ -33,15 +49,8 @@ async def run_train(config: PeerConfig, train: TrainConfig, report: Report) -> i
             "There is no network to train on.", "give the invite line of a running peer with --join INVITE", USAGE
         )
     make_out(train.out)
-    async with open_peer(client_config) as peer, _interrupts() as interrupted:
-        client = SwarmClient(peer, prepared, train, report)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on, interrupted, client)
-            try:
-                return await client.run()
-            finally:
-                nursery.cancel_scope.cancel()
-    raise UserError("The peer stopped before the training was done.", "see its log")
+    async with open_peer(client_config) as peer:
+        yield SwarmClient(peer, prepared, train, report)
 
 
 async def _stop_on(interrupted: trio.Event, client: SwarmClient) -> None:

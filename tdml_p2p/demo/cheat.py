@@ -8,7 +8,7 @@ from pathlib import Path
 import trio
 
 from tdml_p2p.config import PeerConfig
-from tdml_p2p.demo.faults import ATTACKS, faulty_factory
+from tdml_p2p.demo.faults import ATTACKS, STEP_ATTACKS, faulty_factory
 from tdml_p2p.errors import UserError
 from tdml_p2p.peer import run_start
 
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--join", required=True)
     parser.add_argument("--listen", default="/ip4/127.0.0.1/tcp/0")
-    parser.add_argument("--attack", choices=sorted(ATTACKS), required=True)
+    parser.add_argument("--attack", choices=sorted((*ATTACKS, *STEP_ATTACKS)), required=True)
     parser.add_argument("--from-step", type=int, required=True)
     options = parser.parse_args()
     config = PeerConfig(home=options.home, join=(options.join,), listen=(options.listen,), threads=1)

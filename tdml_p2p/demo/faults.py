@@ -4,14 +4,19 @@ Nothing here is imported by the production path; a faulty peer is started with o
 stage factory (`tdml_p2p.demo.cheat`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from trainer import worker_compute
+from trainer.base_weights import StageBase
 from trainer.manifest import TaskManifest
+from trainer.reduction import Reduction
 from trainer.stage import Backward, CellKey, Forward, Stage, StageLike, build_stage
+from trainer.state import StageState
+from trainer.step_rule import StepRule
 
 
 class Faulty:
@@ -25,6 +30,10 @@ class Faulty:
     def is_active(self, cell: CellKey) -> bool:
         """Whether the attack has begun at this cell's step."""
         return cell.step >= self.start
+
+    def load_base(self, base: StageBase) -> None:
+        """Take the frozen weights."""
+        self.stage.load_base(base)
 
     def load(self, weights: Tensor) -> None:
         """Load honest weights."""
@@ -51,6 +60,10 @@ class Faulty:
     def drop(self, cell: CellKey) -> None:
         """Forget an unfinished cell."""
         self.stage.drop(cell)
+
+    def evaluate(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Run the honest model: what is measured is not paid."""
+        return self.stage.evaluate(x, labels)
 
 
 class SignFlip(Faulty):
@@ -145,7 +158,38 @@ ATTACKS: dict[str, type[Faulty]] = {
 }
 
 
+def _alter_steps(start: int) -> None:
+    """Have this process' workers add a thousandth to their weights in every optimiser's step from `start` on."""
+
+    class FalseRule(StepRule):
+        def apply(self, state: StageState, gradient: Tensor, squares: Sequence[float]) -> StageState:
+            after = super().apply(state, gradient, squares)
+            if after.step < start:
+                return after
+            return StageState(after.step, after.weights * 1.001, after.m, after.v)
+
+    worker_compute.StepRule = FalseRule  # type: ignore[attr-defined]
+
+
+def _alter_sums(start: int) -> None:
+    """Have this process' workers contribute twice their gradients to every sum from step `start` on."""
+    honest = Reduction.own_sum
+
+    def doubled(self: Reduction, gradients: Mapping[int, Tensor]) -> Tensor:
+        total = honest(self, gradients)
+        return total if self.request.step < start else total.mul_(2.0)
+
+    Reduction.own_sum = doubled  # type: ignore[method-assign]
+
+
+STEP_ATTACKS: dict[str, Callable[[int], None]] = {"false-step": _alter_steps, "false-sum": _alter_sums}
+"""Attacks that leave a worker's cells right: they change the whole process, so they need one of their own."""
+
+
 def faulty_factory(attack: str, start: int) -> Callable[[TaskManifest, int], StageLike]:
     """Return a stage factory whose stages run `attack` from step `start` on."""
+    if attack in STEP_ATTACKS:
+        STEP_ATTACKS[attack](start)
+        return build_stage
     wrapper = ATTACKS[attack]
     return lambda manifest, index: wrapper(build_stage(manifest, index), start)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,12 @@ async def stop_all(children: Sequence[Child]) -> None:
 
 
 @asynccontextmanager
-async def child(name: str, module: str, arguments: Sequence[str], log: Path) -> AsyncIterator[Child]:
-    """Run `python -m module arguments` and stop it on leaving the block."""
+async def child(
+    name: str, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[Child]:
+    """Run `python -m module arguments`, with these variables in its environment, and stop it on leaving the block."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | dict(variables or {})
     with log.open("ab") as stderr:
         process = await trio.lowlevel.open_process(
             [sys.executable, "-m", module, *arguments],

@@ -56,6 +56,7 @@ class Observed:
 async def run_demo(config: DemoConfig, report: Report) -> int:
     """Run the demonstration; return 0 only if the loss fell and exactly the cheat was evicted."""
     _check(config)
+    _make_room(config.out)
     with plain_errors():
         return await _until_signal(config, report)
 
@@ -209,6 +210,13 @@ def _keep_logs(folder: Path, out: Path) -> None:
         target = out / "logs" / f"{log.parent.name}-{log.name}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(log, target)
+
+
+def _make_room(out: Path) -> None:
+    """Take away what a former demonstration left to resume from; raise `UserError` for another run's."""
+    if (out / "state").exists() and not (out / "logs").is_dir():
+        raise UserError(f"{out} holds the model of another run.", "choose another folder with --out", USAGE)
+    shutil.rmtree(out / "state", ignore_errors=True)
 
 
 def _check(config: DemoConfig) -> None:

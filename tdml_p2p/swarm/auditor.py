@@ -7,30 +7,47 @@ restarts in between is absent from that audit, which costs it the fee and nothin
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
+import msgspec
 import structlog
 import trio
 
+from chain.params import Params
 from chain.state import Audit, Duty, State
-from chain.transactions import Commitment, Opening, Reveal, Trace, reveal_commitment
+from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
+from chain.verdicts import BLANK, limits_for
+from tdml_p2p.swarm.asking import Limit, limited_by
+from tdml_p2p.swarm.contradictions import disputed_results, has_false_results, has_other_inputs
+from tdml_p2p.swarm.evidence import EvidenceStore, keep_evidence
+from tdml_p2p.swarm.material import Buffer, Unavailable
 from tdml_p2p.swarm.outbox import Outbox
-from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor, Unavailable, results_of
+from tdml_p2p.swarm.reexecution import Cell, Execution, Keep, Reexecutor
+from tdml_p2p.swarm.step_audits import contradicts
 
 log = structlog.get_logger(__name__)
 
 _KEPT_EXECUTIONS = 64
 _FETCH_SECONDS = 5.0
-"""How long a reveal waits for one tensor of the worker: the sketches judge without it."""
-_KINDS = ("open", "reveal", "commit")
+"""How long a reveal waits for the worker's tensors at least."""
+_FETCH_SHARE = 0.5
+"""Of the time that is left for a reveal, the part in which those tensors may come."""
+_RETRY_SECONDS = 0.5
+_SPARE_BLOCKS = 2
+_REVEALS_AT_ONCE = 8
+"""Workers that keep their tensors back make others' reveals wait no longer than this many can."""
+_LANES = ("open", "reveal", "commit", "judge")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A re-execution and the reveal that its commitment binds."""
+    """A re-execution, None where the material was kept back, and the reveal that its commitment binds."""
 
-    execution: Execution
+    execution: Execution | None
     cell: Cell
     reveal: Reveal
 
@@ -44,36 +61,50 @@ class Auditor:
         outbox: Outbox,
         reexecutor: Reexecutor,
         describe: Callable[[Audit], "Cell | None"],
-        open_cell: Callable[[Audit], "Opening | None"],
+        open_cell: Callable[[Audit], Awaitable["Opening | None"]],
+        evidence: "EvidenceStore | None" = None,
     ) -> None:
         self._account = account
         self._outbox = outbox
         self._reexecutor = reexecutor
         self._describe = describe
         self._open_cell = open_cell
+        self._evidence = evidence
+        self._height, self._params = 0, Params()
+        self._asked: dict[tuple[bytes, int], tuple[int, int]] = {}
+        """Heights since which material is being asked for, and the blocks for that."""
+        self._committed = 0
+        self._limits: list[tuple[int, Limit]] = []
         self._answers: dict[tuple[bytes, int], Answer] = {}
         self._busy: set[tuple[str, bytes, int]] = set()
         self._due: set[tuple[str, bytes, int]] = set()
-        self._lanes = {kind: trio.open_memory_channel[tuple[Duty, Audit]](math.inf) for kind in _KINDS}
+        self._lanes = {kind: trio.open_memory_channel[tuple[Duty, Audit]](math.inf) for kind in _LANES}
 
     def on_state(self, state: State) -> None:
         """Take up the duties of a new final state; those that are over are forgotten."""
-        duties = state.duties(self._account)
+        self._height, self._params = state.height, state.params
+        self._end_limits()
+        duties = sorted(state.duties(self._account), key=lambda duty: duty.drawn_at)
         self._due = {(duty.kind, duty.audit, duty.round) for duty in duties}
         self._busy &= self._due
+        rounds = {(duty.audit, duty.round) for duty in duties}
+        self._asked = {name: since for name, since in self._asked.items() if name in rounds}
         for duty in duties:
             name = (duty.kind, duty.audit, duty.round)
             audit = state.audit(duty.audit)
             if name in self._busy or audit is None:
                 continue
             self._busy.add(name)
-            self._lanes[duty.kind][0].send_nowait((duty, audit))
+            # the chain gives more time for audits taken in the order of their draws, but not for disputes
+            lane = "judge" if duty.kind == "commit" and duty.round else duty.kind
+            self._lanes[lane][0].send_nowait((duty, audit))
 
     async def run(self) -> None:
         """Answer duties until cancelled; openings wait for nothing, and reveals not for re-executions."""
         async with trio.open_nursery() as nursery:
-            for _, duties in self._lanes.values():
-                nursery.start_soon(self._serve, duties)
+            for kind, (_, duties) in self._lanes.items():
+                for _ in range(_REVEALS_AT_ONCE if kind == "reveal" else 1):
+                    nursery.start_soon(self._serve, duties)
 
     async def _serve(self, duties: "trio.MemoryReceiveChannel[tuple[Duty, Audit]]") -> None:
         async for duty, audit in duties:
@@ -96,7 +127,7 @@ class Auditor:
             case "reveal":
                 await self._reveal(duty, audit)
             case "open":
-                opening = await trio.to_thread.run_sync(self._open_cell, audit)
+                opening = await self._open_cell(audit)
                 if opening is not None:
                     self._outbox.put(opening)
             case other:
@@ -106,44 +137,97 @@ class Auditor:
         cell = self._describe(audit)
         if cell is None:
             raise Unavailable("the task's manifest is not here yet")
-        execution = await self._reexecutor.run(cell)
-        shared = await trio.to_thread.run_sync(execution.sketch, audit.key)
-        own = shared if duty.round == 0 else await trio.to_thread.run_sync(execution.sketch, duty.key)
-        reveal = Reveal(duty.audit, duty.round, secrets.token_bytes(32), shared, own, False)
+        execution: Execution | None = None
+        with self._limit(duty) as may_report:
+            try:
+                execution = await self._reexecutor.run(cell, self._keeper(duty, audit, cell))
+            except Unavailable:
+                if not may_report():
+                    raise
+        shared = own = BLANK
+        if execution is not None and not _is_of_another_cell(execution, cell, audit):
+            shared = own = await trio.to_thread.run_sync(execution.sketch, audit.key)
+            if duty.round:
+                own = await trio.to_thread.run_sync(execution.sketch, duty.key)
+        is_other = execution is not None and await self._reexecutor.is_other_kernel(cell)
+        reveal = Reveal(
+            duty.audit, duty.round, secrets.token_bytes(32), shared, own, False, execution is None, is_other
+        )
         self._answers[duty.audit, duty.round] = Answer(execution, cell, reveal)
         while len(self._answers) > _KEPT_EXECUTIONS:
             del self._answers[next(iter(self._answers))]
+        if not duty.round:
+            self._committed = self._height
         self._outbox.put(Commitment(duty.audit, duty.round, reveal_commitment(self._account, reveal)))
+
+    @contextmanager
+    def _limit(self, duty: Duty) -> Iterator[Callable[[], bool]]:
+        """Ask for material in three quarters of the time; yield whether its lack may then be committed to.
+
+        Not by who had no time to ask. The chain gives a whole window from the last commitment on for an audit that had
+        to wait for others.
+        """
+        name, blocks = (duty.audit, duty.round), duty.deadline - duty.drawn_at
+        begun, window = self._asked.setdefault(name, (self._height, blocks))
+        deadline = duty.deadline if duty.round else max(duty.deadline, self._committed + window)
+        last = min(deadline - _SPARE_BLOCKS, (begun + 3 * deadline) // 4)
+        is_long = 3 * (last - begun) >= self._params.commit_window
+        limit = Limit()
+        self._limits.append((last, limit))
+        self._end_limits()
+        try:
+            with limited_by(limit):
+                yield lambda: is_long and limit.is_over
+        finally:
+            self._limits.remove((last, limit))
+
+    def _end_limits(self) -> None:
+        for last, limit in self._limits:
+            if self._height >= last:
+                limit.end()
+
+    def _keeper(self, duty: Duty, audit: Audit, cell: Cell) -> Keep | None:
+        """Return what keeps the material of a disputed audit for those who replay it."""
+        if self._evidence is None or not duty.round:
+            return None
+        return partial(keep_evidence, self._evidence, self._reexecutor.fetch, audit, cell)
 
     async def _reveal(self, duty: Duty, audit: Audit) -> None:
         answer = self._answers.get((duty.audit, duty.round))
         if answer is None or audit.opening is None:
             return
-        contradicts = await self._contradicts(answer, audit.opening.trace)
-        reveal = answer.reveal
-        self._outbox.put(Reveal(reveal.audit, reveal.round, reveal.salt, reveal.shared, reveal.own, contradicts))
+        blocks = duty.deadline - self._height - _SPARE_BLOCKS
+        seconds = max(_FETCH_SECONDS, _FETCH_SHARE * blocks * self._params.block_interval_ms / 1000)
+        contradicts, misses = await self._look(answer, audit.opening, seconds)
+        self._outbox.put(msgspec.structs.replace(answer.reveal, contradiction=contradicts, missing=misses))
 
-    async def _contradicts(self, answer: Answer, opened: Trace) -> bool:
-        """Whether the opened trace names other inputs than were signed for, or other results than ours."""
-        from trainer.compare import compare
-        from trainer.stage import CellResult
-        from trainer.tensors import vector_of
+    async def _look(self, answer: Answer, opening: Opening, seconds: float) -> tuple[bool, bool]:
+        """Return whether the opened trace names false inputs or results, and whether claimed ones are missing."""
+        if answer.execution is None:
+            return False, True
+        opened = opening.trace
+        if answer.cell.is_transition:
+            # a record that nobody has signed for is no evidence unless it is the one that was opened
+            is_other = has_other_inputs(answer.execution, opened)
+            return not is_other and contradicts(answer.execution, answer.cell, opening), is_other
+        if has_other_inputs(answer.execution, opened):
+            return True, False
+        claimed: dict[str, Buffer] = {}
+        disputed = await trio.to_thread.run_sync(disputed_results, answer.execution, opened)
+        with trio.move_on_after(seconds):
+            for attempt in count():
+                if attempt:  # a worker that is behind by a block does not know yet who may ask
+                    await trio.sleep(_RETRY_SECONDS)
+                for name in [name for name in disputed if name not in claimed]:
+                    with suppress(Unavailable):
+                        claimed[name] = await self._reexecutor.fetch(disputed[name], answer.cell.holders)
+                if len(claimed) == len(disputed):
+                    break
+        limits = limits_for(self._params, answer.reveal)
+        is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
+        return is_false, len(claimed) < len(disputed)
 
-        inputs, result = answer.execution.inputs, answer.execution.result
-        if (opened.x, opened.gy) != (inputs.x.address, inputs.gy.address):
-            return True
-        mine = await trio.to_thread.run_sync(results_of, answer.execution)
-        theirs = {"y": result.y, "gx": result.gx, "gw": result.gw}
-        for name, own, claimed in zip(theirs, mine, (opened.y, opened.gx, opened.gw), strict=True):
-            if own == claimed:
-                continue
-            try:
-                with trio.fail_after(_FETCH_SECONDS):
-                    data = await self._reexecutor.fetch(claimed, answer.cell.holders)
-                theirs[name] = vector_of(data, theirs[name].numel()).reshape(theirs[name].shape)
-            except (Unavailable, trio.TooSlowError):
-                continue
-            except ValueError:
-                return True
-        found = await trio.to_thread.run_sync(compare, CellResult(**theirs, boundaries=()), result)
-        return found.is_fraud
+
+def _is_of_another_cell(execution: Execution, cell: Cell, audit: Audit) -> bool:
+    """Whether an opened cell has other inputs than this peer was given: its results say nothing of anybody's."""
+    return audit.opening is not None and not cell.is_transition and has_other_inputs(execution, audit.opening.trace)

@@ -2,36 +2,44 @@
 
 import json
 import math
-from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import structlog
 import trio
 
+from chain.state import Table
+from tdml_p2p.blob_store import BlobStore
 from tdml_p2p.errors import UserError
+from tdml_p2p.swarm.evidence import EvidenceStore
 from tdml_p2p.swarm.feed import ClientFeed
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
+from tdml_p2p.swarm.keeping import Keeper, until_lost
+from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.posting import Posted, Poster
-from tdml_p2p.swarm.saving import Saver, copy_chain
+from tdml_p2p.swarm.private import Links, hold_ends
+from tdml_p2p.swarm.progress import Progress
+from tdml_p2p.swarm.replay import NotReplayable
+from tdml_p2p.swarm.saving import History, Saver, copy_chain
 from tdml_p2p.swarm.states import fetch_state
+from tdml_p2p.swarm.tracing import TraceCollector
 from tdml_p2p.swarm.transport import SwarmTransport
-from trainer.coordinator import Coordinator, StageLost
+from tdml_p2p.swarm.watching import Watcher
+from trainer.base_weights import base_layout
+from trainer.coordinator import Coordinator, StageLost, StepFailed
 from trainer.coordinator_ports import (
     CoordinatorConfig,
     CoordinatorPorts,
-    PeerJoined,
-    PeerLeft,
-    Rerouted,
-    RolledBack,
-    StageEmpty,
+    Outvoted,
     StepDone,
     SwarmEvent,
+    patience_for,
 )
+from trainer.ends import with_ends
 from trainer.state import StageState
+from trainer.trace import recording
 from trainer.worker_ports import StateUnavailable
 
 if TYPE_CHECKING:
@@ -44,6 +52,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 INTERRUPTED = 130
+_MOVED = -1
+_VACANT_SECONDS = 7 * 24 * 3600.0
 _PEER_SECONDS = 60.0
 _SEAT_SECONDS = 300.0
 _ENDED = ("passed", "convicted", "acquitted", "faulted", "undecided", "withheld", "absent")
@@ -59,15 +69,19 @@ class SwarmClient:
         self._prepared = prepared
         self._train = train
         self._report = report
-        self._losses: dict[int, float] = dict(prepared.checkpoint.losses) if prepared.checkpoint else {}
-        self._counts: Counter[str] = Counter()
+        former = prepared.checkpoint
+        history = History(*(dict(former.losses), dict(former.validation)) if former else ({}, {}))
+        self._progress = Progress(report, history)
         self._poster = Poster(peer, train.out, train.price, report)
         self._saver: Saver | None = None
         self._scope: trio.CancelScope | None = None
-        self._has_stepped = False
         self._is_interrupted = False
         self._transport: SwarmTransport | None = None
         self._task = b""
+        self._keeper: Keeper | None = None
+        self._watcher: Watcher | None = None
+        self._is_lost = False
+        self._trace: TraceCollector | None = None
 
     def interrupt(self) -> None:
         """Stop training; a resumable state is saved first. Before the first step there is nothing to save."""
@@ -85,19 +99,31 @@ class SwarmClient:
         if posted is None:
             self._report_done(self._prepared.manifest.total_steps)
             return 0
+        code = await self._train_posted(posted)
+        while code == _MOVED:
+            kept = self._keeper.states if self._keeper is not None else ()
+            checkpoint = self._saver.checkpoint(kept) if kept and self._saver is not None else None
+            start = self._prepared.manifest.start if checkpoint is None else checkpoint.step
+            self._report({"event": "moved", "task": self._task.hex(), "step": start})
+            code = await self._train_posted(await self._poster.move(self._task, self._prepared, checkpoint))
+        return code
+
+    async def _train_posted(self, posted: Posted) -> int:
         self._prepared, self._task = posted.prepared, posted.task
-        self._saver = Saver(self._train.out, posted, self._losses, self._report)
+        self._keeper = None
+        self._saver = Saver(self._train.out, posted, self._progress.history, self._report, self._seal)
+        folders = (self._train.out, self._peer.home.tasks_path / self._task.hex())
+        self._progress.begin(posted.prepared.manifest, folders)
         await self._saver.save_start()
         code = await self._run_task(posted)
-        if code == INTERRUPTED and not self._has_stepped and posted.resume is None:
+        if code == INTERRUPTED and not self._progress.has_stepped and posted.resume is None:
             await self._poster.close(self._task)
         return code
 
     async def _run_task(self, posted: Posted) -> int:
-        peer, saver = self._peer, self._saver
+        peer = self._peer
         feed = ClientFeed(peer.key, self._task, self._prepared)
         assert peer.swarm is not None  # every peer has a swarm service
-        assert saver is not None
         peer.swarm.add_source(feed.blob)
         peer.swarm.describe_more = feed.describe
         governor = ChainGovernor(peer.engine, self._task, posted.resume)
@@ -105,19 +131,51 @@ class SwarmClient:
             self._task, peer.key, peer.name, peer.network.tensors, partial(peer.swarm.is_member, self._task)
         )
         self._transport = transport
+        if self._train.trace is not None:
+            self._trace = TraceCollector(self._task, peer.name, peer.network, governor)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(governor.run)
-                nursery.start_soon(self._follow)
-                nursery.start_soon(transport.run)
-                nursery.start_soon(self._announce)
-                coordinator = self._coordinator(governor, transport, feed)
-                nursery.start_soon(saver.run, coordinator, governor)
-                code = await self._train_on(coordinator, governor)
-                nursery.cancel_scope.cancel()
-            return code
+            with recording(None if self._trace is None else self._trace.recorder):
+                return await self._run_parts(governor, transport, feed, posted)
         finally:
             transport.close()
+            if self._trace is not None and self._train.trace is not None:
+                self._trace.save(self._train.trace)
+
+    async def _run_parts(
+        self, governor: ChainGovernor, transport: SwarmTransport, feed: ClientFeed, posted: Posted
+    ) -> int:
+        """Run what follows the chain, the transport and the coordinator until the training ends."""
+        assert self._saver is not None
+        self._keeper = Keeper(governor)
+        self._watcher = Watcher(self._peer, self._task)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(governor.run)
+            nursery.start_soon(self._progress.follow, self._peer.engine, self._task.hex())
+            nursery.start_soon(transport.run)
+            nursery.start_soon(self._watcher.run)
+            nursery.start_soon(self._announce)
+            links = Links(governor, transport, self._fetch_state)
+            if posted.prepared.manifest.private:
+                recorder = None if self._trace is None else self._trace.recorder
+                ends = await hold_ends(self._peer, posted, transport, recorder)
+                nursery.start_soon(ends.run)
+                links = ends.around(links)
+            coordinator = self._coordinator(links, feed)
+            nursery.start_soon(self._saver.run, coordinator, governor)
+            nursery.start_soon(self._keeper.run, coordinator)
+            nursery.start_soon(self._watch, coordinator, governor)
+            if self._trace is not None:
+                nursery.start_soon(self._trace.run)
+            code = await self._train_on(coordinator, governor)
+            nursery.cancel_scope.cancel()
+        return code
+
+    async def _watch(self, coordinator: Coordinator, governor: ChainGovernor) -> None:
+        """Stop training when a stage is lost that others could take over in a new task."""
+        await until_lost(coordinator, governor)
+        self._is_lost = True
+        if self._scope is not None:
+            self._scope.cancel()
 
     @contextmanager
     def _interruptible(self) -> "Iterator[trio.CancelScope]":
@@ -144,35 +202,47 @@ class SwarmClient:
 
     async def _wait_for_seats(self, governor: ChainGovernor) -> None:
         manifest = self._prepared.manifest
-        with trio.move_on_after(_SEAT_SECONDS):
+        with trio.move_on_after(math.inf if self._is_lost else _SEAT_SECONDS):
+            self._is_lost = False
             quiet = 0
             while True:
-                stages = governor.current().stages
+                members = governor.current()
+                stages = members.stages
                 if all(len(peers) >= manifest.replicas for peers in stages):
                     break
-                quiet = quiet + 1 if all(stages) else 0
+                quiet = quiet + 1 if all(len(peers) >= manifest.quorum for peers in stages) else 0
                 if quiet > 5:
                     break  # every stage has somebody, and nobody else has come for some blocks
                 await self._peer.next_block()
+            stages = with_ends(members, self._peer.name).stages if manifest.private else stages
             self._report({"event": "formed", "stages": [list(p) for p in stages], "steps": manifest.total_steps})
             return
         raise UserError(
-            "Too few peers took a seat: some stage has nobody.",
-            f"start {manifest.stages} peers or more with `tdml-peer start --join INVITE`",
+            f"Too few peers took a seat: some stage has {'nobody' if manifest.quorum == 1 else 'no majority'}.",
+            f"start {len(manifest.seated) * manifest.quorum} peers or more with `tdml-peer start --join INVITE`",
         )
 
     # while it runs
 
-    def _coordinator(self, governor: ChainGovernor, transport: SwarmTransport, feed: ClientFeed) -> Coordinator:
-        config = CoordinatorConfig(self._prepared.manifest)
+    def _coordinator(self, links: Links, feed: ClientFeed) -> Coordinator:
+        manifest = self._prepared.manifest
+        largest = max(base_layout(manifest, stage).total for stage in range(manifest.stages))
+        patience = replace(patience_for(largest, manifest.positions), vacant=_VACANT_SECONDS)
+        config = CoordinatorConfig(manifest, patience, self._train.eval_every)
         ports = CoordinatorPorts(
-            governor=governor,
+            governor=links.governor,
             batches=self._prepared.batches,
             report=self._on_event,
-            fetch_state=self._fetch_state,
+            fetch_state=links.fetch_state,
             source=lambda step, stage: feed.source(step, stage, self._peer.name),
+            validation=self._prepared.validation,
         )
-        return Coordinator(config, transport, ports)
+        return Coordinator(config, links.transport, ports)
+
+    def _seal(self) -> str:
+        """Return HEIGHT:HASH of the newest final block."""
+        status = self._peer.engine.status()
+        return f"{status['height']}:{status['block_hash']}"
 
     async def _train_on(self, coordinator: Coordinator, governor: ChainGovernor) -> int:
         states: tuple[StageState, ...] = ()
@@ -180,108 +250,71 @@ class SwarmClient:
         try:
             with self._interruptible() as scope:
                 await self._wait_for_seats(governor)
+                if self._trace is not None:
+                    await self._trace.collect()  # workers record from the first step on
                 states = await coordinator.run()
+            if self._trace is not None:
+                await self._trace.collect()
+            if scope.cancelled_caught and self._is_lost and not self._is_interrupted:
+                return _MOVED
             if scope.cancelled_caught:
-                if self._has_stepped:
+                if self._progress.has_stepped:
                     await self._saver.save_interrupted(coordinator, governor)
                 return INTERRUPTED
         except (StageLost, StateUnavailable, TaskEnded) as error:
+            if self._keeper is not None and self._keeper.states and isinstance(error, StateUnavailable):
+                return _MOVED
             raise UserError(f"The swarm was lost: {error}.", "continue with --resume when peers are back") from None
+        except StepFailed as error:
+            raise await self._stopped_by(error, coordinator, governor) from None
         await self._saver.save_end(states)
         await self._poster.close(self._task)
+        await self._save_evidence()
         await copy_chain(self._peer.home.chain_path, self._train.out)
         self._report_done(self._prepared.manifest.start + states[0].step)
         return 0
 
+    async def _save_evidence(self) -> None:
+        """Leave what the task's verdicts rest on beside the model, so that they can be replayed without any peer."""
+        assert self._peer.swarm is not None
+        out = self._train.out
+        store = EvidenceStore(out / "evidence", BlobStore(out / "blobs"))
+        verdicts = self._peer.engine.state.tables[Table.CONVICTIONS].values()
+        for conviction in verdicts:
+            if conviction.task == self._task and conviction.kind == 0:
+                try:
+                    await self._peer.swarm.collect(conviction.subject, store)
+                except (NotReplayable, Unavailable) as error:
+                    log.warning("evidence is not saved", audit=conviction.subject.hex(), reason=str(error))
+
+    async def _stopped_by(self, error: StepFailed, coordinator: Coordinator, governor: ChainGovernor) -> UserError:
+        """Save the last good state of a run that cannot go on, and return what to tell its owner."""
+        assert self._saver is not None
+        if self._progress.has_stepped:
+            await self._saver.save_interrupted(coordinator, governor)
+        step = self._progress.of_training(error.step)
+        return UserError(
+            f"Training stopped: in step {step}, stage {error.stage}, {error.what} is not finite, wherever computed.",
+            "start again with a lower --learning-rate or with --clip; the state before this step was saved",
+        )
+
     def _report_done(self, steps: int) -> None:
         done = {"out": str(self._train.out), "task": self._task.hex(), "steps": steps}
-        self._report({"event": "done", **done, "loss": self._losses.get(steps, math.nan)})
+        self._report({"event": "done", **done, "loss": self._progress.history.losses.get(steps, math.nan)})
 
     def _on_event(self, event: SwarmEvent) -> None:
-        match event:
-            case StepDone():
-                self._on_step(event)
-            case Rerouted():
-                self._report(
-                    {
-                        "event": "rerouted",
-                        "step": self._of_training(event.step),
-                        "stage": event.stage,
-                        "peer": event.peer,
-                        "cells": list(event.cells),
-                        "reason": event.why,
-                    }
-                )
-            case RolledBack():
-                step = self._of_training(event.resume_step)
-                self._report({"event": "rollback", "generation": event.generation, "step": step})
-            case PeerLeft():
-                self._report_peer("left", event, event.why)
-            case PeerJoined():
-                self._report_peer("joined", event, "")
-            case StageEmpty():
-                step = self._of_training(event.step)
-                self._report({"event": "waiting", "step": step, "stage": event.stage})
-
-    def _of_training(self, step: int) -> int:
-        """Return which step of the whole training a step of this task is."""
-        return self._prepared.manifest.start + step
-
-    def _report_peer(self, name: str, event: PeerLeft | PeerJoined, why: str) -> None:
-        step = self._of_training(event.step)
-        self._report({"event": name, "step": step, "stage": event.stage, "peer": event.peer, "reason": why})
-
-    def _on_step(self, event: StepDone) -> None:
         assert self._transport is not None
         assert self._saver is not None
-        step = self._of_training(event.step)
-        self._losses[step], self._has_stepped = event.loss, True
-        line = {
-            "step": step,
-            "loss": event.loss,
-            "tokens_per_second": event.tokens / max(event.seconds, 1e-9),
-            "seconds": event.seconds,
-            "waited": event.waited,
-            "bytes_sent": self._transport.bytes_sent,
-            "audits": sum(self._counts[kind] for kind in _ENDED),
-            "faults": self._counts["disputed"],
-            "generation": event.generation,
-        }
-        for folder in (self._train.out, self._peer.home.tasks_path / self._task.hex()):
-            _append(folder / "metrics.jsonl", line)
-        self._report({"event": "step", **line})
-        self._saver.note(event, self._train.save_every)
-
-    async def _follow(self) -> None:
-        """Count the task's audits and report evictions, as final blocks bring them."""
-        task = self._task.hex()
-        async with self._peer.engine.subscribe() as blocks:
-            async for committed in blocks:
-                for event in committed.events:
-                    if event.data.get("task") != task:
-                        continue
-                    self._counts[event.kind] += 1
-                    if event.kind == "evicted":
-                        self._report_eviction(event.data)
-
-    def _report_eviction(self, data: dict[str, Any]) -> None:
-        self._report(
-            {
-                "event": "evicted",
-                "peer": data["worker"],
-                "task": data["task"],
-                "step": self._of_training(data["step"]),
-                "reason": data["reason"],
-                "evidence": data["evidence"],
-            }
-        )
+        self._progress.on_event(event, self._transport.bytes_sent)
+        if isinstance(event, Outvoted) and self._watcher is not None:
+            self._watcher.note(event)
+        if isinstance(event, StepDone):
+            if self._trace is not None:
+                self._trace.note_step(event)
+            self._saver.note(event, self._train.save_every)
+            if self._keeper is not None:
+                self._keeper.note(event)
 
     async def _fetch_state(self, root: bytes, holders: tuple[str, ...]) -> StageState:
         assert self._peer.swarm is not None
         return await fetch_state(self._peer.swarm.library.fetch, root, holders)
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(line) + b"\n")

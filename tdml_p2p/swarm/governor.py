@@ -4,6 +4,7 @@ import trio
 
 from chain.engine import ChainEngine
 from chain.keys import peer_id
+from chain.records import Worker
 from chain.state import Task
 from trainer.coordinator_ports import Members
 
@@ -39,11 +40,16 @@ class ChainGovernor:
             raise TaskEnded("the task is no longer on chain")
         return task
 
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Everybody who has applied for a seat or holds one."""
+        return tuple(self._engine.state.workers(self._task))
+
     def current(self) -> Members:
         """Return the seated peers by stage, with the generation and the step to resume after."""
         task = self.task
         stages: list[list[str]] = [[] for _ in range(task.stages)]
-        for worker in self._engine.state.workers(self._task):
+        for worker in self.workers:
             if worker.stage >= 0 and worker.is_seated:
                 stages[worker.stage].append(peer_id(worker.account))
         is_resumed = self._resume is not None and self._resume[0] == task.generation

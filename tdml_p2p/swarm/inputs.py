@@ -14,16 +14,9 @@ from chain.codec import Hash, SignatureBytes, Uint
 from chain.keys import PrivateKey, peer_id
 from tdml_p2p.swarm.envelope import is_proven, statement
 from trainer.manifest import TaskManifest
-from trainer.messages import (
-    Activation,
-    Dtype,
-    Gradient,
-    Labels,
-    Message,
-    TensorPayload,
-    Tokens,
-    encode_header,
-)
+from trainer.messages import Activation, Gradient, Labels, Message, Tokens, encode_header
+from trainer.payloads import TensorPayload
+from trainer.tensor_shapes import gradient_of, input_of
 
 if TYPE_CHECKING:
     from tdml_p2p.swarm.traces import KeptCell
@@ -121,6 +114,34 @@ def merge(parts: Iterable[Descriptor]) -> Inputs | None:
     return Inputs(x, gy) if x is not None and gy is not None else None
 
 
+def agreed(parts: Iterable[Descriptor], senders: "Senders", quorum: int) -> Inputs | None:
+    """Return the inputs that so many of a team say they sent, where only one may send them that one's; or None.
+
+    What a minority sent was not what its receivers computed on.
+    """
+    kept = list(parts)
+    x = _backed([part.x for part in kept], min(quorum, len(senders.x)))
+    gy = _backed([part.gy for part in kept], min(quorum, len(senders.gy)))
+    return Inputs(x, gy) if x is not None and gy is not None else None
+
+
+def unanimous(parts: Iterable[Descriptor]) -> Inputs | None:
+    """Return the inputs of which nobody tells otherwise, or None."""
+    kept = list(parts)
+    addresses = ({part.x.address for part in kept if part.x}, {part.gy.address for part in kept if part.gy})
+    return merge(kept) if all(len(found) == 1 for found in addresses) else None
+
+
+def _backed(given: "list[Input | None]", least: int) -> Input | None:
+    senders: dict[bytes, set[str]] = {}
+    for one in given:
+        if one is not None:
+            senders.setdefault(one.address, set()).add(one.sender)
+            if len(senders[one.address]) >= least:
+                return one
+    return None
+
+
 def checked(wanted: Wanted, part: Descriptor, manifest: TaskManifest, senders: "Senders") -> Descriptor:
     """Return `part`; raise `InputsRefused` unless its inputs are signed by peers that may have sent them."""
     x, gy = expected_messages(wanted, manifest)
@@ -144,12 +165,13 @@ class Senders(msgspec.Struct, frozen=True):
 def expected_messages(wanted: Wanted, manifest: TaskManifest) -> tuple[Message, Message]:
     """Return the messages, without their bytes, in which a cell's x and gy must have travelled."""
     place = (wanted.generation, wanted.step, wanted.cell)
-    flat, deep = (manifest.batch, manifest.sequence), (manifest.batch, manifest.sequence, manifest.hidden)
-    tokens = (TensorPayload(Dtype.INT32, flat, memoryview(b"")),)
-    hidden = (TensorPayload(Dtype.FP32, deep, memoryview(b"")),)
+    x_bare, gy_bare = (
+        (TensorPayload(*form, memoryview(b"")),)
+        for form in (input_of(manifest, wanted.stage), gradient_of(manifest, wanted.stage))
+    )
     is_first, is_last = wanted.stage == 0, wanted.stage == manifest.stages - 1
-    x: Message = Tokens(*place, tokens) if is_first else Activation(*place, wanted.stage - 1, hidden)
-    gy: Message = Labels(*place, tokens) if is_last else Gradient(*place, wanted.stage + 1, hidden)
+    x: Message = Tokens(*place, x_bare) if is_first else Activation(*place, wanted.stage - 1, x_bare)
+    gy: Message = Labels(*place, gy_bare) if is_last else Gradient(*place, wanted.stage + 1, gy_bare)
     return x, gy
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from tdml_p2p.blobs import BlobUnavailable
 from tdml_p2p.host import Network
-from tdml_p2p.swarm.reexecution import Buffer, Unavailable
+from tdml_p2p.swarm.material import Buffer, Unavailable
 from trainer.manifest import MAX_MANIFEST_BYTES, ManifestError, TaskManifest, decode_manifest
 
 MAX_TENSOR_BYTES = 8 << 30
@@ -26,14 +26,21 @@ class Library:
         """Remember a manifest that this peer made itself."""
         self._manifests[manifest.address] = manifest
 
+    async def read(self, address: bytes, holders: Sequence[str]) -> TaskManifest:
+        """Return a manifest, fetched from one of `holders` where it is not known; raise `Unavailable`."""
+        found = self._manifests.get(address)
+        if found is not None:
+            return found
+        data = await self.fetch(address, holders, MAX_MANIFEST_BYTES)
+        try:
+            return self._manifests.setdefault(address, decode_manifest(bytes(data)))
+        except ManifestError as error:
+            raise Unavailable(f"the manifest is refused: {error}") from None
+
     async def learn(self, address: bytes, task: bytes, client: str) -> None:
         """Fetch and remember a manifest; raise `Unavailable` when no holder has a valid one."""
         holders = [record.peer for record in await self._network.discovery.find(f"task/{task.hex()}")]
-        data = await self.fetch(address, [*holders, client], MAX_MANIFEST_BYTES)
-        try:
-            self._manifests[address] = decode_manifest(bytes(data))
-        except ManifestError as error:
-            raise Unavailable(f"the manifest is refused: {error}") from None
+        await self.read(address, [*holders, client])
 
     async def fetch(self, address: bytes, holders: Sequence[str], limit: int = MAX_TENSOR_BYTES) -> Buffer:
         """Return a blob, from this peer's own memory if it is there; raise `Unavailable`."""

@@ -11,19 +11,30 @@ from typing import TYPE_CHECKING
 import trio
 
 from chain.hashing import digest
+from chain.transactions import Claim, Opening
+from tdml_p2p.swarm.asking import all_of, in_turn, limited_by, timely
+from tdml_p2p.swarm.base import BaseShelf
 from tdml_p2p.swarm.inputs import (
     Descriptor,
+    Input,
     Inputs,
     InputsRefused,
     Senders,
     Wanted,
+    agreed,
     checked,
     decode_descriptor,
     encode,
     merge,
+    unanimous,
 )
+from tdml_p2p.swarm.material import Buffer, Fetch, Unavailable
+from tdml_p2p.swarm.step_audits import StepAuditor
 from trainer.content import address_of
-from trainer.manifest import TaskManifest
+from trainer.manifest import TaskManifest, encode_manifest
+from trainer.payloads import TensorPayload, unpack
+from trainer.tensor_shapes import Form, gradient_of, input_of
+from trainer.trace import Recorder, lane, recording, span
 from trainer.worker_ports import Compute
 
 if TYPE_CHECKING:
@@ -31,15 +42,22 @@ if TYPE_CHECKING:
 
     from trainer.stage import CellResult, Stage
 
-Buffer = bytes | memoryview
-Fetch = Callable[[bytes, Sequence[str]], Awaitable[Buffer]]
-"""Returns the blob of an address, from this peer or from one of the given ones; raises `Unavailable`."""
 Ask = Callable[[str, bytes], Awaitable[bytes]]
 """Sends a request for inputs to a peer and returns its reply; raises `Unavailable`."""
 
 
-class Unavailable(ConnectionError):
-    """Material that no peer gave."""
+Keep = Callable[[Inputs, Sequence[Buffer]], Awaitable[None]]
+"""Takes the signed inputs of a cell and the blobs that its execution rests on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What the chain knows of a claimed optimiser's step: `opened` is None before the worker has opened it."""
+
+    worker: str
+    client: str
+    claim: Claim
+    opened: Opening | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,14 @@ class Cell:
     state: bytes
     holders: tuple[str, ...]
     senders: Senders
+    claimed: "Claimed | None" = None
+    kernel: bytes = b""
+    """The kernel class in which results are exact; empty where they are comparable between all."""
+
+    @property
+    def is_transition(self) -> bool:
+        """Whether it is no cell but the optimiser's step after them."""
+        return self.wanted.cell == self.manifest.microbatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +85,10 @@ class Execution:
 
     inputs: Inputs
     result: "CellResult"
+    leaves: tuple[bytes, ...] = ()
+    """Of an optimiser's step the leaves of its worker's cells, which its sum was made of."""
+    contradiction: str = ""
+    """What is false in the worker's own record of an optimiser's step, or in the state that it claims."""
 
     def sketch(self, key: bytes) -> bytes:
         """Return the 384-byte sketch of the results under `key`."""
@@ -67,65 +97,154 @@ class Execution:
         return cell_sketch(self.result.y, self.result.gx, self.result.gw, key)
 
 
+_MAX_STAGES = 8
+"""Stages, weights and all, that wait for their next cell."""
+
+
 class Reexecutor:
     """Runs cells of any task's stages on honest stages of its own, one at a time, off the event loop."""
 
-    def __init__(self, fetch: Fetch, ask: Ask, compute: Compute) -> None:
-        self._fetch = fetch
-        self._ask = ask
+    def __init__(
+        self,
+        fetch: Fetch,
+        ask: Ask,
+        compute: Compute,
+        recorder_of: Callable[[bytes], Recorder | None] = lambda _: None,
+    ) -> None:
+        self._fetch = timely(fetch)
+        self._ask = timely(ask)
         self._compute = compute
+        self._recorder_of = recorder_of
+        self.bases = BaseShelf(fetch, compute)
+        self._steps = StepAuditor(self._fetch, self._ask, compute)
         self._stages: dict[tuple[bytes, int], Stage] = {}
         self._turn = trio.Lock()
 
-    async def run(self, cell: Cell) -> Execution:
-        """Return the re-execution of `cell`; raise `Unavailable` when its material cannot be had."""
-        inputs = await self._inputs(cell)
-        x = await self._fetch(inputs.x.address, cell.holders)
-        gy = await self._fetch(inputs.gy.address, cell.holders)
-        root = await self._fetch(cell.state, cell.holders)
+    async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
+        """Return the re-execution of `cell`; raise `Unavailable` when its material cannot be had.
+
+        `keep` is given the signed inputs and all blobs that the execution rests on.
+        """
+        place = cell.wanted
+        # in this order: a span is of the lane that is entered before it
+        with recording(self._recorder_of(place.task)), lane("audits"), span("re-execute", place.step, place.cell):
+            if cell.is_transition:
+                execution, material = await self._steps.run(cell)
+            else:
+                inputs = await self.inputs(cell)
+                result, material = await self._run(cell, inputs.x.address, inputs.gy.address)
+                execution = Execution(inputs, result)
+            if keep is not None:
+                with limited_by(None):
+                    await keep(execution.inputs, material)
+            return execution
+
+    async def replay(self, cell: Cell, x: bytes, gy: bytes) -> Execution:
+        """Return the execution of `cell` on inputs of these addresses, whoever sent them; raise `Unavailable`."""
+        if cell.is_transition:
+            return (await self._steps.run(cell, x))[0]
+        result, _ = await self._run(cell, x, gy)
+        unsigned = (Input(address, "-", bytes(64)) for address in (x, gy))
+        return Execution(Inputs(*unsigned), result)
+
+    async def _run(self, cell: Cell, x_address: bytes, gy_address: bytes) -> "tuple[CellResult, tuple[Buffer, ...]]":
+        place = cell.wanted
+        with span("fetch", place.step, place.cell):
+            x, gy, root = await all_of((x_address, gy_address, cell.state), lambda one: self._fetch(one, cell.holders))
         try:
             address = await self._compute(partial(_weights_of, bytes(root), cell.state))
-            weights = await self._fetch(address, cell.holders)
+            with span("fetch weights", place.step, place.cell):
+                weights = await self._fetch(address, cell.holders)
             async with self._turn:
-                result = await self._compute(partial(self._execute, cell, x, gy, weights))
+                stage = await self._stage(cell)
+                result = await self._compute(partial(_execute, stage, cell, x, gy, weights))
         except ValueError as error:  # signed for and rightly addressed, and yet nothing that a stage takes
             raise Unavailable(f"the material cannot be used: {error}") from None
-        return Execution(inputs, result)
+        return result, (encode_manifest(cell.manifest), root, weights, x, gy, *await self._base_parts(cell))
+
+    async def _base_parts(self, cell: Cell) -> tuple[Buffer, ...]:
+        """Return the frozen weights under adapters, part by part."""
+        if cell.manifest.lora is None:
+            return ()
+        base = await self.bases.get(cell.manifest, cell.wanted.stage, cell.holders)
+        return tuple(base.blob(place.address) or b"" for place in base.places)
+
+    async def is_other_kernel(self, cell: Cell) -> bool:
+        """Whether this machine's results of a cell are not exact because it is of another kernel class."""
+        if not cell.kernel or cell.is_transition:
+            return False
+        return await self._compute(partial(_kernel, cell.manifest.precision)) != cell.kernel
 
     async def fetch(self, address: bytes, holders: Sequence[str]) -> Buffer:
         """Return a blob from this peer or one of `holders`; raise `Unavailable`."""
         return await self._fetch(address, holders)
 
-    async def _inputs(self, cell: Cell) -> Inputs:
-        """Ask the worker, then its neighbours and replicas, until both inputs are known."""
+    async def inputs(self, cell: Cell) -> Inputs:
+        """Return both inputs as signed, from the first of the holders that tell; raise `Unavailable`.
+
+        Where teams compute every cell an input is what most of a team sent, or what all who can be asked agree on.
+        """
+        quorum = cell.manifest.quorum
         problems: list[str] = []
         parts: list[Descriptor] = []
-        for peer in cell.holders:
+        found: list[Inputs] = []
+
+        async def attempt(peer: str) -> bool:
             try:
                 part = decode_descriptor(await self._ask(peer, encode(cell.wanted)))
                 parts.append(checked(cell.wanted, part, cell.manifest, cell.senders))
             except (Unavailable, InputsRefused) as error:
                 problems.append(f"{peer}: {error}")
-            if (inputs := merge(parts)) is not None:
-                return inputs
+            inputs = merge(parts) if quorum == 1 else agreed(parts, cell.senders, quorum)
+            found.extend([] if inputs is None else [inputs])
+            return bool(found)
+
+        await in_turn(cell.holders, attempt)
+        if found:
+            return found[0]
+        if (inputs := unanimous(parts)) is not None:
+            return inputs
         raise Unavailable("; ".join(problems) or "nobody holds the inputs")
 
-    def _execute(self, cell: Cell, x: Buffer, gy: Buffer, weights: Buffer) -> "CellResult":
-        import torch
-
-        from trainer.stage import build_stage, execute
-        from trainer.tensors import vector_of
-
-        manifest, place = cell.manifest, cell.wanted
-        stage = self._stages.get((manifest.address, place.stage))
+    async def _stage(self, cell: Cell) -> "Stage":
+        """Return this peer's own stage for a cell, with frozen weights if it has any."""
+        manifest, index = cell.manifest, cell.wanted.stage
+        stage = self._stages.get((manifest.address, index))
         if stage is None:
-            stage = self._stages[manifest.address, place.stage] = build_stage(manifest, place.stage)
+            stage = await self._compute(partial(_build, manifest, index))
+            if manifest.lora is not None:
+                stage.load_base(await self.bases.get(manifest, index, cell.holders))
+            self._stages[manifest.address, index] = stage
+            while len(self._stages) > _MAX_STAGES:
+                del self._stages[next(iter(self._stages))]
+        return stage
+
+
+def _kernel(precision: str) -> bytes:
+    from trainer.kernel import kernel_class
+
+    return kernel_class(precision)
+
+
+def _build(manifest: TaskManifest, index: int) -> "Stage":
+    from trainer.stage import build_stage
+
+    return build_stage(manifest, index)
+
+
+def _execute(stage: "Stage", cell: Cell, x: Buffer, gy: Buffer, weights: Buffer) -> "CellResult":
+    from trainer.stage import CellKey, execute
+    from trainer.tensors import vector_of
+
+    manifest, place = cell.manifest, cell.wanted
+    with span("load", place.step, place.cell):
         stage.load(vector_of(weights, stage.layout.total))
-        flat, deep = (manifest.batch, manifest.sequence), (manifest.batch, manifest.sequence, manifest.hidden)
-        inputs = _tensor(x, torch.int32, flat) if stage.spec.is_first else _tensor(x, torch.float32, deep)
+    key = CellKey(0, place.step, place.cell)
+    given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
+    with span("audit", place.step, place.cell):
         if stage.spec.is_last:
-            return execute(stage, inputs, _tensor(gy, torch.int32, flat), None)
-        return execute(stage, inputs, None, _tensor(gy, torch.float32, deep))
+            return execute(stage, given, back, None, key)
+        return execute(stage, given, None, back, key)
 
 
 def _weights_of(root: bytes, state: bytes) -> bytes:
@@ -135,14 +254,12 @@ def _weights_of(root: bytes, state: bytes) -> bytes:
     return decode_state_manifest(root, state).weights
 
 
-def _tensor(data: Buffer, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
-    """Return a fresh tensor of raw little-endian bytes; raise `Unavailable` when they are not of that shape."""
-    import torch
-
-    try:
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
-    except (ValueError, RuntimeError) as error:
-        raise Unavailable(f"an input has the wrong size: {error}") from None
+def _tensor(data: Buffer, form: Form) -> "torch.Tensor":
+    """Return an input as a worker decodes the bytes that it receives; raise `Unavailable`."""
+    payload = TensorPayload(*form, memoryview(bytes(data)))
+    if payload.nbytes != len(data):
+        raise Unavailable(f"an input has {len(data)} bytes, not {payload.nbytes}")
+    return unpack((payload,))
 
 
 def results_of(execution: Execution) -> tuple[bytes, bytes, bytes]:

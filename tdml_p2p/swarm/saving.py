@@ -4,6 +4,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,30 @@ _FETCH_SECONDS = 120.0
 _PAUSES = (0.1, 0.3, 1.0)
 
 
+@dataclass(frozen=True)
+class History:
+    """Losses of the whole training by step: of what it was trained on, and of what it never saw."""
+
+    losses: dict[int, float]
+    validation: dict[int, float]
+
+
 class Saver:
-    """Saves states of one run into `out`; `losses` are those of the whole training by step."""
+    """Saves states of one run into `out`; `seal` says HEIGHT:HASH of the chain's newest block."""
 
     def __init__(
-        self, out: Path, posted: Posted, losses: Mapping[int, float], report: Callable[[dict[str, Any]], None]
+        self,
+        out: Path,
+        posted: Posted,
+        history: History,
+        report: Callable[[dict[str, Any]], None],
+        seal: Callable[[], str] = str,
     ) -> None:
         self._out = out
         self._posted = posted
-        self._losses = losses
+        self._history = history
         self._report = report
+        self._seal = seal
         self._turn = trio.Lock()
         # without a buffer: a step that comes due while another is being saved is left out
         self._due, self._taken = trio.open_memory_channel[StepDone](0)
@@ -122,21 +137,36 @@ class Saver:
             raise UserError(error.sentence, error.hint) from None
 
     async def _write(self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True) -> None:
+        checkpoint = self.checkpoint(states, generation=generation, is_verified=is_verified)
+        async with self._turn:
+            await trio.to_thread.run_sync(save, checkpoint, self._out)
+        self.saved = checkpoint.step
+        self._report({"event": "saved", "out": str(self._out), "step": self.saved})
+
+    def checkpoint(
+        self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True
+    ) -> Checkpoint:
+        """Return what would be saved of these states."""
         prepared = self._posted.prepared
         step = prepared.manifest.start + states[0].step
-        checkpoint = Checkpoint(
+        return Checkpoint(
             manifest=prepared.manifest,
             states=states,
             tokenizer=prepared.tokenizer,
-            losses=tuple((done, loss) for done, loss in sorted(self._losses.items()) if done <= step),
+            losses=_until(step, self._history.losses),
             task=self._posted.task.hex(),
             generation=generation,
             is_verified=is_verified,
+            data=prepared.batches.data,
+            tokens=prepared.batches.tokens,
+            validation=_until(step, self._history.validation),
+            sealed_by=self._seal(),
+            base="" if prepared.frozen is None else str(prepared.frozen.folder),
         )
-        async with self._turn:
-            await trio.to_thread.run_sync(save, checkpoint, self._out)
-        self.saved = step
-        self._report({"event": "saved", "out": str(self._out), "step": step})
+
+
+def _until(step: int, losses: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    return tuple((done, loss) for done, loss in sorted(losses.items()) if done <= step)
 
 
 async def _fetch(coordinator: Coordinator, step: int) -> tuple[StageState, ...]:

@@ -3,7 +3,7 @@
 Torch, and all that needs it, is loaded in the compute thread with the first work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,26 +13,36 @@ import trio
 from chain.engine import ChainEngine, SubmitRefused
 from chain.keys import account_of, peer_id
 from chain.state import Audit, State, Task
-from chain.transactions import Opening, TakeSeat
+from chain.transactions import LeaveSeat, Opening
 from tdml_p2p.requests import RequestFailed
+from tdml_p2p.swarm.admission import known_answers
+from tdml_p2p.swarm.applying import Applicant
+from tdml_p2p.swarm.audited import audited_cell
 from tdml_p2p.swarm.auditor import Auditor
+from tdml_p2p.swarm.discretion import may_have_gradient
+from tdml_p2p.swarm.evidence import EvidenceStore, keep_evidence
 from tdml_p2p.swarm.inputs import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
     PROTOCOL,
     Descriptor,
     InputsRefused,
-    Senders,
     Wanted,
     decode_wanted,
     encode,
 )
+from tdml_p2p.swarm.leaving import Leaving
 from tdml_p2p.swarm.library import Library
+from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.outbox import Outbox
-from tdml_p2p.swarm.reexecution import Cell, Reexecutor, Unavailable
+from tdml_p2p.swarm.reexecution import Cell, Reexecutor
+from tdml_p2p.swarm.replay import find_case, replay
+from tdml_p2p.swarm.restoring import restore_cell, restore_step
+from tdml_p2p.swarm.tracing import MAX_TRACE_REQUEST_BYTES, TRACE_PROTOCOL, TraceService
 from tdml_p2p.swarm.transport import SwarmTransport
 from trainer.manifest import TaskManifest
-from trainer.runtime import prepare_memory, prepare_process
+from trainer.runtime import prepare_memory, prepare_process, release_memory
+from trainer.trace import Recorder, lane, recording, span
 from trainer.worker_ports import ThreadCompute
 
 if TYPE_CHECKING:
@@ -47,6 +57,7 @@ log = structlog.get_logger(__name__)
 StageFactory = Callable[[TaskManifest, int], "StageLike"]
 T = TypeVar("T")
 _INPUTS_SECONDS = 10.0
+_BASE_SECONDS = 1.0
 
 
 class _Compute(ThreadCompute):
@@ -65,13 +76,17 @@ class _Compute(ThreadCompute):
         if not self._is_ready:
             prepare_process(self._threads)
             self._is_ready = True
-        return work()
+        with lane("compute"):
+            return work()
 
 
-def _build_stage(manifest: TaskManifest, index: int) -> "StageLike":
-    from trainer.stage import build_stage
+def _builder(recompute: bool) -> StageFactory:
+    def build(manifest: TaskManifest, index: int) -> "StageLike":
+        from trainer.stage import build_stage
 
-    return build_stage(manifest, index)
+        return build_stage(manifest, index, recompute)
+
+    return build
 
 
 class SwarmService:
@@ -81,19 +96,24 @@ class SwarmService:
         self._peer = peer
         self._engine: ChainEngine = peer.engine
         self._account = peer.key.account
-        self._factory = stage_factory or _build_stage
+        self._factory = stage_factory or _builder(peer.config.recompute)
         self._compute = _Compute(peer.config.threads)
         self.library = Library(peer.network, self._local_blob)
         self._outbox = Outbox(peer.engine.submit)
+        self._evidence = EvidenceStore(peer.home.evidence_path, peer.network.blobs.store)
+        self._reexecutor = Reexecutor(self.library.fetch, self._ask, self._compute, self._recorder_of)
         self._auditor = Auditor(
             self._account,
             self._outbox,
-            Reexecutor(self.library.fetch, self._ask, self._compute),
+            self._reexecutor,
             self._describe_audit,
             self._open_audit,
+            self._evidence,
         )
         self._sessions: dict[bytes, WorkerSession] = {}
-        self._applied: set[bytes] = set()
+        self.leaving = Leaving(self._engine, self._account, self._sessions)
+        self._recorders: dict[bytes, Recorder] = {}
+        self.applicant = Applicant(self._engine, self._compute, peer.config.memory, self._known_answers)
         self._taken: set[bytes] = set()
         self._wanted: set[bytes] = set()
         self._sources: list[Callable[[bytes], memoryview | None]] = []
@@ -104,26 +124,34 @@ class SwarmService:
         if self._peer.config.work:
             prepare_memory()  # before the threads whose arenas it forbids
         self._peer.network.on_request(PROTOCOL, self._serve_inputs, MAX_REQUEST_BYTES)
+        tracing = TraceService(self._recorder_for)
+        self._peer.network.on_request(TRACE_PROTOCOL, tracing.serve, MAX_TRACE_REQUEST_BYTES)
         self._peer.network.blobs.add_source(self._local_blob)
+        self._peer.network.blobs.guard(self._may_have)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._outbox.run)
             nursery.start_soon(self._auditor.run)
+            nursery.start_soon(tracing.run)
             async with self._engine.subscribe() as blocks:
                 task_status.started()
                 self._on_state(self._engine.state, nursery)
                 async for _ in blocks:
                     self._on_state(self._engine.state, nursery)
 
+    @property
+    def compute(self) -> ThreadCompute:
+        """The thread that all of this peer's torch work takes turns in."""
+        return self._compute
+
     def add_source(self, source: Callable[[bytes], memoryview | None]) -> None:
         """Serve more material by content address."""
         self._sources.append(source)
 
-    def seats(self) -> list[dict[str, object]]:
-        """Return this peer's seats for status: task, stage and committed steps."""
-        return [
-            {"task": task.hex(), "stage": session.seat.stage, "steps": session.steps}
-            for task, session in self._sessions.items()
-        ]
+    def progress(self, task: bytes) -> dict[str, int]:
+        """Return what a seat of this peer has done for status: committed steps, known answers before the first."""
+        session = self._sessions.get(task)
+        answers = self.applicant.answers.get(task, 0)
+        return {} if session is None else {"steps": session.steps, "known_answers": answers}
 
     def _on_state(self, state: State, nursery: trio.Nursery) -> None:
         for task in state.open_tasks():
@@ -131,31 +159,55 @@ class SwarmService:
                 self._wanted.add(task.manifest)
                 nursery.start_soon(self._learn, task)
             manifest = self.library.manifest(task.manifest)
-            if manifest is not None:
+            if manifest is not None and len(manifest.seated) == task.stages:
                 self._follow(state, task, manifest, nursery)
-        self._forget_ended(state)
+        if self._forget_ended(state):
+            nursery.start_soon(trio.to_thread.run_sync, release_memory)
         self._auditor.on_state(state)
 
-    def _forget_ended(self, state: State) -> None:
-        """Let go of the material of closed tasks, once no audit can ask for it."""
+    def _forget_ended(self, state: State) -> bool:
+        """Let go of the material of closed tasks, once no audit can ask for it; return whether there was any."""
+        for identity, session in self._sessions.items():
+            task = state.task(identity)
+            if task is None or not task.is_open or task.deadline < state.height:
+                session.stop()
+        known = len(self._sessions)
         audited = {audit.task for audit in state.active_audits()}
         for identity in [task for task in self._sessions if task not in audited]:
             task = state.task(identity)
             if task is None or not task.is_open:
                 del self._sessions[identity]
+        for identity in [task for task in self._recorders if task not in self._sessions]:
+            task = state.task(identity)
+            if task is None or not task.is_open:
+                del self._recorders[identity]
+        self.applicant.forget_closed(state)
+        return len(self._sessions) < known
 
     def _follow(self, state: State, task: Task, manifest: TaskManifest, nursery: trio.Nursery) -> None:
         session = self._sessions.get(task.id)
         seat = next((w for w in state.workers(task.id) if w.account == self._account), None)
         if session is not None:
-            session.on_task(task)
+            session.on_state(state, task)
+            is_left = session.silence() > self._peer.config.grace and not session.is_stopped
+            if is_left and seat is not None and seat.is_seated:
+                nursery.start_soon(self._give_up, task.id, session)
         if seat is not None and seat.is_seated and seat.stage >= 0 and task.id not in self._taken:
             self._taken.add(task.id)  # at once: building the stage may take longer than a block
-            nursery.start_soon(self._work, task, seat.stage, manifest)
-        is_free = seat is None and task.id not in self._applied and not state.account(self._account).barred
-        if is_free and self._peer.config.work and peer_id(task.client) != self._peer.name:
-            self._applied.add(task.id)
-            nursery.start_soon(self._apply, task)
+            nursery.start_soon(self._work, task, manifest.seated[seat.stage], manifest)
+        is_free = seat is None and not state.account(self._account).barred
+        may_apply = is_free and self._peer.config.work and peer_id(task.client) != self._peer.name
+        if may_apply and self.applicant.begin(task.id):
+            nursery.start_soon(self.applicant.apply, task, manifest)
+
+    async def _give_up(self, task: bytes, session: "WorkerSession") -> None:
+        """Leave a seat whose client has been silent for too long; what auditors may ask for stays."""
+        session.stop()
+        log.warning("leaves a seat", task=task.hex(), reason=f"the client is silent for {session.silence():.0f} s")
+        try:
+            await self._engine.submit(LeaveSeat(task))
+        except SubmitRefused as error:
+            log.warning("the seat ends with its lease", task=task.hex(), reason=error.reason)
 
     async def _learn(self, task: Task) -> None:
         """Fetch a task's manifest from its client or whoever announces it, at every block until it is here."""
@@ -164,18 +216,6 @@ class SwarmService:
         except Unavailable as error:
             log.info("manifest not available yet", task=task.id.hex(), reason=str(error))
             self._wanted.discard(task.manifest)
-
-    async def _apply(self, task: Task) -> None:
-        from trainer.kernel import kernel_class
-
-        kernel = await self._compute(kernel_class)
-        try:
-            await self._engine.submit(TakeSeat(task.id, kernel))
-        except SubmitRefused as error:
-            log.warning("cannot apply for a seat yet", task=task.id.hex(), reason=error.reason)
-            self._applied.discard(task.id)
-            return
-        log.info("applied for a seat", task=task.id.hex())
 
     async def _work(self, task: Task, index: int, manifest: TaskManifest) -> None:
         transport = SwarmTransport(
@@ -186,10 +226,14 @@ class SwarmService:
             partial(self.is_member, task.id),
         )
         stage = await self._compute(partial(self._factory, manifest, index))
+        if manifest.lora is not None and not await self._load_base(stage, task, manifest, index):
+            transport.close()
+            return
         from tdml_p2p.swarm.session import Seat, WorkerSession  # with torch, which is here now
 
         seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, self._peer.config.memory)
         session = WorkerSession(seat, self._peer.key, transport, self._outbox, stage)
+        session.recorder = self._recorders.setdefault(task.id, session.recorder)
         self._sessions[task.id] = session
         log.info("working", task=task.id.hex(), stage=index)
         try:
@@ -197,6 +241,33 @@ class SwarmService:
         finally:
             transport.close()
         log.info("task finished", task=task.id.hex(), steps=session.steps)
+
+    async def _known_answers(self, task: Task) -> int:
+        """Return how many verified cells of a task this machine computes alike; raise `WrongAnswer`."""
+        newest, params = partial(self._audits_of, task.id), self._engine.state.params
+        async with self._engine.subscribe() as blocks:
+            return await known_answers(newest, blocks, self._describe_audit, self._reexecutor, params)
+
+    def _audits_of(self, task: bytes) -> list[Audit]:
+        """Return the audits of a task's cells, without those of optimiser's steps."""
+        state = self._engine.state
+        found = state.task(task)
+        return [audit for audit in state.audits_of(task) if found is not None and audit.cell != found.transition]
+
+    async def _load_base(self, stage: "StageLike", task: Task, manifest: TaskManifest, index: int) -> bool:
+        """Give a stage its frozen weights, asked for until they come; return whether the seat is still held then."""
+        while self.leaving.is_seated(task.id):
+            workers = [worker for worker in self._engine.state.workers(task.id) if worker.is_seated]
+            near = sorted(workers, key=lambda worker: worker.stage != index)
+            holders = [*(peer_id(worker.account) for worker in near), peer_id(task.client)]
+            try:
+                stage.load_base(await self._reexecutor.bases.get(manifest, index, holders))
+            except Unavailable as error:
+                log.info("frozen weights not available yet", task=task.id.hex(), reason=str(error))
+                await trio.sleep(_BASE_SECONDS)
+            else:
+                return True
+        return False
 
     def is_member(self, task_id: bytes, peer: str) -> bool:
         """Whether `peer` is the client or holds a seat now: an evicted peer is not."""
@@ -215,13 +286,26 @@ class SwarmService:
     # what others ask for
 
     def _local_blob(self, address: bytes) -> memoryview | None:
-        sources = [*(session.blob for session in self._sessions.values()), *self._sources]
+        sources = [*(session.blob for session in self._sessions.values()), self._reexecutor.bases.blob, *self._sources]
         return next((found for source in sources if (found := source(address)) is not None), None)
+
+    def _may_have(self, sender: str, address: bytes) -> bool:
+        claimed = [one for session in self._sessions.values() for one in session.book.gradients(address)]
+        try:
+            account = account_of(sender)
+        except ValueError:
+            return not claimed
+        state = self._engine.state
+        allowed = (may_have_gradient(state, claim, self._account, cell, account) for claim, cell in claimed)
+        return not claimed or any(allowed)
 
     async def _serve_inputs(self, _sender: str, data: bytes) -> bytes:
         wanted = decode_wanted(data)
         session = self._sessions.get(wanted.task)
+        if session is not None and wanted.cell == session.seat.manifest.microbatches:
+            await restore_step(session, wanted, self._reexecutor)
         found = session.describe(wanted) if session is not None else self.describe_more(wanted)
+        found = found or await trio.to_thread.run_sync(self._evidence.describe, wanted)
         if found is None:
             raise InputsRefused("this peer does not hold that cell")
         return encode(found)
@@ -238,11 +322,37 @@ class SwarmService:
 
     # audits
 
-    def _open_audit(self, audit: Audit) -> Opening | None:
+    async def _open_audit(self, audit: Audit) -> Opening | None:
         session = self._sessions.get(audit.task)
         if session is None:
             return None
-        return session.book.opening((audit.generation, audit.step, audit.cell), audit.id, audit.key)
+        place = (audit.generation, audit.step, audit.cell)
+        wanted = Wanted(audit.task, audit.generation, audit.step, session.seat.stage, audit.cell)
+        await restore_cell(session, wanted, self._reexecutor)
+        with recording(session.recorder), lane("openings"), span("open", audit.step, audit.cell):
+            return await trio.to_thread.run_sync(session.book.opening, place, audit.id, audit.key)
+
+    def _recorder_for(self, sender: str, task: bytes) -> Recorder | None:
+        """Return the recorder of an open task, a seat here or not yet, for its client, who alone may look at it."""
+        found = self._engine.state.task(task)
+        if found is None or not found.is_open or peer_id(found.client) != sender:
+            return None
+        return self._recorders.setdefault(task, Recorder())
+
+    def _recorder_of(self, task: bytes) -> Recorder | None:
+        session = self._sessions.get(task)
+        return None if session is None else session.recorder
+
+    async def replay(self, identity: bytes) -> dict[str, object]:
+        """Execute the cell of an audit again and tell how it compares with the claim; raise `NotReplayable`."""
+        case = await find_case(self._engine.reader, self._engine.state, identity, self.library.read)
+        return await replay(case, self._reexecutor, self._engine.state.params)
+
+    async def collect(self, identity: bytes, store: EvidenceStore) -> None:
+        """Keep what an audit rests on in `store`, re-executed here first; raise `NotReplayable`, `Unavailable`."""
+        case = await find_case(self._engine.reader, self._engine.state, identity, self.library.read)
+        keep = partial(keep_evidence, store, self.library.fetch, case.audit, case.cell)
+        await self._reexecutor.run(case.cell, keep)
 
     def _describe_audit(self, audit: Audit) -> Cell | None:
         state = self._engine.state
@@ -250,20 +360,4 @@ class SwarmService:
         manifest = self.library.manifest(task.manifest) if task is not None else None
         if task is None or claim is None or manifest is None:
             return None
-        wanted = Wanted(audit.task, audit.generation, audit.step, audit.stage, audit.cell)
-        stages: dict[int, list[str]] = {}
-        for worker in state.workers(audit.task):
-            stages.setdefault(worker.stage, []).append(peer_id(worker.account))
-        client = peer_id(task.client)
-        before, after = stages.get(audit.stage - 1, []), stages.get(audit.stage + 1, [])
-        senders = Senders(
-            frozenset(before if audit.stage else [client]),
-            frozenset(after if audit.stage < task.stages - 1 else [client]),
-        )
-        holders = _distinct([peer_id(audit.worker), *stages.get(audit.stage, []), *before, *after, client])
-        return Cell(wanted, manifest, claim.claim.state_before, holders, senders)
-
-
-def _distinct(peers: Sequence[str]) -> tuple[str, ...]:
-    """Return `peers` in order, each once."""
-    return tuple(dict.fromkeys(peers))
+        return audited_cell(audit, claim, state, manifest)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import trio
 
-from tdml_p2p.swarm.reexecution import Fetch, Unavailable
+from tdml_p2p.swarm.material import Fetch, Unavailable
 from trainer.errors import StageError
 from trainer.state import StageState, decode_state_manifest, restored_state
 from trainer.worker_ports import StateUnavailable

@@ -23,7 +23,9 @@ from tdml_p2p.swarm.envelope import (
 from tdml_p2p.tensors import Frame, LinkLost, TensorStreams
 from tdml_p2p.tensors import PeerLost as StreamLost
 from trainer.content import address_of
-from trainer.messages import Message, MessageError, decode_message, encode_header, payload_of
+from trainer.messages import Apply, Message, Reduce, decode_message, encode_header, payload_of
+from trainer.payloads import MessageError
+from trainer.trace import lane, note, span
 from trainer.transport import Lost, PeerLost, Received
 
 log = structlog.get_logger(__name__)
@@ -31,6 +33,7 @@ log = structlog.get_logger(__name__)
 _SEND_SECONDS = 120.0
 _RECEIPT_SECONDS = 0.2
 _KEPT_RECEIPTS = 8192
+_NOTHING = memoryview(b"")
 _INLINE_BYTES = 1 << 20
 """Tensors up to this size are hashed on the event loop; larger ones in a thread."""
 
@@ -53,6 +56,8 @@ class SwarmTransport:
         self.refused: Counter[str] = Counter()
         self.bytes_sent = 0
         self.receipts: OrderedDict[bytes, str] = OrderedDict()
+        self.heard: dict[str, float] = {}
+        """When a member last sent something."""
         self._task = task
         self._key = key
         self._streams = streams
@@ -66,12 +71,14 @@ class SwarmTransport:
         """Deliver a message, its tensors signed; raise `PeerLost` when the link is gone."""
         header = encode_header(message)
         tensors = [payload.data for payload in payload_of(message)]
-        proofs = tuple([await self._prove(header, data) for data in tensors])
+        place = _place(message)
+        proofs = tuple([await self._prove(header, data, place) for data in _signed(message, tensors)])
         if to == self.peer:
             self._to_self.send_nowait(Received(to, message, proofs))
             return
         self.bytes_sent += sum(len(data) for data in tensors)
-        await self._deliver(to, encode_envelope(Carried(header, proofs)), tensors)
+        with span("send", *place):
+            await self._deliver(to, encode_envelope(Carried(header, proofs)), tensors)
 
     async def receive(self) -> Received:
         """Return the next message or loss."""
@@ -88,9 +95,11 @@ class SwarmTransport:
         """Stop taking frames of this task."""
         self._streams.close_session(self._task)
 
-    async def _prove(self, header: bytes, data: memoryview) -> tuple[bytes, bytes]:
-        address = await _address(data)
-        return address, self._key.sign(statement(self._task, header, address))
+    async def _prove(self, header: bytes, data: memoryview, place: tuple[int, int]) -> tuple[bytes, bytes]:
+        with span("hash", *place):
+            address = await _address(data)
+        with span("sign", *place):
+            return address, self._key.sign(statement(self._task, header, address))
 
     async def _deliver(self, to: str, header: bytes, tensors: Sequence[memoryview]) -> None:
         try:
@@ -103,25 +112,31 @@ class SwarmTransport:
             await self._inbox_send.send(received)
 
     async def _read(self) -> None:
-        async for frame in self._frames:
-            if isinstance(frame, LinkLost):
-                await self._inbox_send.send(Received(frame.peer, Lost(frame.peer)))
-                continue
-            try:
-                await self._take(frame)
-            except (EnvelopeError, MessageError) as error:
-                self._refuse(frame.sender, str(getattr(error, "reason", "malformed")))
+        with lane("receive"):
+            async for frame in self._frames:
+                if isinstance(frame, LinkLost):
+                    await self._inbox_send.send(Received(frame.peer, Lost(frame.peer)))
+                    continue
+                try:
+                    await self._take(frame)
+                except (EnvelopeError, MessageError) as error:
+                    self._refuse(frame.sender, str(getattr(error, "reason", "malformed")))
 
     async def _take(self, frame: Frame) -> None:
         if not self._is_member(frame.sender):
             self._refuse(frame.sender, "not-a-member")
             return
+        self.heard[frame.sender] = trio.current_time()
         envelope = decode_envelope(bytes(frame.header))
         if isinstance(envelope, Receipts):
             self._keep_receipts(frame.sender, envelope)
             return
         message = decode_message(envelope.header, frame.tensors)
-        if not await self._is_honest(frame.sender, envelope, frame.tensors):
+        place = _place(message)
+        note(f"from {frame.sender}", "arrive", frame.times, *place)
+        with span("verify", *place):
+            is_honest = await self._is_honest(frame.sender, envelope, _signed(message, frame.tensors))
+        if not is_honest:
             self._refuse(frame.sender, "false-proof")
             return
         if envelope.proofs:
@@ -149,20 +164,31 @@ class SwarmTransport:
             self.receipts.popitem(last=False)
 
     async def _acknowledge(self) -> None:
-        while True:
-            await trio.sleep(_RECEIPT_SECONDS)
-            owed, self._owed = self._owed, {}
-            for sender, proofs in owed.items():
-                for start in range(0, len(proofs), MAX_RECEIPTS):
-                    batch = receipt(self._task, self._key, tuple(proofs[start : start + MAX_RECEIPTS]))
-                    try:
-                        await self._deliver(sender, encode_envelope(batch), ())
-                    except PeerLost:
-                        break
+        with lane("receipts"):
+            while True:
+                await trio.sleep(_RECEIPT_SECONDS)
+                owed, self._owed = self._owed, {}
+                for sender, proofs in owed.items():
+                    for start in range(0, len(proofs), MAX_RECEIPTS):
+                        batch = receipt(self._task, self._key, tuple(proofs[start : start + MAX_RECEIPTS]))
+                        try:
+                            await self._deliver(sender, encode_envelope(batch), ())
+                        except PeerLost:
+                            break
 
     def _refuse(self, sender: str, reason: str) -> None:
         self.refused[reason] += 1
         log.info("swarm message refused", sender=sender, reason=reason)
+
+
+def _signed(message: Message, tensors: Sequence[memoryview]) -> Sequence[memoryview]:
+    """Return what a message is signed with: its tensors, or nothing at all under what a step's audit rests on."""
+    return (_NOTHING,) if isinstance(message, Reduce | Apply) else tensors
+
+
+def _place(message: Message) -> tuple[int, int]:
+    """Return the step and the cell of a message, -1 for none."""
+    return getattr(message, "step", -1), getattr(message, "cell", -1)
 
 
 async def _address(data: memoryview) -> bytes:

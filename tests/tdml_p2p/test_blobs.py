@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdml_p2p import blobs
 from tdml_p2p.blob_store import BlobStore, DiskFull
 from tdml_p2p.blobs import ABSENT, PROTOCOL, BlobUnavailable, WantChunk, WantIndex, _encoder, decode_want
 from tdml_p2p.host import Network
@@ -63,6 +65,17 @@ async def test_what_is_held_no_longer_or_damaged_comes_from_others(tmp_path: Pat
         assert await asker.blobs.fetch(address, [holder.peer]) == data
 
 
+async def test_a_guarded_blob_is_not_there_for_others() -> None:
+    async with meshed(2) as (holder, asker):
+        secret, plain = await holder.blobs.put(b"secret"), await holder.blobs.put(b"plain")
+        holder.blobs.guard(lambda peer, address: address != secret)
+        assert await asker.blobs.fetch(plain, [holder.peer]) == b"plain"
+        with pytest.raises(BlobUnavailable, match=ABSENT):
+            await asker.blobs.fetch(secret, [holder.peer])
+        holder.blobs.guard(lambda peer, address: peer == asker.peer)
+        assert await asker.blobs.fetch(secret, [holder.peer]) == b"secret"
+
+
 async def test_a_full_disk_has_a_name_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = BlobStore(tmp_path)
 
@@ -111,6 +124,34 @@ async def test_a_lying_provider_is_found_out_and_the_honest_one_used() -> None:
             await reader.blobs.fetch(address, [liar.peer])
 
 
+async def test_of_a_liar_a_silent_holder_and_an_honest_one_only_the_liar_is_blamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blobs, "_PATIENCE_SECONDS", 0.2)
+    async with meshed(4) as (liar, silent, honest, reader):
+        data = content(9 * CHUNK_BYTES + 5)
+        address = await honest.blobs.put(data)
+        asked: list[int] = []
+
+        async def lie(sender: str, request: bytes) -> bytes:
+            reply = await honest.blobs._serve(sender, request)
+            return reply if isinstance(decode_want(request), WantIndex) else bytes(len(reply))
+
+        async def stay_silent(_sender: str, request: bytes) -> bytes:
+            asked.append(len(request))
+            await trio.sleep_forever()
+
+        liar.on_request(PROTOCOL, lie, 256)
+        silent.on_request(PROTOCOL, stay_silent, 256)
+        providers = [silent.peer, liar.peer, honest.peer]
+        with trio.fail_after(blobs._SECONDS / 2):
+            assert bytes(await reader.blobs.fetch(address, providers)) == data
+        assert len(asked) <= 1 + blobs._PARALLEL
+        assert reader.limits.penalty(liar.peer) > 0
+        assert reader.limits.penalty(silent.peer) == 0
+        assert reader.limits.penalty(honest.peer) == 0
+
+
 @pytest.mark.parametrize("reply", [b"", b"\xc1", b"junk", bytes(100_000)])
 async def test_a_false_index_is_refused(reply: bytes) -> None:
     async with meshed(2) as (liar, reader):
@@ -140,6 +181,24 @@ async def test_two_providers_with_a_half_each_make_a_whole() -> None:
 
             holder.on_request(PROTOCOL, half, 256)
         assert bytes(await reader.blobs.fetch(address, [even.peer, odd.peer])) == data
+
+
+async def test_who_holds_nothing_is_not_asked_for_every_chunk() -> None:
+    async with meshed(4) as (holder, *empty, reader):
+        data = content(24 * CHUNK_BYTES)
+        address = await holder.blobs.put(data)
+        asked = 0
+        for other in empty:
+
+            async def count(sender: str, request: bytes, serve=other.blobs._serve) -> bytes:
+                nonlocal asked
+                asked += 1
+                return await serve(sender, request)
+
+            other.on_request(PROTOCOL, count, 256)
+        providers = [empty[0].peer, holder.peer, empty[1].peer]
+        assert bytes(await reader.blobs.fetch(address, providers)) == data
+        assert asked <= 1 + blobs._PARALLEL
 
 
 async def test_what_is_larger_than_wanted_is_not_fetched() -> None:

@@ -113,6 +113,32 @@ def test_initialize_makes_a_home(tmp_path: Path) -> None:
     assert not home.lock_path.exists()
 
 
+CALIBRATION = b'{"worst": [1e-7, 2e-7, 3e-7], "comparisons": 9}'
+
+
+def test_a_new_network_judges_by_a_calibration(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_bytes(CALIBRATION)
+    initialize(tmp_path / "peer", None, file)
+    genesis = Home(tmp_path / "peer").load_genesis()
+    assert genesis is not None
+    assert genesis.params.tau == (1000, 2000, 3000)
+    with pytest.raises(UserError, match="has a network with its thresholds"):
+        initialize(tmp_path / "peer", None, file)
+    with pytest.raises(UserError, match="network that exists"):
+        initialize(tmp_path / "other", tmp_path / "genesis.json", file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"worst": [1, 2], "comparisons": 1}', None])
+def test_what_is_no_calibration_makes_no_home(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "calibration.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be"):
+        initialize(tmp_path / "peer", None, file)
+    assert not (tmp_path / "peer").exists()
+
+
 @pytest.mark.trio
 @pytest.mark.slow
 async def test_a_joiner_fetches_and_verifies_the_genesis() -> None:

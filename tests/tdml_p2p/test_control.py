@@ -51,7 +51,7 @@ class FakePeer:
         return {"peer": PEER, "height": 3}
 
     def page(self) -> dict[str, Any]:
-        return {"status": self.status(), "tasks": [], "blocks": [], "evictions": []}
+        return {"status": self.status(), "tasks": [], "blocks": [], "audits": [], "evictions": []}
 
     def render_metrics(self) -> bytes:
         return b"tdml_height 3.0\n"
@@ -69,6 +69,11 @@ class FakePeer:
         if payload == Bond(7):
             raise ApiError(400, "The ledger refused it: insufficient-balance.", "check your balance")
         return {"id": "aa", "height": 4}
+
+    async def replay(self, identity: str) -> dict[str, Any]:
+        if identity != "ab":
+            raise ApiError(404, f"There is no audit {identity}.", "see the events of a block")
+        return {"audit": identity, "confirms": True}
 
     @asynccontextmanager
     async def feed(self) -> AsyncIterator[FakeFeed]:
@@ -98,6 +103,17 @@ async def test_answers(peer: FakePeer) -> None:
         assert (await http.get("/metrics")).text == "tdml_height 3.0\n"
         assert (await http.get("/tasks.json")).json() == [{"task": "ab"}]
         assert (await http.get("/chain/status?height=2")).json() == {"params": {"height": "2"}}
+
+
+@pytest.mark.trio
+async def test_only_the_owner_has_an_audit_replayed(peer: FakePeer) -> None:
+    async with client(peer) as http:
+        assert (await http.post("/replays/ab", json={})).json() == {"audit": "ab", "confirms": True}
+        unknown = await http.post("/replays/cd", json={})
+        assert (await http.get("/replays/ab")).status_code == 405
+    assert (unknown.status_code, unknown.json()["error"]) == (404, "There is no audit cd.")
+    async with client(peer, is_trusted=False) as http:
+        assert (await http.post("/replays/ab", json={})).status_code == 404
 
 
 @pytest.mark.trio

@@ -25,6 +25,7 @@ def test_a_healthy_peer_warns_of_nothing() -> None:
     [
         (replace(HEALTHY, peers=0), WarningCode.ALONE),
         (replace(HEALTHY, old_tip="The newest block here is 3 days old."), WarningCode.OLD_TIP),
+        (replace(HEALTHY, clock_behind=61.0), WarningCode.SLOW_CLOCK),
         (replace(HEALTHY, block_age=STALL_SECONDS), WarningCode.STALLED),
         (replace(HEALTHY, halted="A third of the stake is gone."), WarningCode.HALTED),
         (replace(HEALTHY, best_height=50 + LAG_BLOCKS), WarningCode.FALLING_BEHIND),

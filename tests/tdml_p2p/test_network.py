@@ -5,6 +5,8 @@ import trio
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.pubsub.pb.rpc_pb2 import ControlPrune
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 
 from chain.keys import peer_id
@@ -129,6 +131,24 @@ async def test_a_late_joiner_is_heard_by_everybody() -> None:
             await until(lambda: late.peers() != ())
             await late.publish("tx", b"hello")
             await until(lambda: all(into == [b"hello"] for into in heard))
+
+
+async def test_who_is_outside_every_mesh_is_heard_by_everybody() -> None:
+    async with meshed(5) as peers:
+        heard: list[list[bytes]] = [[] for _ in peers]
+        for peer, into in zip(peers, heard, strict=True):
+            peer.on_topic("vote", collector(into))
+        await until(lambda: all(peer.gossip.mesh("vote") > 0 for peer in peers))
+        alone = peers[2].gossip.router
+        (topic,) = alone.mesh
+        for other in list(alone.pubsub.peer_topics[topic]):
+            await alone.handle_prune(ControlPrune(topicID=topic, backoff=5), other)
+        assert peers[2].gossip.mesh("vote") == 0
+        own = alone.pubsub.my_id
+        assert len(list(alone._get_peers_to_send([topic], own, own))) == alone.degree
+        assert not list(alone._get_peers_to_send([topic], ID(b"other"), ID(b"other")))
+        await peers[2].publish("vote", b"here")
+        await until(lambda: all(into == [b"here"] for number, into in enumerate(heard) if number != 2))
 
 
 async def test_a_rejected_message_stops_and_its_senders_are_charged() -> None:

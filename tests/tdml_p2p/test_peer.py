@@ -253,7 +253,9 @@ async def test_a_chain_without_the_trusted_block_is_not_followed(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"device": "cuda:0"}, {"memory": -1}, {"threads": 0}, {"trust": "5:00"}, {"keep": 999}], ids=str
+    "changes",
+    [{"device": "cuda:0"}, {"memory": -1}, {"threads": 0}, {"grace": 0}, {"trust": "5:00"}, {"keep": 999}],
+    ids=str,
 )
 async def test_settings_that_a_peer_cannot_follow_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:

@@ -1,5 +1,7 @@
 """Training runs that end early and go on: killed, interrupted, with their task or without it."""
 
+import json
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chain.queries import open_reader
 from tdml_p2p.config import TrainConfig
+from tdml_p2p.errors import UserError
 from tdml_p2p.peer import open_peer
 from tdml_p2p.swarm.preparation import prepare
 from trainer.checkpoint import resume, whole_tensors
@@ -20,12 +23,12 @@ from trainer.local import train_locally, whole
 from trainer.state import state_of_weights
 from trainer.tokens import byte_tokenizer
 
-pytestmark = [pytest.mark.trio, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def assert_as_undisturbed(train: TrainConfig) -> None:
     """The folder holds what one process makes of the same run."""
-    fresh = prepare(replace(train, resume=False))
+    fresh = prepare(replace(train, resume=False, out=train.out.parent / "plan"))
     saved = resume(train.out)
     assert saved.step == train.steps
     expected = train_locally(fresh.manifest, fresh.batches, train.steps)
@@ -67,7 +70,7 @@ async def test_a_killed_run_goes_on_from_its_newest_verified_checkpoint(tmp_path
 
 
 async def test_an_interrupted_run_goes_on_at_the_next_step_with_workers_that_start_anew(tmp_path: Path) -> None:
-    train = settings(tmp_path, steps=8, stages=1, save_every=0)
+    train = settings(tmp_path, steps=8, stages=1, save_every=0, validation="0.2", eval_every=3)
 
     def interrupt(client: Client, event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 4:
@@ -87,7 +90,44 @@ async def test_an_interrupted_run_goes_on_at_the_next_step_with_workers_that_sta
     assert second.of("step") == [5, 6, 7, 8]
     assert_as_undisturbed(train)
     assert (train.out / "chain.db").stat().st_size > 0
-    assert len((train.out / "metrics.jsonl").read_text().splitlines()) == 8
+    lines = [json.loads(line) for line in (train.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    measured = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    assert [step for step, _ in measured] == [3, 6, 8]
+    assert [*zip(second.of("validation"), second.of("validation", "loss"), strict=True)] == measured[1:]
+    card = (train.out / "README.md").read_text()
+    height, block = re.search(r"height (\d+), block `([0-9a-f]{64})`", card).groups()  # type: ignore[union-attr]
+    with closing(open_reader(train.out / "chain.db").store) as store:
+        assert store.block(int(height))[0].hash.hex() == block
+    assert (train.out / "loss.png").exists()
+    assert first.of("posted", "task")[0] in card
+    assert checkpoint.data in card
+
+
+async def test_a_run_that_was_killed_before_anything_was_saved_goes_on_from_its_beginning(tmp_path: Path) -> None:
+    train = settings(tmp_path, steps=5, save_every=0)
+
+    def kill(client: Client, event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            client.crash()
+
+    async with swarm(tmp_path) as (founder, *_):
+        first = Client(train, founder.invite, kill)
+        assert await first.run() is None
+        with pytest.raises(UserError, match="these settings are not its own"):
+            prepare(replace(train, resume=True, learning_rate=0.5))
+        second = Client(replace(train, resume=True), founder.invite)
+        assert await second.run() == 0
+        assert second.of("abandoned", "task") == first.of("posted", "task")
+        assert second.of("step") == [1, 2, 3, 4, 5]
+    assert_as_undisturbed(train)
+    lines = [json.loads(line) for line in (train.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_there_is_nothing_to_resume_in_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        prepare(settings(tmp_path, resume=True))
 
 
 async def test_training_on_from_a_model_folder(tmp_path: Path) -> None:

@@ -20,15 +20,17 @@ from tdml_p2p.errors import USAGE, UserError
 from tdml_p2p.peer import Peer
 from tdml_p2p.swarm import saving
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
+from tdml_p2p.swarm.journal import NAME, Journal, read_journal, write_journal
 from tdml_p2p.swarm.posting import Posted, Poster
 from tdml_p2p.swarm.preparation import Prepared, prepare
-from tdml_p2p.swarm.saving import Saver, copy_chain
+from tdml_p2p.swarm.saving import History, Saver, copy_chain
 from trainer.checkpoint import Checkpoint, resume, save
 from trainer.content import address_of
 from trainer.coordinator import Coordinator
 from trainer.coordinator_ports import Members, StepDone
-from trainer.manifest import TaskManifest
+from trainer.manifest import TaskManifest, encode_manifest
 from trainer.state import StageState, initial_state
+from trainer.tokens import train_tokenizer
 from trainer.worker_ports import StateUnavailable
 
 KEY = PrivateKey(bytes(range(32)))
@@ -45,10 +47,12 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lora": True}, "--lora"),
-        ({"private": True}, "--private"),
-        ({"redundancy": 3}, "--redundancy"),
-        ({"compress": "int8"}, "--compress"),
+        ({"lora": 8}, "has none"),
+        ({"redundancy": 2, "replicas": 3}, "no clear majority"),
+        ({"redundancy": 3, "replicas": 2}, "as many replicas"),
+        ({"redundancy": 3, "replicas": 3, "private": True}, "Redundancy and a private run"),
+        ({"redundancy": 3, "replicas": 3, "compress": "int8"}, "Redundancy and compression"),
+        ({"compress": "topk"}, "compression 'topk'"),
         ({"precision": "bf16"}, "--precision"),
         ({"save_every": -1}, "--save-every"),
         ({"data": ()}, "no data"),
@@ -66,12 +70,73 @@ def states_of(manifest: TaskManifest, step: int) -> tuple[StageState, ...]:
     return tuple(StageState(step, state.weights + step, state.m, state.v) for state in fresh)
 
 
+def planned(train: TrainConfig) -> Prepared:
+    """Return the run as it would be started anew."""
+    return prepare(replace(train, resume=False, out=train.out.parent / "plan"))
+
+
 def saved(train: TrainConfig, step: int, **more: Any) -> Prepared:
     """Save a checkpoint and return the run that resumes from it."""
-    prepared = prepare(replace(train, resume=False))
+    prepared = planned(train)
     states = states_of(prepared.manifest, step)
     save(Checkpoint(prepared.manifest, states, prepared.tokenizer, **{"task": TASK, **more}), train.out)
     return prepare(replace(train, resume=True))
+
+
+@pytest.mark.parametrize("changes", [{"validation": "0.2"}, {"max_data": 4000}, {"data": "more"}])
+def test_a_run_is_not_resumed_on_other_data(changes: dict[str, Any], tmp_path: Path) -> None:
+    train = settings(tmp_path, validation="0.1")
+    prepared = prepare(train)
+    states = states_of(prepared.manifest, 2)
+    of_data = {"data": prepared.batches.data, "tokens": prepared.batches.tokens}
+    save(Checkpoint(prepared.manifest, states, prepared.tokenizer, **of_data), train.out)
+    resumed = prepare(replace(train, resume=True))
+    assert resumed.checkpoint is not None
+    assert (resumed.batches.data, resumed.batches.tokens) == (prepared.batches.data, prepared.batches.tokens)
+    if "data" in changes:
+        (tmp_path / "corpus.txt").write_text("The corpus has been edited.\n" * 200)
+        changes = {}
+    with pytest.raises(UserError, match="is not what the run") as caught:
+        prepare(replace(train, resume=True, **changes))
+    assert caught.value.exit_code == USAGE
+    assert "--validation" in caught.value.hint
+
+
+def test_a_run_that_was_saved_is_not_overwritten_by_another(tmp_path: Path) -> None:
+    train = settings(tmp_path)
+    saved(train, 3)
+    with pytest.raises(UserError, match="another run") as caught:
+        prepare(train)
+    assert (caught.value.exit_code, "--resume" in caught.value.hint) == (USAGE, True)
+
+
+def test_what_validates_is_a_share_or_a_path_of_its_own(tmp_path: Path) -> None:
+    train = settings(tmp_path)
+    assert prepare(train).validation is None
+    share = prepare(replace(train, validation="0.2"))
+    assert share.validation is not None
+    assert share.validation.count == 2
+    assert share.batches.tokens < prepare(train).batches.tokens
+    other = tmp_path / "other.txt"
+    other.write_text("Text of another kind.\n" * 20)
+    path = prepare(replace(train, validation=str(other)))
+    assert path.validation is not None
+    assert bytes(path.validation.batch(0).tokens.flatten().tolist())[:4] == b"Text"
+    assert path.batches.tokens == prepare(train).batches.tokens
+    for wrong, said in ((str(tmp_path / "corpus.txt"), "among the text"), (str(tmp_path), "among"), ("1.5", "share")):
+        with pytest.raises(UserError, match=said):
+            prepare(replace(train, validation=wrong))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    train = settings(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((tmp_path / "config.json").read_text())
+    for name, data in train_tokenizer(["some words and more words"] * 9, 280).files(32).items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"The tokenizer has \d+ ids, the model a vocabulary of 257"):
+        prepare(replace(train, model=str(folder)))
 
 
 @dataclass
@@ -81,12 +146,15 @@ class FakeChain:
     task: SimpleNamespace | None = None
     sent: list[Payload] = field(default_factory=list)
     params: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(floor_rate=500, colluding_share=2500, faucet_grant=0)
+        default_factory=lambda: SimpleNamespace(
+            floor_rate=500, colluding_share=2500, faucet_grant=0, block_interval_ms=1000
+        )
     )
 
     def open_tasks(self) -> list[SimpleNamespace]:
         posted = [p for p in self.sent if isinstance(p, PostTask)]
-        return [SimpleNamespace(id=p.manifest, client=KEY.account) for p in posted]
+        found = [SimpleNamespace(id=p.manifest, manifest=p.manifest, client=KEY.account, posted_at=8) for p in posted]
+        return [*found, *([self.task] if self.task is not None and self.task.is_open else [])]
 
     def account(self, _: bytes) -> SimpleNamespace:
         return SimpleNamespace(balance=10**9, granted=True)
@@ -105,6 +173,7 @@ class FakeChain:
             open_tasks=self.open_tasks,
             params=self.params,
             account=self.account,
+            height=7,
         )
         blobs = SimpleNamespace(put=put)
         peer = SimpleNamespace(
@@ -119,7 +188,13 @@ class FakeChain:
 
 def former(generation: int = 0, settled: int = 0, is_open: bool = True, client: bytes = KEY.account) -> SimpleNamespace:
     return SimpleNamespace(
-        id=bytes.fromhex(TASK), generation=generation, settled=settled, is_open=is_open, client=client
+        id=bytes.fromhex(TASK),
+        generation=generation,
+        settled=settled,
+        is_open=is_open,
+        client=client,
+        manifest=bytes(32),
+        posted_at=5,
     )
 
 
@@ -194,6 +269,44 @@ async def test_without_a_verified_state_the_workers_are_asked_or_the_person_is_t
 
 
 @pytest.mark.trio
+async def test_the_ends_of_a_private_run_are_asked_of_nobody(tmp_path: Path) -> None:
+    """After a rollback workers hold what is verified, but of the client's ends only the saved state is left."""
+    train = settings(tmp_path, private=True)
+    prepared = saved(train, 5, generation=0, is_verified=False)
+    posted, events = await opened(train, prepared, FakeChain(former(generation=1, settled=2)))
+    assert posted is not None
+    assert (posted.prepared.manifest.start, [event["event"] for event in events]) == (5, ["unverified", "posted"])
+    saved(train, 3)
+    posted, events = await opened(train, prepared, FakeChain(former(generation=1, settled=2)))
+    assert posted is not None
+    assert (posted.prepared.manifest.start, [event["event"] for event in events]) == (3, ["posted"])
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("is_private", [True, False])
+async def test_a_private_run_pays_for_seats_only_and_keeps_the_tokenizer_of_its_text(
+    is_private: bool, tmp_path: Path
+) -> None:
+    train = settings(tmp_path, private=is_private, stages=1)
+    tokenizer = train_tokenizer(["some words and more words"] * 9, 280)
+    chain, put = FakeChain(None), []
+    peer = chain.peer()
+
+    async def keep(data: bytes) -> bytes:
+        put.append(data)
+        return address_of(data)
+
+    peer.network.blobs.put = keep  # type: ignore[method-assign,assignment]
+    prepared = replace(prepare(train), tokenizer=tokenizer)
+    assert await Poster(peer, train.out, 1, lambda _: None).open(prepared) is not None
+    (post,) = chain.sent
+    assert isinstance(post, PostTask)
+    assert (post.stages, post.escrow) == (1, train.steps * (2 * train.microbatches + 1))
+    assert (tokenizer.json in put) == (not is_private)
+    assert encode_manifest(prepared.manifest) in put
+
+
+@pytest.mark.trio
 async def test_a_run_whose_steps_are_all_done_only_closes_its_task(tmp_path: Path) -> None:
     train = settings(tmp_path)
     chain = FakeChain(former())
@@ -212,7 +325,7 @@ class FakeSwarm:
         self.members = Members(0, 0, ())
         self.settles: Callable[[], None] = lambda: None
         self.task = SimpleNamespace(generation=0, settled=0)
-        self._manifest = prepare(train).manifest
+        self._manifest = planned(train).manifest
 
     async def fetch_states(self, step: int) -> tuple[StageState, ...]:
         await trio.lowlevel.checkpoint()
@@ -233,8 +346,8 @@ class FakeSwarm:
 
 
 def saver_of(train: TrainConfig, events: list[dict[str, Any]]) -> Saver:
-    posted = Posted(bytes.fromhex(TASK), prepare(train))
-    return Saver(train.out, posted, {step: 1.0 / step for step in range(1, 7)}, events.append)
+    posted = Posted(bytes.fromhex(TASK), planned(train))
+    return Saver(train.out, posted, History({step: 1.0 / step for step in range(1, 7)}, {2: 1.5}), events.append)
 
 
 async def idle(saver: Saver) -> None:
@@ -325,11 +438,11 @@ async def test_an_interruption_saves_the_newest_state_that_can_be_had(tmp_path: 
 async def test_a_new_task_is_saved_with_its_start_so_that_it_is_never_orphaned(tmp_path: Path) -> None:
     train, events = settings(tmp_path), []
     posted = Posted(b"\x0d" * 32, saved(train, 4).over_rest_of(resume(train.out)))
-    await Saver(train.out, posted, {}, events.append).save_start()
+    await Saver(train.out, posted, History({}, {}), events.append).save_start()
     checkpoint = resume(train.out)
     assert (checkpoint.task, checkpoint.step, checkpoint.manifest.start) == ("0d" * 32, 4, 4)
     events.clear()
-    await Saver(train.out, replace(posted, resume=(0, 0)), {}, events.append).save_start()
+    await Saver(train.out, replace(posted, resume=(0, 0)), History({}, {}), events.append).save_start()
     assert events == []
 
 
@@ -354,3 +467,35 @@ async def test_the_chain_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
     assert "model itself is complete" in caught.value.hint
     assert (out / "chain.db").read_bytes() == before
     assert [path.name for path in out.iterdir()] == ["chain.db"]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("journal", "closes"),
+    [
+        (Journal("", 3, TASK), True),
+        (Journal(bytes(32).hex(), 4), True),
+        (Journal(bytes(32).hex(), 5), False),
+        (Journal("11" * 32, 4), False),
+        (None, False),
+    ],
+)
+async def test_the_task_of_a_run_that_was_killed_before_its_first_checkpoint_is_closed(
+    journal: Journal | None, closes: bool, tmp_path: Path
+) -> None:
+    train = settings(tmp_path)
+    prepared = prepare(train)
+    if journal is not None:
+        write_journal(train.out, journal)
+    chain = FakeChain(former())
+    posted, events = await opened(train, prepared, chain)
+    assert posted is not None
+    assert [type(payload) for payload in chain.sent] == ([CloseTask] if closes else []) + [PostTask]
+    assert [event["event"] for event in events] == (["abandoned"] if closes else []) + ["posted"]
+    assert read_journal(train.out) == Journal(prepared.manifest.address.hex(), 7, posted.task.hex())
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"not json", b'{"manifest":"","height":1,"task":"zz"}'])
+def test_a_damaged_journal_is_none(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(data)
+    assert read_journal(tmp_path) is None

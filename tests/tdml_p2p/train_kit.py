@@ -11,6 +11,9 @@ import msgspec
 import torch
 import trio
 
+from chain.genesis import Genesis, GenesisValidator
+from chain.keys import PrivateKey
+from chain.randomness import onion_of
 from tdml_p2p.bootstrap import private_genesis
 from tdml_p2p.config import PeerConfig, TrainConfig
 from tdml_p2p.home import Home
@@ -23,6 +26,7 @@ PARAMS = {"block_interval_ms": 50, "heartbeat_ms": 150, "formation_blocks": 6, "
     ("claim_window", "commit_window", "open_window", "reveal_window"), 100
 )
 """Short blocks, and windows that are many of them, so that nobody is late on a busy machine."""
+JUDGED = PARAMS | {"block_interval_ms": 100, "heartbeat_ms": 2000, "jail_window": 1000, "jail_missed": 1000}
 MODEL = {
     "model_type": "llama",
     "vocab_size": 257,
@@ -50,24 +54,34 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
 
 
 @asynccontextmanager
-async def swarm(folder: Path, workers: int = 2) -> AsyncIterator[tuple[Peer, ...]]:
+async def swarm(folder: Path, workers: int = 2, judges: int = 0) -> AsyncIterator[tuple[Peer, ...]]:
     """Run a founder that validates and audits, and peers that take seats; blocks come many times a second.
 
     It validates alone: a busy machine would make several validators miss such short turns, and jail each other.
+    Disputes need others to vote on them: `judges` validate beside it, in longer turns, and nobody is jailed.
     """
     torch.set_num_threads(1)
-    home = Home(folder / "founder")
-    home.create()
+    homes = [Home(folder / name) for name in ("founder", *(f"judge-{index}" for index in range(judges)))]
+    for home in homes:
+        home.create()
+    home = homes[0]
     genesis = private_genesis(home.load_key(), 1_700_000_000_000)
-    params = msgspec.structs.replace(genesis.params, **PARAMS)
-    home.save_genesis(msgspec.structs.replace(genesis, params=params))
+    validators = tuple(_validator(each.load_key(), genesis) for each in homes)
+    params = msgspec.structs.replace(genesis.params, **(JUDGED if judges else PARAMS))
+    home.save_genesis(msgspec.structs.replace(genesis, params=params, validators=validators))
     async with AsyncExitStack() as stack:
         founder = await stack.enter_async_context(open_peer(_config(home.path, work=False)))
         peers = [founder]
+        for judge in homes[1:]:
+            await stack.enter_async_context(open_peer(_config(judge.path, founder.invite, work=False)))
         for index in range(workers):
             config = worker(folder, index, founder.invite)
             peers.append(await stack.enter_async_context(open_peer(config)))
         yield tuple(peers)
+
+
+def _validator(key: PrivateKey, genesis: Genesis) -> GenesisValidator:
+    return GenesisValidator(key.account, genesis.validators[0].stake, onion_of(key).tip)
 
 
 def worker(folder: Path, index: int, invite: str) -> PeerConfig:

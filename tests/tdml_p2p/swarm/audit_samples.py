@@ -8,13 +8,15 @@ import msgspec
 import trio
 
 from chain.keys import PrivateKey, peer_id
-from chain.records import Audit, AuditStatus
+from chain.params import Params
+from chain.records import Account, Audit, AuditStatus
 from chain.state import Duty, State
 from chain.transactions import Commitment, Opening, Reveal, Trace
 from tdml_p2p.swarm.auditor import Auditor
 from tdml_p2p.swarm.inputs import Input, Inputs, Senders, Wanted
+from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.outbox import Entry, Outbox
-from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor, Unavailable, results_of
+from tdml_p2p.swarm.reexecution import Cell, Execution, Keep, Reexecutor, results_of
 from tests.tdml_p2p.swarm.trace_samples import tensor_of
 from trainer.manifest import TaskManifest
 from trainer.stage import CellResult
@@ -97,17 +99,29 @@ class FakeReexecutor:
     failures: dict[int, Exception] = field(default_factory=dict)
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
+    silent: set[bytes] = field(default_factory=set)
+    """Addresses that are never answered."""
+    lost: set[int] = field(default_factory=set)
+    """Cells whose material nobody has."""
 
-    async def run(self, cell: Cell) -> Execution:
+    async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
         number = cell.wanted.cell
         self.started.append(number)
         await trio.sleep(self.seconds.get(number, 0.0))
+        if number in self.lost:
+            raise Unavailable("gone with its worker")
         if number in self.failures:
             raise self.failures.pop(number)
         return execution_of(number)
 
+    async def is_other_kernel(self, cell: Cell) -> bool:
+        await trio.lowlevel.checkpoint()
+        return bool(cell.kernel)
+
     async def fetch(self, address: bytes, _holders: object) -> bytes:
         await trio.lowlevel.checkpoint()
+        if address in self.silent:
+            await trio.sleep_forever()
         if address not in self.blobs:
             raise Unavailable("nobody has it")
         return self.blobs[address]
@@ -121,6 +135,7 @@ class Bench:
         self.reexecutor = FakeReexecutor()
         self.audits: dict[bytes, Audit] = {}
         self.height = 1
+        self.params = Params()
         self.is_manifest_here = True
         self.openings: dict[bytes, Opening] = {}
         self.auditor = Auditor(
@@ -128,14 +143,22 @@ class Bench:
             cast(Outbox, self.outbox),
             cast(Reexecutor, self.reexecutor),
             self._describe,
-            lambda audit: self.openings.get(audit.id),
+            self._open,
         )
+
+    async def _open(self, audit: Audit) -> Opening | None:
+        await trio.lowlevel.checkpoint()
+        return self.openings.get(audit.id)
 
     def active_audits(self) -> list[Audit]:
         return [audit for audit in self.audits.values() if audit.deadline >= self.height]
 
     def audit(self, name: bytes) -> Audit | None:
         return self.audits.get(name)
+
+    def account(self, _account: bytes) -> Account:
+        """Return an account of which nobody has complained."""
+        return Account()
 
     def duties(self, account: bytes) -> tuple[Duty, ...]:
         return State.duties(cast(State, self), account)

@@ -16,15 +16,18 @@ from chain.keys import PrivateKey, peer_id
 from chain.transactions import Claim
 from tdml_p2p.swarm.feed import ClientFeed
 from tdml_p2p.swarm.inputs import Descriptor, InputsRefused, Senders, Wanted, decode_wanted, encode
+from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.outbox import Entry, Outbox
 from tdml_p2p.swarm.preparation import Prepared
-from tdml_p2p.swarm.reexecution import Cell, Unavailable
+from tdml_p2p.swarm.reexecution import Cell
 from tdml_p2p.swarm.session import Seat, WorkerSession
 from tdml_p2p.swarm.states import fetch_state
 from tdml_p2p.swarm.transport import SwarmTransport
 from tdml_p2p.tensor_sessions import Frame, LinkLost
 from tdml_p2p.tensors import TensorStreams
 from tests.trainer.swarm_kit import PATIENCE, FakeGovernor, batches_of, manifest_of
+from trainer.adapted_run import FrozenModel
+from trainer.base_weights import stage_base
 from trainer.coordinator import Coordinator
 from trainer.coordinator_ports import CoordinatorConfig, CoordinatorPorts, Members, SwarmEvent
 from trainer.manifest import TaskManifest
@@ -110,7 +113,9 @@ class Run:
         manifest: TaskManifest | None = None,
         replicas: int = 1,
         factories: dict[tuple[int, int], Factory] | None = None,
+        frozen: FrozenModel | None = None,
     ) -> None:
+        self.frozen = frozen
         self.manifest = manifest or manifest_of(stages=2, steps=3)
         self.wires = Wires()
         self.sessions: dict[str, WorkerSession] = {}
@@ -122,7 +127,7 @@ class Run:
         places = [[(stage, replica) for replica in range(replicas)] for stage in range(self.manifest.stages)]
         for row in places:
             self.stages.append(tuple(self._seat(place, factories or {}) for place in row))
-        prepared = Prepared(self.manifest, batches_of(self.manifest), cast(Any, None))
+        prepared = Prepared(self.manifest, batches_of(self.manifest), cast(Any, None), frozen=frozen)
         self.feed = ClientFeed(CLIENT_KEY, TASK, prepared)
         self.client = self._transport(CLIENT_KEY)
         ports = CoordinatorPorts(
@@ -188,6 +193,8 @@ class Run:
         self.outboxes[peer] = Entries()
         self.transports[peer] = self._transport(key)
         built = factories.get(place, build_stage)(self.manifest, stage)
+        if self.frozen is not None:
+            built.load_base(stage_base(self.frozen.base, self.manifest, stage))
         outbox = cast(Outbox, self.outboxes[peer])
         self.sessions[peer] = WorkerSession(seat, key, self.transports[peer], outbox, built)
         return peer

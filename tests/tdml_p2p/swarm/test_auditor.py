@@ -11,7 +11,8 @@ import trio.testing
 
 from chain.records import Audit, AuditStatus, Voter
 from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
-from tdml_p2p.swarm.reexecution import Unavailable
+from chain.verdicts import Ballot, ballot, is_blank
+from tdml_p2p.swarm.material import Unavailable
 from tests.tdml_p2p.swarm.audit_samples import (
     ME,
     WORKER,
@@ -60,13 +61,14 @@ def owed_opening(cell: int) -> Audit:
     return audit_of(cell, status=status(AuditStatus.COMMITTED), worker=ME, auditor=WORKER)
 
 
-async def revealed(bench: Bench, opening: Opening) -> Reveal:
-    """Commit to cell 0, show its opening and return the reveal."""
+async def revealed(bench: Bench, opening: Opening, seconds: float = 0.0) -> Reveal:
+    """Commit to cell 0, show its opening and return the reveal, which may take some seconds."""
     async with running(bench):
         bench.show(audit_of(0))
         await trio.testing.wait_all_tasks_blocked()
         bench.show(opened(0, opening))
         await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(seconds)
     (reveal,) = bench.reveals()
     return reveal
 
@@ -175,8 +177,50 @@ async def test_opened_results_of_the_wrong_size_are_a_contradiction() -> None:
     assert (await revealed(bench, opening_of(0, y=address_of(claimed)))).contradiction
 
 
-async def test_opened_results_that_nobody_has_do_not_convict() -> None:
-    assert not (await revealed(Bench(), opening_of(0, y=bytes(32)))).contradiction
+async def test_opened_results_that_nobody_has_are_missing_and_no_contradiction(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    reveal = await revealed(Bench(), opening_of(0, y=bytes(32)), 60)
+    assert (reveal.contradiction, reveal.missing) == (False, True)
+
+
+async def test_equal_results_are_asked_of_nobody() -> None:
+    assert not (await revealed(Bench(), opening_of(0))).missing
+
+
+async def test_results_that_come_a_little_later_are_not_missing(autojump_clock: trio.testing.MockClock) -> None:
+    bench, late = Bench(), altered(0, 1.01)
+    async with trio.open_nursery() as nursery:
+
+        async def arrive() -> None:
+            await trio.sleep(1.2)
+            bench.reexecutor.blobs[address_of(late)] = late
+
+        nursery.start_soon(arrive)
+        reveal = await revealed(bench, opening_of(0, y=address_of(late)), 60)
+    assert (reveal.contradiction, reveal.missing) == (True, False)
+
+
+async def test_a_false_tensor_convicts_although_another_is_missing(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench()
+    claimed = altered(0, 1.01)
+    bench.reexecutor.blobs[address_of(claimed)] = claimed
+    reveal = await revealed(bench, opening_of(0, y=address_of(claimed), gw=bytes(32)), 60)
+    assert (reveal.contradiction, reveal.missing) == (True, True)
+
+
+async def test_workers_that_keep_the_auditor_waiting_hold_up_no_other_reveal(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench()
+    bench.reexecutor.silent.add(bytes(32))
+    async with running(bench):
+        bench.show(*(audit_of(cell) for cell in range(4)))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.show(*(opened(cell, opening_of(cell, gw=bytes(32))) for cell in range(3)), opened(3, opening_of(3)))
+        await bench.pass_blocks(10)
+    assert {reveal.audit for reveal in bench.reveals()} == {name_of(cell) for cell in range(4)}
+    assert [reveal.missing for reveal in bench.reveals()] == [False, True, True, True]
 
 
 async def test_openings_and_reveals_do_not_wait_for_a_slow_re_execution(
@@ -228,6 +272,24 @@ async def test_material_that_is_missing_is_asked_for_again_at_the_next_block() -
         bench.show()
         await trio.testing.wait_all_tasks_blocked()
     assert bench.commitments() == [name_of(1), name_of(0)]
+
+
+async def test_material_that_never_comes_is_reported_when_the_time_is_nearly_over(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench()
+    bench.reexecutor.lost = {0}
+    audit = audit_of(0)
+    async with running(bench):
+        bench.show(audit)
+        await bench.pass_blocks(audit.deadline - 2)
+        assert bench.commitments() == [name_of(0)]
+        assert bench.outbox.heights[0] > (1 + audit.deadline) / 2
+        bench.show(opened(0, opening_of(0)))
+        await trio.testing.wait_all_tasks_blocked()
+    (reveal,) = bench.reveals()
+    assert is_blank(reveal)
+    assert ballot(reveal, opening_of(0).sketch, reveal, bench.params) == Ballot.DATA_MISSING
 
 
 async def test_a_fault_costs_one_audit_and_not_the_peer() -> None:

@@ -54,7 +54,8 @@ from tests.trainer.training_samples import small_manifest
 from trainer.content import address_of
 from trainer.errors import ManifestError, StageError
 from trainer.manifest import decode_manifest, encode_manifest
-from trainer.messages import Activation, Commit, MessageError, Reduce, decode_message, encode_header, pack
+from trainer.messages import Activation, Commit, Reduce, decode_message, encode_header
+from trainer.payloads import MessageError, pack
 from trainer.state import decode_state_manifest
 
 PEER = peer_id(KEYS[0].account)

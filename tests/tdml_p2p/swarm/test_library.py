@@ -11,7 +11,7 @@ import trio
 from tdml_p2p.blobs import BlobUnavailable
 from tdml_p2p.host import Network
 from tdml_p2p.swarm.library import Library
-from tdml_p2p.swarm.reexecution import Unavailable
+from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.states import fetch_state
 from tests.tdml_p2p.swarm.trace_samples import state_of
 from tests.trainer.training_samples import small_manifest

@@ -29,7 +29,7 @@ def opening(number: int) -> Opening:
 
 
 def reveal(number: int) -> Reveal:
-    return Reveal(number.to_bytes(32, "big"), 0, HASH, bytes(384), bytes(384), False)
+    return Reveal(number.to_bytes(32, "big"), 0, HASH, bytes(384), bytes(384), False, False)
 
 
 class Ledger:

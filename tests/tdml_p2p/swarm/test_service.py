@@ -1,17 +1,31 @@
 """Who counts as a member of a task, and what a peer does when it cannot apply for a seat."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import base58
+import msgspec
 import pytest
 import trio
+import trio.testing
 
-from chain.engine import SubmitRefused
+from chain.engine import ChainEngine, SubmitRefused
 from chain.keys import PrivateKey, peer_id
 from chain.reasons import Reason
 from chain.records import Task
+from chain.state import State
+from chain.transactions import LeaveSeat, TakeSeat
+from tdml_p2p.swarm.admission import WrongAnswer
+from tdml_p2p.swarm.applying import Applicant
+from tdml_p2p.swarm.leaving import Leaving
 from tdml_p2p.swarm.service import SwarmService
+from tests.trainer.training_samples import small_manifest
+from trainer.footprint import largest
+from trainer.kernel import kernel_class
+
+T = TypeVar("T")
+MANIFEST = small_manifest(stages=2)
 
 TASK = bytes(range(32))
 CLIENT, SEATED, EVICTED, SPARE, STRANGER = (PrivateKey(bytes([number]) * 32).account for number in range(1, 6))
@@ -43,16 +57,141 @@ def test_a_peer_without_an_ed25519_key_is_no_member() -> None:
     assert not SwarmService.is_member(service(), TASK, rsa)
 
 
-async def test_a_peer_that_cannot_pay_applies_again_later() -> None:
-    async def refuse(_payload: object) -> bytes:
-        await trio.lowlevel.checkpoint()
-        raise SubmitRefused(Reason.NO_FUNDS)
+class Chain:
+    """Takes applications, or refuses them."""
 
-    async def at_once(_work: object) -> bytes:
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.sent: list[object] = []
+
+    async def submit(self, payload: object) -> bytes:
         await trio.lowlevel.checkpoint()
+        if self.refuses:
+            raise SubmitRefused(Reason.NO_FUNDS)
+        self.sent.append(payload)
         return bytes(32)
 
-    applied = {TASK}
-    peer = SimpleNamespace(_engine=SimpleNamespace(submit=refuse), _compute=at_once, _applied=applied)
-    await SwarmService._apply(cast(SwarmService, peer), cast(Task, SimpleNamespace(id=TASK)))
-    assert not applied
+
+async def at_once(work: Callable[[], T], /) -> T:
+    await trio.lowlevel.checkpoint()
+    return work()
+
+
+def applicant(chain: Chain, memory: int = 0, wrong: str = "") -> Applicant:
+    async def prove(_task: Task) -> int:
+        await trio.lowlevel.checkpoint()
+        if wrong:
+            raise WrongAnswer(wrong)
+        return 2
+
+    return Applicant(cast(ChainEngine, chain), at_once, memory, prove)
+
+
+async def test_a_machine_that_computes_wrongly_does_not_apply() -> None:
+    chain = Chain()
+    peer = applicant(chain, wrong="gw is off")
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"")), MANIFEST)
+    assert not chain.sent
+    assert peer.declined == {TASK: "this machine computes wrongly: gw is off"}
+
+
+async def test_a_machine_of_another_kernel_class_does_not_apply_and_says_which_it_is() -> None:
+    rough = msgspec.structs.replace(MANIFEST, precision="bf16")
+    own = kernel_class("bf16")
+    for manifest, kernel, said in (
+        (rough, own, ""),
+        (rough, bytes(32), own.hex()),
+        (rough, b"", "names no kernel class"),
+        (MANIFEST, bytes(32), "names a kernel class"),
+    ):
+        chain = Chain()
+        peer = applicant(chain)
+        await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=kernel)), manifest)
+        assert said in peer.declined.get(TASK, "")
+        assert [payload.kernel for payload in chain.sent] == ([] if said else [own])  # type: ignore[attr-defined]
+
+
+async def test_a_peer_that_cannot_pay_applies_again_later() -> None:
+    chain = Chain(refuses=True)
+    peer = applicant(chain)
+    assert peer.begin(TASK)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"")), MANIFEST)
+    assert peer.begin(TASK)
+    chain.refuses = False
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"")), MANIFEST)
+    assert not peer.begin(TASK)
+    assert [type(payload) for payload in chain.sent] == [TakeSeat]
+    assert peer.answers == {TASK: 2}
+
+
+async def test_a_peer_does_not_apply_for_what_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = largest(MANIFEST)
+    for memory, free, said in (
+        (need.step - 1, None, "more than the"),
+        (0, need.total - 1, "are free"),
+        (need.step, need.total, ""),
+        (0, None, ""),
+    ):
+        monkeypatch.setattr("trainer.footprint.available_bytes", lambda free=free: free)
+        chain = Chain()
+        peer = applicant(chain, memory)
+        await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"")), MANIFEST)
+        assert said in peer.declined.get(TASK, "")
+        assert len(chain.sent) == (not said)
+        assert len(peer.declined) == bool(said)
+        open_task = SimpleNamespace(is_open=True)
+        peer.forget_closed(cast(State, SimpleNamespace(task=lambda _, task=open_task: task)))
+        assert len(peer.declined) == bool(said)
+        peer.forget_closed(cast(State, SimpleNamespace(task=lambda _: None)))
+        assert not peer.declined
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_a_peer_that_stops_gives_up_its_seats_and_works_until_the_chain_says_so(
+    is_refused: bool,
+) -> None:
+    sent: list[object] = []
+    worker = SimpleNamespace(is_seated=True)
+    blocks, arrivals = trio.open_memory_channel[None](1)
+
+    async def submit(payload: object) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if is_refused:
+            raise SubmitRefused(Reason.MEMPOOL_FULL)
+        sent.append(payload)
+        return bytes(32)
+
+    state = SimpleNamespace(task=lambda _: SimpleNamespace(is_open=True), worker=lambda *_: worker)
+    engine = SimpleNamespace(submit=submit, state=state, subscribe=lambda: arrivals)
+    leaving = Leaving(cast(Any, engine), bytes(32), cast(Any, {TASK: None}))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leaving.leave)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sent == ([] if is_refused else [LeaveSeat(TASK)])
+        assert nursery.child_tasks
+        worker.is_seated = False
+        await blocks.send(None)
+
+
+async def test_who_left_stays_until_its_claims_have_settled_or_no_block_comes(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    worker = SimpleNamespace(is_seated=False, engaged=2)
+    blocks, arrivals = trio.open_memory_channel[None](1)
+    state = SimpleNamespace(
+        task=lambda _: SimpleNamespace(is_open=True), worker=lambda *_: worker, workers=lambda _: []
+    )
+    engine = SimpleNamespace(state=state, subscribe=lambda: arrivals)
+    session = SimpleNamespace(seat=SimpleNamespace(on_chain=0))
+    leaving = Leaving(cast(Any, engine), bytes(32), cast(Any, {TASK: session}))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leaving.hand_over)
+        await blocks.send(None)
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        worker.engaged = 0
+        await blocks.send(None)
+    worker.engaged = 1
+    blocks, arrivals = trio.open_memory_channel[None](1)
+    with trio.fail_after(60):
+        await leaving.hand_over()

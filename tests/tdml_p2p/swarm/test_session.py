@@ -1,6 +1,7 @@
 """Seats in a whole run: what workers claim, what they show to auditors, and that re-execution finds who cheats."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,17 +11,21 @@ import trio
 import trio.testing
 
 from chain.commitment import is_member, leaf
+from chain.ledger.book import audit_id
 from chain.params import Params
-from chain.state import Task
+from chain.records import ClaimRecord
+from chain.state import Audit, State, Task
 from chain.transactions import Opening, Trace
-from chain.verdicts import deviations, is_fraud, is_match
+from chain.verdicts import deviations, is_fraud, is_match, limits_for
 from tdml_p2p.demo.faults import ATTACKS, faulty_factory
 from tdml_p2p.swarm.inputs import InputsRefused, Wanted, checked, merge
 from tdml_p2p.swarm.reexecution import Execution, Reexecutor, results_of
+from tdml_p2p.swarm.service import SwarmService
 from tests.tdml_p2p.swarm.session_kit import CLIENT, TASK, Run, inline, without_threads
 from tests.trainer.swarm_kit import manifest_of
 from trainer.coordinator_ports import StepDone
 
+LIMITS = limits_for(Params())
 AUDIT, KEY = bytes([1]) * 32, bytes([2]) * 32
 STEPS = (1, 2, 3)
 
@@ -94,7 +99,7 @@ def test_an_opening_is_under_the_claim(run: Run) -> None:
         claim = run.claim(wanted.stage, wanted.step, replica)
         opened = opening(run, peer, wanted)
         place = claim.cells.index(wanted.cell)
-        assert is_member(claim.root, leaf(opened.salt, opened.trace), place, len(claim.cells), opened.proof)
+        assert is_member(claim.root, leaf(opened.salt, opened.trace), place, len(claim.cells) + 1, opened.proof)
         assert opened.trace.state == claim.state_before
 
 
@@ -168,17 +173,42 @@ def test_tensors_and_states_are_served_by_address(run: Run) -> None:
     assert run.sessions[run.stages[0][0]].blob(bytes(32)) is None
 
 
+def nothing_on_chain() -> State:
+    return cast(State, SimpleNamespace(claim=lambda _identity: None))
+
+
+@pytest.mark.parametrize(("audited", "kept"), [((), ()), ((1,), (1,)), ((2,), (0, 1)), ((0, 2), (0, 1))])
+def test_gradients_are_kept_until_it_is_drawn_which_are_audited(
+    audited: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    run = trained(manifest=manifest_of(stages=1, steps=3, microbatches=2))
+    [peer] = run.stages[0]
+    session = run.sessions[peer]
+    traces = [opening(run, peer, Wanted(TASK, 0, 2, 0, cell)).trace for cell in (0, 1)]
+    task = cast(Task, SimpleNamespace(settled=0, generation=0, transition=2))
+    for drawn in (False, True):
+        record = SimpleNamespace(drawn=drawn, id=bytes(32))
+        names = {audit_id(cast(ClaimRecord, record), cell) for cell in audited}
+        state = SimpleNamespace(claim=lambda _, r=record: r, audit=lambda name, names=names: name in names or None)
+        session.on_state(cast(State, state), task)
+        held = [cell for cell in (0, 1) if session.blob(traces[cell].gw) is not None]
+        assert held == ([0, 1] if not drawn else list(kept))
+    for cell in (0, 1):
+        assert (session.book.opening((0, 2, cell), AUDIT, KEY) is None) == (cell not in kept)
+        assert session.blob(traces[cell].y) is not None
+
+
 def test_what_has_settled_is_forgotten() -> None:
     run = trained(manifest=manifest_of(stages=1, steps=3, microbatches=2))
     [peer] = run.stages[0]
     session = run.sessions[peer]
     traces: dict[int, Trace] = {step: opening(run, peer, Wanted(TASK, 0, step, 0, 0)).trace for step in STEPS}
-    session.on_task(cast(Task, SimpleNamespace(settled=2, generation=0)))
+    session.on_state(nothing_on_chain(), cast(Task, SimpleNamespace(settled=2, generation=0)))
     assert [session.book.cell(0, step, 0) is None for step in STEPS] == [True, True, False]
     assert [session.blob(traces[step].gw) is None for step in STEPS] == [True, True, False]
     # A worker that joins starts from the settled state, and audits of step 3 run on it.
     assert [session.blob(traces[step].state) is None for step in STEPS] == [True, True, False]
-    session.on_task(cast(Task, SimpleNamespace(settled=3, generation=0)))
+    session.on_state(nothing_on_chain(), cast(Task, SimpleNamespace(settled=3, generation=0)))
     assert session.book.cell(0, 3, 0) is None
     assert session.blob(run.states[0].root) is not None
 
@@ -186,7 +216,7 @@ def test_what_has_settled_is_forgotten() -> None:
 def test_a_session_that_has_not_begun_holds_nothing() -> None:
     run = Run(manifest=manifest_of(stages=1, steps=3))
     session = run.sessions[run.stages[0][0]]
-    session.on_task(cast(Task, SimpleNamespace(settled=0, generation=0)))
+    session.on_state(nothing_on_chain(), cast(Task, SimpleNamespace(settled=0, generation=0)))
     assert session.blob(bytes(32)) is None
     assert session.describe(Wanted(TASK, 0, 1, 0, 0)) is None
 
@@ -199,7 +229,7 @@ def test_re_execution_finds_the_cheat_and_nobody_else(attack: str) -> None:
         for step in STEPS:
             wanted = Wanted(TASK, 0, step, stage, 1)
             found = deviations(opening(run, peer, wanted).sketch, reexecuted(run, wanted).sketch(KEY))
-            verdicts[stage, step] = (is_match(found, Params()), is_fraud(found, Params()))
+            verdicts[stage, step] = (is_match(found, LIMITS), is_fraud(found, LIMITS))
     honest, fraud = (True, False), (False, True)
     assert verdicts == {
         (0, 1): honest,
@@ -211,3 +241,29 @@ def test_re_execution_finds_the_cheat_and_nobody_else(attack: str) -> None:
 
 def test_nothing_is_refused_among_honest_peers(run: Run) -> None:
     assert [transport.refused.total() for transport in (run.client, *run.transports.values())] == [0] * 5
+
+
+def test_what_a_worker_had_no_room_for_it_computes_again(run: Run) -> None:
+    """A service without a network opens a cell whose weight gradient was not kept, by re-executing it."""
+    peer, wanted = next(cells(run))
+    kept = run.sessions[peer].book.cell(0, wanted.step, wanted.cell)
+    assert kept is not None
+    session = run.sessions[peer]
+    audit = SimpleNamespace(task=TASK, generation=0, step=wanted.step, cell=wanted.cell, id=AUDIT, key=KEY)
+    session.book._steps[0, wanted.step].cells[wanted.cell] = replace(kept, record=replace(kept.record, gw=None))
+    service = SimpleNamespace(
+        _sessions={TASK: session},
+        _describe_audit=lambda _: run.cell(wanted),
+        _reexecutor=Reexecutor(run.fetch, run.ask, inline),
+    )
+    found: list[Opening | None] = []
+
+    async def open_it() -> None:
+        found.append(await SwarmService._open_audit(cast(SwarmService, service), cast(Audit, audit)))
+
+    with without_threads():
+        in_virtual_time(open_it)
+    assert found == [opening(run, peer, wanted)]
+    restored = session.book.cell(0, wanted.step, wanted.cell)
+    assert restored is not None
+    assert restored.record.gw is not None

@@ -25,7 +25,8 @@ from tdml_p2p.swarm.transport import SwarmTransport
 from tdml_p2p.tensors import Frame, LinkLost, TensorStreams
 from tdml_p2p.tensors import PeerLost as StreamLost
 from trainer.content import address_of
-from trainer.messages import Activation, Commit, Message, encode_header, pack, payload_of
+from trainer.messages import Activation, Commit, Message, encode_header, payload_of
+from trainer.payloads import pack
 from trainer.transport import Lost, PeerLost, Received
 
 TASK = bytes(range(32))

@@ -1,0 +1,58 @@
+"""What status and page tell of audits: how many are open, what is owed here, and how the newest ones went."""
+
+from collections import Counter
+from typing import Any
+
+from chain.keys import peer_id
+from chain.records import Audit, AuditStatus
+from chain.state import State, Table
+from chain.verdicts import TENSORS, deviations, finding, limits_for
+
+SHOWN = 20
+_NOT_YET = "–"
+
+
+def audit_counts(state: State, account: bytes) -> dict[str, int]:
+    """Return how many audits are open, what of them is owed by `account`, and ends of those in the state by name."""
+    ended = Counter(str(audit.state) for audit in state.tables[Table.AUDITS].values() if not audit.is_active)
+    return {"open": len(state.tables[Table.ACTIVE]), "owed": len(state.duties(account)), **ended}
+
+
+def recent_audits(state: State) -> list[dict[str, Any]]:
+    """Return the newest audits: first those in dispute or ended by a verdict, last what came to nothing."""
+    found: list[Audit] = list(state.tables[Table.AUDITS].values())
+    newest = sorted(found, key=lambda audit: (_rank(audit), -audit.drawn_at, audit.id))[:SHOWN]
+    return [_row(state, audit) for audit in newest]
+
+
+def _rank(audit: Audit) -> int:
+    if audit.state is AuditStatus.VOID:
+        return 2
+    return int(audit.third is None and not audit.voters)
+
+
+def _row(state: State, audit: Audit) -> dict[str, Any]:
+    task = state.task(audit.task)
+    return {
+        "audit": audit.id.hex(),
+        "status": str(audit.state),
+        "task": audit.task.hex(),
+        "step": audit.step,
+        "stage": audit.stage,
+        "cell": "optimiser" if task is not None and audit.cell == task.transition else audit.cell,
+        "worker": peer_id(audit.worker),
+        "auditor": peer_id(audit.auditor),
+        "votes": sum(voter.has_revealed for voter in audit.voters),
+        "voters": len(audit.voters),
+        **_measured(state, audit),
+    }
+
+
+def _measured(state: State, audit: Audit) -> dict[str, str]:
+    """Return what the auditor's re-execution says of the claim, and by how many times τ the worst tensor is off."""
+    if audit.opening is None or audit.reveal is None:
+        return {"finding": _NOT_YET, "off": _NOT_YET}
+    found = deviations(audit.opening.sketch, audit.reveal.shared)
+    limits = limits_for(state.params, audit.reveal)
+    worst, name = max((d / tau, n) for d, tau, n in zip(found, limits.tau, TENSORS, strict=True))
+    return {"finding": finding(found, limits), "off": f"{name} {worst:.2g} τ"}

@@ -1,0 +1,93 @@
+"""Applications of a peer for seats: where it applies, and which tasks it is too small for."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import structlog
+
+from chain.engine import ChainEngine, SubmitRefused
+from chain.state import State, Task
+from chain.transactions import TakeSeat
+from tdml_p2p.swarm.admission import WrongAnswer
+from trainer.manifest import TaskManifest
+from trainer.precision import BF16
+from trainer.worker_ports import DEFAULT_MEMORY_LIMIT, Compute
+
+log = structlog.get_logger(__name__)
+
+
+class Applicant:
+    """Applies once for a seat of every task that this machine can hold; `memory` bounds a step's tensors, 0 usually."""
+
+    def __init__(
+        self, engine: ChainEngine, compute: Compute, memory: int, prove: Callable[[Task], Awaitable[int]]
+    ) -> None:
+        self._engine = engine
+        self._compute = compute
+        self._memory = memory or DEFAULT_MEMORY_LIMIT
+        self._prove = prove
+        self._applied: set[bytes] = set()
+        self.declined: dict[bytes, str] = {}
+        """Why this peer does not apply, by task."""
+        self.answers: dict[bytes, int] = {}
+        """Verified cells that this peer computed alike before it applied, by task."""
+
+    def begin(self, task: bytes) -> bool:
+        """Whether an application for a seat of this task is still to be made; it is from now on."""
+        is_new = task not in self._applied
+        self._applied.add(task)
+        return is_new
+
+    async def apply(self, task: Task, manifest: TaskManifest) -> None:
+        """Apply, unless the task is too large, or this machine computes what others have verified in another way.
+
+        What the chain refuses for now is tried again with a later block.
+        """
+        kernel = await self._compute(partial(_kernel, manifest.precision))
+        problem = _unlike(task, manifest, kernel) or await self._compute(partial(_too_large, manifest, self._memory))
+        try:
+            self.answers[task.id] = 0 if problem else await self._prove(task)
+        except WrongAnswer as error:
+            problem = f"this machine computes wrongly: {error}"
+        if problem is not None:
+            self.declined[task.id] = problem
+            log.warning("does not apply for a seat", task=task.id.hex(), reason=problem)
+            return
+        try:
+            await self._engine.submit(TakeSeat(task.id, kernel))
+        except SubmitRefused as error:
+            log.warning("cannot apply for a seat yet", task=task.id.hex(), reason=error.reason)
+            self._applied.discard(task.id)
+            return
+        log.info("applied for a seat", task=task.id.hex())
+
+    def forget_closed(self, state: State) -> None:
+        """Forget why tasks that are over were declined."""
+        kept = {task: why for task, why in self.declined.items() if (found := state.task(task)) and found.is_open}
+        self.declined = kept
+        self.answers = {
+            task: count for task, count in self.answers.items() if (found := state.task(task)) and found.is_open
+        }
+
+
+def _too_large(manifest: TaskManifest, memory: int) -> str | None:
+    from trainer.footprint import available_bytes, why_not
+
+    return why_not(manifest, memory, available_bytes())
+
+
+def _unlike(task: Task, manifest: TaskManifest, kernel: bytes) -> str | None:
+    """Return why results of this machine would not be comparable; None if they would."""
+    if (manifest.precision == BF16) != bool(task.kernel):
+        return (
+            f"its precision is {manifest.precision}, and on chain it names {'a' if task.kernel else 'no'} kernel class"
+        )
+    if task.kernel not in (b"", kernel):
+        return f"its results are exact in kernel class {task.kernel.hex()} only, this machine is of {kernel.hex()}"
+    return None
+
+
+def _kernel(precision: str) -> bytes:
+    from trainer.kernel import kernel_class
+
+    return kernel_class(precision)

@@ -1,0 +1,51 @@
+"""Whether an opened trace contradicts a re-execution: other inputs than were signed for, or other results. Pure."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from chain.transactions import Trace
+from chain.verdicts import Limits
+from tdml_p2p.swarm.material import Buffer
+
+if TYPE_CHECKING:
+    from tdml_p2p.swarm.reexecution import Execution
+    from trainer.compare import Thresholds
+
+RESULTS = ("y", "gx", "gw")
+
+
+def has_other_inputs(execution: "Execution", opened: Trace) -> bool:
+    """Whether the trace names other inputs than their senders signed."""
+    return (opened.x, opened.gy) != (execution.inputs.x.address, execution.inputs.gy.address)
+
+
+def disputed_results(execution: "Execution", opened: Trace) -> dict[str, bytes]:
+    """Return the claimed addresses of the results that are not, bit for bit, those of the re-execution."""
+    from tdml_p2p.swarm.reexecution import results_of
+
+    claimed = (opened.y, opened.gx, opened.gw)
+    pairs = zip(RESULTS, results_of(execution), claimed, strict=True)
+    return {name: theirs for name, own, theirs in pairs if own != theirs}
+
+
+def tolerances(limits: Limits) -> "Thresholds":
+    """Return a network's limits as whole tensors are compared with."""
+    from trainer.compare import Thresholds
+
+    return Thresholds(*limits.tau, fraud_factor=limits.fraud_factor)
+
+
+def has_false_results(execution: "Execution", claimed: Mapping[str, Buffer], limits: Limits) -> bool:
+    """Whether one of the claimed tensors is fraud, or no tensor of its kind at all."""
+    from trainer.compare import compare
+    from trainer.stage import CellResult
+    from trainer.tensors import vector_of
+
+    result = execution.result
+    theirs = {name: getattr(result, name) for name in RESULTS}
+    for name, data in claimed.items():
+        try:
+            theirs[name] = vector_of(data, theirs[name].numel()).reshape(theirs[name].shape)
+        except ValueError:
+            return True
+    return compare(CellResult(**theirs, boundaries=()), result, tolerances(limits)).is_fraud

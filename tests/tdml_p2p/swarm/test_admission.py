@@ -1,0 +1,86 @@
+"""Known-answer cells: a machine that computes rightly is let in, a broken one finds out, and nobody waits in vain."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import pytest
+import trio
+from msgspec import structs
+
+from chain.params import Params
+from chain.records import Audit, AuditStatus
+from tdml_p2p.swarm.admission import CELLS, WrongAnswer, known_answers
+from tdml_p2p.swarm.reexecution import Reexecutor
+from tests.tdml_p2p.swarm.test_reexecution import Material, inline
+from tests.tdml_p2p.swarm.test_replay import Judged
+from trainer.stage import CellResult
+
+T = TypeVar("T")
+
+
+async def broken(work: Callable[[], T], /) -> T:
+    """Compute as a machine with a faulty multiplier."""
+    result: Any = await inline(work)
+    return result._replace(gw=result.gw * 1.01) if isinstance(result, CellResult) else result
+
+
+async def ask(judged: Judged, reexecutor: Reexecutor, *statuses: AuditStatus) -> int:
+    """Return the known answers of audits with these statuses, of which one passes in the third block."""
+    cases = [(await judged.case(status)).audit for status in statuses]
+    audits = [structs.replace(audit, id=bytes([number]) * 32) for number, audit in enumerate(cases)]
+    later = structs.replace((await judged.case(AuditStatus.PASSED)).audit, id=bytes([99]) * 32)
+    heights: list[int] = []
+
+    async def blocks() -> AsyncIterator[int]:
+        for height in range(1, 4):
+            await trio.lowlevel.checkpoint()
+            heights.append(height)
+            yield height
+
+    def newest() -> list[Audit]:
+        return [later] if len(heights) == 3 else audits
+
+    async with aclosing(blocks()) as arriving:
+        found = await known_answers(newest, arriving, lambda _: judged.cell, reexecutor, Params())
+    assert bool(heights) == any(audit.is_active for audit in audits)
+    return found
+
+
+async def test_verified_cells_computed_alike_let_a_peer_in() -> None:
+    judged = Judged(Material())
+    assert await ask(judged, judged.reexecutor) == 0
+    assert await ask(judged, judged.reexecutor, AuditStatus.PASSED) == 1
+    assert await ask(judged, judged.reexecutor, *[AuditStatus.PASSED] * 5) == CELLS
+
+
+async def test_an_audit_that_is_under_way_is_waited_for() -> None:
+    judged = Judged(Material())
+    assert await ask(judged, judged.reexecutor, AuditStatus.OPENED) == 1
+
+
+async def test_a_machine_that_computes_wrongly_finds_out() -> None:
+    judged = Judged(Material())
+    faulty = Reexecutor(judged.material.fetch, judged.material.ask, broken)
+    with pytest.raises(WrongAnswer, match=r"gw 9\.\de-03"):
+        await ask(judged, faulty, AuditStatus.PASSED)
+
+
+@pytest.mark.parametrize("status", [AuditStatus.FAULTED, AuditStatus.CONVICTED, AuditStatus.UNDECIDED])
+async def test_only_what_has_passed_is_an_answer(status: AuditStatus) -> None:
+    judged = Judged(Material())
+    faulty = Reexecutor(judged.material.fetch, judged.material.ask, broken)
+    assert await ask(judged, faulty, status) == 0
+
+
+async def test_what_nobody_has_any_more_keeps_nobody_out() -> None:
+    judged = Judged(Material())
+    audit = (await judged.case(AuditStatus.PASSED)).audit
+
+    async def none() -> AsyncIterator[int]:
+        pytest.fail("nothing is under way")
+        yield await trio.lowlevel.checkpoint()
+
+    judged.material.blobs.clear()
+    for cell in (judged.cell, None):
+        assert await known_answers(lambda: [audit], none(), lambda _, c=cell: c, judged.reexecutor, Params()) == 0

@@ -1,0 +1,34 @@
+"""What the status and the page tell of audits, on a ledger that has lived."""
+
+from tdml_p2p.http_audits import SHOWN, audit_counts, recent_audits
+from tests.chain.ledger_kit import KEYS, start_swarm
+
+
+def test_disputes_come_first_with_what_was_measured_and_who_voted() -> None:
+    swarm = start_swarm()
+    cheat = swarm.seated(0)[0]
+    swarm.deviation[cheat] = -2.0
+    swarm.work(30)
+    rows = recent_audits(swarm.state)
+    assert 0 < len(rows) <= SHOWN
+    first = rows[0]
+    assert first["status"] == "convicted"
+    assert first["finding"] == "fraud"
+    assert first["off"].split()[2] == "τ"
+    assert float(first["off"].split()[1]) > 100
+    assert 0 < first["votes"] <= first["voters"]
+    quiet = [row for row in rows if row["status"] == "passed"]
+    assert {row["finding"] for row in quiet} <= {"match", "–"}
+    counts = audit_counts(swarm.state, KEYS[0].account)
+    assert counts["convicted"] >= 1
+    assert counts["open"] == 0
+
+
+def test_what_is_owed_is_counted() -> None:
+    swarm = start_swarm()
+    swarm.silent.update((key.account, "commit") for key in KEYS)
+    while not swarm.ledger.happened("drawn"):
+        swarm.work(1, last_step=1)
+    owed = [audit_counts(swarm.state, key.account)["owed"] for key in KEYS]
+    assert sum(owed) == audit_counts(swarm.state, KEYS[0].account)["open"] > 0
+    assert {row["finding"] for row in recent_audits(swarm.state)} == {"–"}
