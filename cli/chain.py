@@ -12,6 +12,7 @@ from cyclopts.validators import Number
 
 from cli import render, render_chain
 from cli.common import default_home, exit_with, new_app, run_app
+from cli.economics import Economics, worth
 from cli.node import NodeSource
 from cli.output import Format, show
 from cli.sources import DaemonSource, DatabaseSource, Source
@@ -51,6 +52,7 @@ class Common:
 
 
 _PLAIN = Common()
+_NO_ECONOMICS = Economics()
 
 
 def _source(common: Common) -> Source:
@@ -156,8 +158,25 @@ def claim(identity: Id, *, common: Common = _PLAIN) -> None:
 
 
 @app.command
-def audit(identity: Id, *, common: Common = _PLAIN) -> None:
+def audit(
+    identity: Id,
+    *,
+    replay: Annotated[
+        bool, Parameter(negative="", help="Execute the cell again on this machine and compare it with the claim.")
+    ] = False,
+    common: Common = _PLAIN,
+) -> None:
     """One audit: what was claimed, what others computed, who voted how, what came of it."""
+    if replay:
+        told = show(
+            lambda: _source(common).replay(identity),
+            common.output,
+            common.field,
+            lambda data: render_chain.replayed(data, common.verbose),
+        )
+        if told["confirms"] is False:
+            raise UserError("The re-execution here contradicts what came of this audit.", "see the deviations above")
+        return
     _show(common, "audit", {"id": identity}, render_chain.audit)
 
 
@@ -184,9 +203,17 @@ def certificate(ref: Ref = "latest", *, common: Common = _PLAIN) -> None:
 
 
 @app.command
-def params(*, common: Common = _PLAIN) -> None:
-    """The network's parameters."""
-    _show(common, "params", {}, render.fields)
+def params(*, economics: Economics = _NO_ECONOMICS, common: Common = _PLAIN) -> None:
+    """The network's parameters; with --economics what each way to cheat is worth under a task's terms."""
+    if not economics.shown:
+        _show(common, "params", {}, render.fields)
+        return
+    show(
+        lambda: worth(_source(common).ask("params", {}), economics),
+        common.output,
+        common.field,
+        render_chain.economics,
+    )
 
 
 @app.command

@@ -78,6 +78,17 @@ def wanted_params(now: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]
     return wanted
 
 
+def thresholds(calibration: Path | None) -> tuple[str, ...]:
+    """Return the change of parameters that a calibration asks for, NAME=VALUE; raise `UserError`."""
+    if calibration is None:
+        return ()
+    from chain.params import Params
+    from tdml_p2p.bootstrap import calibrate
+
+    found, _ = calibrate(Params(), calibration)
+    return (f"{found.parameter}={','.join(map(str, found.tau))}",)
+
+
 def _change(current: dict[str, Any], text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     if name not in current:

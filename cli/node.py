@@ -36,6 +36,10 @@ class NodeSource:
         """Refuse: events are not proven."""
         raise UserError("A remote peer's events cannot be followed.", "join its network, then watch your own", USAGE)
 
+    def replay(self, identity: str) -> Any:
+        """Refuse: the material of an audit is fetched by a peer of the network."""
+        raise UserError("A remote peer is not asked to replay an audit.", "join its network and ask your peer", USAGE)
+
     async def _ask(self, query: str, arguments: dict[str, str]) -> Any:
         from tdml_p2p.remote import OPEN_QUERIES, reach
 

@@ -23,6 +23,7 @@ app.config = (Env("TDML_", command=False), settings.from_home)
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 Amount = Annotated[int, Parameter(name="amount", converter=whole, help="Base units.")]
 Home = Annotated[Path | None, Parameter(name="--home", help="Home folder of the peer.")]
+Calibrated = Annotated[Path | None, Parameter(help="Thresholds as `python -m bench.numerics --calibration` measured.")]
 Flat = Parameter(name="*")
 _PEER = PeerConfig()
 _TRAIN = TrainConfig()
@@ -70,6 +71,7 @@ def init(
     *,
     home: Home = None,
     genesis: Annotated[Path | None, Parameter(help="genesis.json of a network; without it a private one.")] = None,
+    calibration: Calibrated = None,
     json_: Json = False,
 ) -> None:
     """Make a home: key, settings, and the genesis of a network."""
@@ -78,7 +80,7 @@ def init(
 
     configure_logs("info")
     folder = home or default_home()
-    made = initialize(folder, genesis)
+    made = initialize(folder, genesis, calibration)
     config = folder / settings.FILE
     if not config.exists():
         config.write_text(settings.template())
@@ -134,9 +136,9 @@ def faucet(*, home: Home = None, json_: Json = False) -> None:
 
 
 @app.command
-def vote_params(*changes: str, home: Home = None, json_: Json = False) -> None:
+def vote_params(*changes: str, calibration: Calibrated = None, home: Home = None, json_: Json = False) -> None:
     """Stand with this validator's stake for other parameters: NAME=VALUE…; none takes the vote back."""
-    wanted = keys.wanted_params(_daemon(home).ask("params", {}), changes)
+    wanted = keys.wanted_params(_daemon(home).ask("params", {}), (*keys.thresholds(calibration), *changes))
     _transact(home, json_, {"kind": "vote-params", "params": wanted})
 
 

@@ -6,7 +6,10 @@ from typing import Any
 from cli.render import columns_of, event_line, fields, marks, paint, short, table
 
 Answer = dict[str, Any]
-_MARKS = {"against-worker": "✕", "against-neither": "✓", "against-auditor": "✓", "against-both": "✕"}
+_MARKS = {
+    "against-worker": "✕", "against-both": "✕", "data-missing": "✕", "small-deviation": "✕",
+    "against-neither": "✓", "against-auditor": "✓",
+}  # fmt: skip
 _TENSORS = ("y", "gx", "gw")
 _STATUS_COLOURS = {
     "passed": "green",
@@ -94,7 +97,8 @@ def _seats(workers: Sequence[Answer], verbose: bool) -> str:
 def audit(data: Answer, verbose: bool) -> str:
     """Return the story of an audit: the cell, the deviations, the votes, what came of it."""
     colour = _STATUS_COLOURS.get(data["status"], "bold")
-    place = "  ".join(f"{name} {data[name]}" for name in ("generation", "step", "stage", "cell"))
+    names = ("generation", "step", "stage") if data.get("is_step") else ("generation", "step", "stage", "cell")
+    place = "  ".join(f"{name} {data[name]}" for name in names) + ("  optimiser's step" if data.get("is_step") else "")
     lines = [
         f"audit    {short(data['id'], verbose)}  {paint(data['status'], colour)}",
         data.get("outcome", ""),
@@ -111,7 +115,24 @@ def audit(data: Answer, verbose: bool) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _deviations(data: Answer) -> str:
+def replayed(data: Answer, verbose: bool) -> str:
+    """Return what a re-execution on this machine says of a claim, and whether the verdict stands."""
+    whole = {name: value for name, value in data["tensors"].items() if name in _TENSORS}
+    said = {True: "✓ confirms", False: "✕ contradicts", None: "· decides nothing about"}[data["confirms"]]
+    lines = [
+        f"audit    {short(data['audit'], verbose)}  {data['status']}",
+        f"worker   {short(data['worker'], verbose)}",
+        f"inputs   {data['inputs']}",
+        _deviations(data, "deviation of the claim from this machine's re-execution"),
+        f"step     {data['step'] or 'the claimed state follows from its record'}" if "step" in data else "",
+        "whole tensors  " + "  ".join(f"{name} {_number(value)}" for name, value in whole.items()),
+        f"machine  torch {data['machine']['torch']}, {data['machine']['cpu']}, kernel {data['machine']['kernel'][:16]}",
+        f"{said} the outcome: {data['status']}",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _deviations(data: Answer, title: str = "deviation of the claim from the audit") -> str:
     found, limits = data.get("deviations"), data.get("thresholds")
     if not found or not limits:
         return ""
@@ -120,7 +141,8 @@ def _deviations(data: Answer) -> str:
         is_inside = found[name] != "inf" and float(found[name]) <= float(limits[name])
         mark = paint("✓", "green") if is_inside else paint("✕", "red")
         lines.append(f"  {name:<3} {mark} {_number(found[name]):>9}  tolerance {_number(limits[name])}")
-    return f"deviation of the claim from the audit: {data.get('finding', '')}\n" + "\n".join(lines)
+    wide = " (a machine of another kernel class than the workers': wide tolerances)" if data.get("other_kernel") else ""
+    return f"{title}: {data.get('finding', '')}{wide}\n" + "\n".join(lines)
 
 
 def _number(value: Any) -> str:
@@ -171,6 +193,18 @@ def evidence(data: Answer, verbose: bool) -> str:
     if data.get("votes"):
         parts.append(_section("conflicting votes", _table(data["votes"], verbose)))
     return "\n".join(parts)
+
+
+def economics(data: Answer) -> str:
+    """Return what each way to cheat gains and loses, and whether all of them lose."""
+    columns = ("cheat", "chance", "mean_cells", "cells_for_certainty", "gain", "loss", "profit")
+    rows = [{name: str(row[name]) for name in columns} for row in data["cheats"]]
+    said = paint("no way to cheat pays more than once", "green")
+    if not data["is_sound"]:
+        said = paint("a way to cheat pays", "red")
+    notes = [f"  {row['cheat']}: {row['note']}" for row in data["cheats"]]
+    head = f"bond {data['bond']}, at least {data['least_bond']}: {said}"
+    return "\n".join([head, table(rows, columns, False), *notes])
 
 
 def of_rows(*columns: str) -> Callable[[Any, bool], str]:

@@ -20,9 +20,12 @@ def status(data: Answer) -> str:
         _line("role", _role(data)),
         _line("balance", data.get("balance"), f"bonded {data['bonded']}", f"earned {data['earnings']}"),
     ]
+    if any((data.get("audits") or {}).values()):
+        lines.insert(-1, _line("audits", *(f"{count} {name}" for name, count in data["audits"].items() if count)))
     if data.get("seats"):
         columns = ("task", "stage", "bond", "settled_cells", "lease_until")
         lines.append("seats\n" + "\n".join("  " + line for line in table(data["seats"], columns).splitlines()))
+    lines += [f"declined task {short(one['task'])}: {one['reason']}" for one in data.get("declined") or []]
     for warning in data.get("warnings") or []:
         lines.append(paint(f"warning: {warning['message']}", "yellow"))
         lines += [f"  hint: {warning['hint']}"] if warning.get("hint") else []

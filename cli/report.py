@@ -16,7 +16,10 @@ from cli.render import short
 Event = dict[str, Any]
 _QUIET = frozenset(("drawn", "passed", "settled", "void", "committed", "opened", "claimed", "block"))
 _ALARMS = frozenset(("disputed", "convicted", "evicted", "slashed", "equivocation"))
-_BALLOTS = {"against-worker": "✕", "against-both": "✕", "against-auditor": "✓", "against-neither": "✓"}
+_BALLOTS = {
+    "against-worker": "✕", "against-both": "✕", "data-missing": "✕", "small-deviation": "✕",
+    "against-auditor": "✓", "against-neither": "✓",
+}  # fmt: skip
 _WIDTH = 160
 
 
@@ -51,6 +54,7 @@ class TextReport:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._names: dict[str, str] = {}
+        self._convicted: list[str] = []
         self._ballots: dict[str, str] = {}
         self._live = LiveView(self._console, self._name)
         self._handlers: dict[str, Callable[[Event], None]] = {
@@ -61,6 +65,16 @@ class TextReport:
             "formed": self._formed,
             "step": self._step,
             "chain": self._chain,
+            "validation": self._validation,
+            "rerouted": self._rerouted,
+            "left": self._left,
+            "outvoted": self._outvoted,
+            "split": self._split,
+            "joined": self._joined,
+            "waiting": self._waiting,
+            "moved": self._moved,
+            "abandoned": self._abandoned,
+            "alone": self._alone,
             "rollback": self._rollback,
             "evicted": self._evicted,
             "saved": self._saved,
@@ -110,7 +124,60 @@ class TextReport:
             f"step {event['step']:>5}  loss {_loss(event):.4f}  {event['tokens_per_second']:>7,.0f} tok/s"
             f"  {event['seconds']:.2f} s  {event['bytes_sent'] / 1e6:.1f} MB"
             f"  audits {event['audits']}  faults {event['faults']}"
+            + (f"  peers {sum(share['cells'] > 0 for share in event['shares'])}" if event.get("shares") else "")
         )
+
+    def _validation(self, event: Event) -> None:
+        if event["loss"] is None:
+            self._print(f"step {event['step']:>5}  not validated: {event['reason']}", "yellow")
+        else:
+            self._print(f"step {event['step']:>5}  validation loss {_loss(event):.4f}", "bold")
+
+    def _rerouted(self, event: Event) -> None:
+        cells = ", ".join(str(cell) for cell in event["cells"])
+        name = self._name(event["peer"])
+        self._print(
+            f"rerouted step {event['step']}: stage {event['stage']} cells {cells} from {name} to other replicas,"
+            f" {event['reason']}",
+            "yellow",
+        )
+
+    def _outvoted(self, event: Event) -> None:
+        cells = ", ".join(str(cell) for cell in event["cells"])
+        self._print(
+            f"outvoted step {event['step']}: {self._name(event['peer'])} of stage {event['stage']} had other results"
+            f" of cells {cells} than most of its team; theirs went on, and all that it claims is audited",
+            "yellow",
+        )
+
+    def _split(self, event: Event) -> None:
+        names = ", ".join(self._name(peer) for peer in event["peers"])
+        self._print(
+            f"split   {names} of stage {event['stage']} have no majority in step {event['step']}: it begins again"
+            " with others; peers of one machine type and `--threads` agree bit for bit",
+            "yellow",
+        )
+
+    def _left(self, event: Event) -> None:
+        self._print(
+            f"lost    {self._name(event['peer'])} of stage {event['stage']} in step {event['step']}: {event['reason']}",
+            "red",
+        )
+
+    def _joined(self, event: Event) -> None:
+        self._print(f"joined  {self._name(event['peer'])} in stage {event['stage']} for step {event['step']}", "green")
+
+    def _waiting(self, event: Event) -> None:
+        self._print(f"waiting step {event['step']}: nobody holds stage {event['stage']}, a peer must join", "red")
+
+    def _moved(self, event: Event) -> None:
+        self._print(f"moved   a stage lost its last peer: a new task goes on after step {event['step']}", "yellow")
+
+    def _abandoned(self, event: Event) -> None:
+        self._print(f"closed  task {short(event['task'])}, which a killed run had left open", "yellow")
+
+    def _alone(self, event: Event) -> None:
+        self._print(f"alone   {self._name(event['peer'])} is the only peer of stage {event['stage']} now", "yellow")
 
     def _chain(self, event: Event) -> None:
         self._names.update(event.get("names") or {})
@@ -141,6 +208,7 @@ class TextReport:
     def _evicted(self, event: Event) -> None:
         text = f"evicted {self._name(event['peer'])} at step {event['step']}: {event['reason']}"
         self._print(f"{text}, evidence {short(event['evidence'])}", "bold red")
+        self._convicted.append(str(event["evidence"]))
 
     def _saved(self, event: Event) -> None:
         self._print(f"saved   step {event['step']} in {event['out']}", "green")
@@ -159,6 +227,8 @@ class TextReport:
         parts = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in event["seconds"].items())
         self._print(f"time    {parts}")
         self._print(f"model   {event['out']}   (try: tdml-peer generate --model {event['out']} --prompt 'def ')")
+        for audit in self._convicted[:1]:
+            self._print(f"replay  tdml-chain audit {audit} --replay --db {event['out']}/chain.db")
         self._print(f"chain   tdml-chain evidence --db {event['out']}/chain.db")
 
     def _other(self, event: Event) -> None:

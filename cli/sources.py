@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from tdml_p2p.errors import FAILED, UNREACHABLE, USAGE, UserError
 
 SOCKET = "control.sock"
 _BLOCK_EVENTS = 10_000
 _SECONDS = 30.0
+_REPLAY_SECONDS = 1800.0
 
 
 class Source(Protocol):
@@ -24,6 +25,9 @@ class Source(Protocol):
 
     def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
         """Yield events of blocks; raise `UserError`."""
+
+    def replay(self, identity: str) -> Any:
+        """Execute an audited cell again and return how it compares, as a JSON value; raise `UserError`."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -54,9 +58,13 @@ class DaemonSource:
         """Return the JSON value at a path of the control interface; raise `UserError`."""
         return self._exchange("GET", path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any], seconds: float = 3 * _SECONDS) -> Any:
         """Send a JSON value and return the answer; raise `UserError`."""
-        return self._exchange("POST", path, json.dumps(body).encode())
+        return self._exchange("POST", path, json.dumps(body).encode(), seconds)
+
+    def replay(self, identity: str) -> Any:
+        """Have the peer execute an audited cell again, and return how it compares; raise `UserError`."""
+        return self.post(f"/replays/{quote(identity, safe='')}", {}, _REPLAY_SECONDS)
 
     def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
         """Yield events of blocks as they become final, for ever or `count` of them; raise `UserError`."""
@@ -78,8 +86,8 @@ class DaemonSource:
         if str(count) != arguments.get("count"):
             raise UserError(f"The peer at {self._home} has stopped.", "start it again, then watch on", UNREACHABLE)
 
-    def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
-        connection = _UnixConnection(self._home / SOCKET, _SECONDS if body is None else 3 * _SECONDS)
+    def _exchange(self, method: str, path: str, body: bytes | None, seconds: float = _SECONDS) -> Any:
+        connection = _UnixConnection(self._home / SOCKET, seconds)
         headers = {"content-type": "application/json"} if body is not None else {}
         try:
             connection.request(method, path, body, headers)
@@ -109,7 +117,7 @@ class DatabaseSource:
         from chain.store import StoreCorrupt
 
         try:
-            self._reader = open_reader(path)
+            self._path, self._reader = path, open_reader(path)
         except FileNotFoundError:
             raise UserError(f"There is no database {path}.", "give the path of a chain.db") from None
         except StoreCorrupt as error:
@@ -126,6 +134,15 @@ class DatabaseSource:
             raise _damaged(error) from None
         except QueryError as error:
             raise UserError(error.message, error.hint, FAILED if error.is_missing else USAGE) from None
+
+    def replay(self, identity: str) -> Any:
+        """Execute an audited cell again from the evidence beside the database; raise `UserError`."""
+        from tdml_p2p.swarm.replay import NotReplayable, replay_database
+
+        try:
+            return replay_database(self._path, identity)
+        except NotReplayable as error:
+            raise UserError(error.sentence, error.hint, FAILED) from None
 
     def watch(self, arguments: dict[str, str]) -> Iterator[dict[str, Any]]:
         """Yield the events that the database holds, block by block, all or `count` of them."""

@@ -166,3 +166,18 @@ def test_a_peer_that_answers_nonsense(run: Run, daemon: FakeDaemon) -> None:
     ran = run("tdml-chain", "status", "--home", daemon.home)
     assert ran.code == 1
     assert "cannot be read" in ran.err
+
+
+def test_what_cheating_is_worth(run: Run, ask: Any, database: Path) -> None:
+    found = ask("params", "--economics", "--price", "10", "--cells-in-flight", "0")
+    assert found["is_sound"] is True
+    assert found["bond"] == found["least_bond"] == 130
+    cheats = {row["cheat"]: row for row in found["cheats"]}
+    assert cheats["cheat and hope"]["cells_for_certainty"] == 178
+    cheap = ask("params", "--economics", "--price", "10", "--bond", "5")
+    assert cheap["is_sound"] is False
+    said = run("tdml-chain", "params", "--economics", "--db", database).out
+    assert "no way to cheat pays more than once" in said
+    refused = run("tdml-chain", "params", "--economics", "--audit-rate", "0", "--db", database)
+    assert refused.code == 2
+    assert "make no sense" in refused.err

@@ -107,3 +107,35 @@ def test_a_stream_that_breaks_into_nonsense(run: Run, daemon: FakeDaemon, body: 
     ran = run("tdml-chain", "watch", "--home", daemon.home)
     assert ran.code == 1
     assert "cannot be read" in ran.err
+
+
+REPLAYED = {
+    "audit": "ab" * 32,
+    "worker": "12D3KooWworker",
+    "status": "convicted",
+    "inputs": "signed by their senders",
+    "deviations": {"y": 2.0, "gx": 0.0, "gw": "inf"},
+    "thresholds": {"y": 2.5e-6, "gx": 2.7e-5, "gw": 3.5e-5},
+    "finding": "fraud",
+    "tensors": {"y": 2.0, "gx": 0.0, "gw": "not available", "false": True},
+    "machine": {"torch": "2.13.0", "cpu": "AVX2", "kernel": "cd" * 32},
+}
+
+
+@pytest.mark.parametrize(("confirms", "code"), [(True, 0), (None, 0), (False, 1)])
+def test_a_peer_replays_an_audit(run: Run, daemon: FakeDaemon, confirms: bool | None, code: int) -> None:
+    daemon.reply(f"/replays/{REPLAYED['audit']}", {**REPLAYED, "confirms": confirms})
+    found = run("tdml-chain", "audit", REPLAYED["audit"], "--replay", "--home", daemon.home)
+    assert daemon.requests == [("POST", f"/replays/{REPLAYED['audit']}", {})]
+    assert found.code == code
+    assert "signed by their senders" in found.out
+    assert "kernel cdcdcdcd" in found.out
+    assert ("contradicts" in found.err) is (confirms is False)
+
+
+def test_a_replay_without_its_material_says_so(run: Run, chain_db: Path, names: dict[str, str]) -> None:
+    found = run("tdml-chain", "audit", names["AUDIT"], "--replay", "--db", chain_db)
+    assert found.code == 1
+    assert "manifest cannot be had" in found.err
+    assert run("tdml-chain", "audit", "ab" * 32, "--replay", "--db", chain_db).code == 1
+    assert run("tdml-chain", "audit", "ab", "--replay", "--node", "/ip4/127.0.0.1/tcp/1/p2p/x").code == 2

@@ -332,6 +332,24 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--lora 8", TrainConfig(lora=8)),
+        (
+            "--lora 8 --lora-alpha 16 --lora-targets q_proj --lora-targets v_proj --lora-dropout 0.1",
+            TrainConfig(lora=8, lora_alpha=16, lora_targets=("q_proj", "v_proj"), lora_dropout=0.1),
+        ),
+        ("--lora 8 --lora-targets q_proj,v_proj", TrainConfig(lora=8, lora_targets=("q_proj,v_proj",))),
+    ],
+)
+def test_adapters_are_asked_for_by_their_rank(
+    flags: str, expected: TrainConfig, run: Run, tmp_path: Path, started: list[tuple[Any, ...]]
+) -> None:
+    assert run("tdml-peer", "train", "--home", tmp_path, *flags.split()).code == 0
+    assert started == [(PeerConfig(home=tmp_path), expected)]
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         ("threads = ", "is not TOML"),

@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from cli.report import JsonReport, TextReport, reporter
 from tdml_p2p.demo import DemoConfig
 from tdml_p2p.demo.network import create_network
 from tdml_p2p.demo.run import Observed, _judge, _note
+from tdml_p2p.logs import _StderrHandler
 
 ROOT = Path(__file__).parent.parent.parent
 ALICE, BOB, CAROL, DAVE = (peer_id(PrivateKey(bytes([i]) * 32).account) for i in range(1, 5))
@@ -26,6 +29,11 @@ STEP = {
     "event": "step", "step": 3, "loss": 5.25, "tokens_per_second": 1234.5, "seconds": 0.5, "waited": 0.1,
     "bytes_sent": 2_500_000, "audits": 4, "faults": 1, "generation": 0,
 }  # fmt: skip
+SHARES = [
+    {"stage": 0, "peer": ALICE, "cells": 6, "cells_per_second": 2.5},
+    {"stage": 0, "peer": BOB, "cells": 2, "cells_per_second": 0.75},
+    {"stage": 1, "peer": CAROL, "cells": 0, "cells_per_second": 1.0},
+]
 RESULT = {
     "event": "result", "ok": True, "loss_first": 8.1, "loss_last": 5.2, "evicted": [BOB], "expected": [BOB],
     "audits": 40, "seconds": {"start": 11.2, "train": 90.7}, "out": "demo-out",
@@ -57,6 +65,24 @@ LINES: list[tuple[dict[str, Any], list[str]]] = [
         [f"stage 0  …{ALICE[-8:]}  …{BOB[-8:]}", f"stage 1  …{CAROL[-8:]}"],
     ),
     (STEP, ["step     3  loss 5.2500    1,234 tok/s  0.50 s  2.5 MB  audits 4  faults 1"]),
+    (
+        STEP | {"learning_rate": 1e-3, "shares": SHARES},
+        ["step     3  loss 5.2500    1,234 tok/s  0.50 s  2.5 MB  audits 4  faults 1  peers 2"],
+    ),
+    (
+        {"event": "moved", "task": TASK, "step": 4},
+        ["moved   a stage lost its last peer: a new task goes on after step 4"],
+    ),
+    ({"event": "abandoned", "task": TASK}, ["closed  task cdcdcdcdcdcd, which a killed run had left open"]),
+    (
+        {"event": "alone", "step": 4, "stage": 1, "peer": BOB},
+        [f"alone   …{BOB[-8:]} is the only peer of stage 1 now"],
+    ),
+    ({"event": "validation", "step": 3, "loss": 5.5, "reason": ""}, ["step     3  validation loss 5.5000"]),
+    (
+        {"event": "validation", "step": 3, "loss": None, "reason": "a worker was lost"},
+        ["step     3  not validated: a worker was lost"],
+    ),
     (STEP | {"loss": math.nan}, ["step     3  loss nan    1,234 tok/s  0.50 s  2.5 MB  audits 4  faults 1"]),
     (STEP | {"loss": None}, ["step     3  loss nan    1,234 tok/s  0.50 s  2.5 MB  audits 4  faults 1"]),
     (chain("passed", **CELL), []),
@@ -83,7 +109,21 @@ LINES: list[tuple[dict[str, Any], list[str]]] = [
     (chain("posted", task=TASK, client=ALICE, steps=8), ["  block   31  posted     client peer-1  steps 8"]),
     (
         {"event": "rerouted", "step": 4, "stage": 1, "peer": BOB, "cells": [1, 3], "reason": "lost"},
-        [f"rerouted step 4  stage 1  peer …{BOB[-8:]}  cells 1/3  reason lost"],
+        [f"rerouted step 4: stage 1 cells 1, 3 from …{BOB[-8:]} to other replicas, lost"],
+    ),
+    (
+        {"event": "outvoted", "step": 4, "stage": 1, "peer": BOB, "cells": [1, 3]},
+        [
+            f"outvoted step 4: …{BOB[-8:]} of stage 1 had other results of cells 1, 3 than most of its team;"
+            " theirs went on, and all that it claims is audited"
+        ],
+    ),
+    (
+        {"event": "split", "step": 4, "stage": 0, "peers": [ALICE, BOB]},
+        [
+            f"split   …{ALICE[-8:]}, …{BOB[-8:]} of stage 0 have no majority in step 4: it begins again"
+            " with others; peers of one machine type and `--threads` agree bit for bit"
+        ],
     ),
     (
         {"event": "rollback", "generation": 1, "step": 4},
@@ -91,13 +131,13 @@ LINES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"event": "left", "step": 4, "stage": 0, "peer": BOB, "reason": "gone"},
-        [f"left     step 4  stage 0  peer …{BOB[-8:]}  reason gone"],
+        [f"lost    …{BOB[-8:]} of stage 0 in step 4: gone"],
     ),
     (
         {"event": "joined", "step": 4, "stage": 0, "peer": DAVE, "reason": ""},
-        [f"joined   step 4  stage 0  peer …{DAVE[-8:]}"],
+        [f"joined  …{DAVE[-8:]} in stage 0 for step 4"],
     ),
-    ({"event": "waiting", "step": 4, "stage": 1}, ["waiting  step 4  stage 1"]),
+    ({"event": "waiting", "step": 4, "stage": 1}, ["waiting step 4: nobody holds stage 1, a peer must join"]),
     (
         {"event": "evicted", "peer": BOB, "task": TASK, "step": 5, "reason": "convicted", "evidence": AUDIT},
         [f"evicted …{BOB[-8:]} at step 5: convicted, evidence abababababab"],
@@ -189,7 +229,7 @@ def test_names_are_remembered() -> None:
         {"event": "peer", "name": "attic", "role": "worker", "peer": DAVE, "height": 2},
         {"event": "left", "step": 4, "stage": 0, "peer": DAVE, "reason": "gone"},
     )
-    assert "peer attic" in said.splitlines()[1]
+    assert "lost    attic of stage 0" in said.splitlines()[1]
 
 
 def test_ballots_add_up_to_the_votes_of_their_audit() -> None:
@@ -231,8 +271,18 @@ RUN = [
 def test_a_terminal_has_the_swarm_and_a_bar_below_the_lines() -> None:
     last = printed(*RUN, is_terminal=True, width=100).split("block   31  evicted")[-1]
     assert re.search(r"stage 0 +peer-1 ✓1 +peer-2 evicted", last)
-    assert re.search(rf"stage 1 +peer-3 left +…{DAVE[-8:]}", last)
-    assert re.search(r"training .*3/40", last)
+    assert re.search(rf"stage 1 +peer-3 lost +…{DAVE[-8:]} joined", last)
+    assert re.search(r"training .*3/40 +eta 0:00:22", last)
+
+
+def test_the_table_shows_shares_and_speeds_and_the_bar_goes_back_after_a_rollback() -> None:
+    steps = [STEP | {"step": number, "shares": SHARES, "seconds": 1.0, "waited": 0.0} for number in (9, 10)]
+    text = printed(chain("posted", client=ALICE), FORMED, *steps, is_terminal=True, width=100).split("step    10")[-1]
+    assert re.search(r"stage 0 +peer-1 75% 2.5/s +peer-2 25% 0.8/s", text)
+    assert re.search(r"stage 1 +peer-3 idle", text)
+    assert re.search(r"training .*10/40 +eta 0:00:30", text)
+    back = printed(FORMED, *steps, {"event": "rollback", "generation": 1, "step": 4}, is_terminal=True, width=100)
+    assert re.search(r"training .*4/40 +eta 0:00:36", back.split("back to step 4")[-1])
 
 
 def test_a_terminal_is_left_as_it_was() -> None:
@@ -240,6 +290,28 @@ def test_a_terminal_is_left_as_it_was() -> None:
         said = printed(*events, is_terminal=True)
         assert said.count("\x1b[?25l") == said.count("\x1b[?25h")
         assert said.rfind("\x1b[?25h") >= said.rfind("\x1b[?25l")
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_logs_go_above_the_view_only_where_they_share_its_terminal(
+    is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, errors = io.StringIO(), io.StringIO()
+    errors.isatty = lambda: is_shared  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", errors)
+    logger, handler = logging.getLogger("tdml.view"), _StderrHandler()
+    logger.addHandler(handler)
+    try:
+        report = TextReport(Console(file=shown, force_terminal=True, width=100, color_system=None))
+        logger.warning("before")
+        report(FORMED)
+        logger.warning("meanwhile")
+        report.close()
+        logger.warning("after")
+    finally:
+        logger.removeHandler(handler)
+    assert ("meanwhile" in shown.getvalue()) is is_shared
+    assert errors.getvalue().split() == (["before", "after"] if is_shared else ["before", "meanwhile", "after"])
 
 
 @pytest.mark.parametrize("event", EVENTS)
