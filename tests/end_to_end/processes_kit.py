@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tdml_p2p.swarm.preparation import Prepared, prepare
 from trainer.local import train_locally
 
 PATIENCE = 90.0
-QUICK = Params(block_interval_ms=600, heartbeat_ms=1200)
+QUICK = Params(block_interval_ms=600, heartbeat_ms=1200, reaudit_rate=3000, step_share=10_000)
 LOCAL = ("--listen", "/ip4/127.0.0.1/tcp/0", "--json")
 CONFIG = {
     "model_type": "llama",
@@ -34,14 +34,23 @@ CONFIG = {
 SHAPE = {"batch": 2, "microbatches": 4, "sequence": 64, "learning_rate": 0.003}
 
 
+Machine = tuple[tuple[str, ...], dict[str, str]]
+"""Further flags of a peer, and variables of its environment."""
+
+
 @dataclass
 class Swarm:
-    """Running peers by index; the first `network.workers` after the founder take seats."""
+    """Running peers by index; the first `network.workers` after the founder take seats.
+
+    `cheats` run the demonstration's dishonest peer, with these flags.
+    """
 
     folder: Path
     network: DemoNetwork
     peers: dict[int, Child] = field(default_factory=dict)
     invite: str = ""
+    machines: Mapping[int, Machine] = field(default_factory=dict)
+    cheats: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def home(self, index: int) -> Path:
         """Return the home of a peer."""
@@ -56,10 +65,14 @@ class Swarm:
 
 def start(swarm: Swarm, index: int) -> AbstractAsyncContextManager[Child]:
     """Return one peer of the network, to be run; the first one's invite must be known for the others."""
+    if index in swarm.cheats:
+        arguments = ["--home", str(swarm.home(index)), "--join", swarm.invite, *swarm.cheats[index]]
+        return child(f"peer-{index}", "tdml_p2p.demo.cheat", arguments, swarm.home(index) / "log.txt")
+    flags, variables = swarm.machines.get(index, ((), {}))
     works = [] if swarm.network.is_worker(index) else ["--no-work"]
     joining = ["--join", swarm.invite] if swarm.invite else []
-    arguments = ["start", "--home", str(swarm.home(index)), *LOCAL, *joining, *works]
-    return child(f"peer-{index}", "cli.peer", arguments, swarm.home(index) / "log.txt")
+    arguments = ["start", "--home", str(swarm.home(index)), *LOCAL, *joining, *works, *flags]
+    return child(f"peer-{index}", "cli.peer", arguments, swarm.home(index) / "log.txt", variables)
 
 
 @asynccontextmanager
@@ -75,9 +88,15 @@ async def peer(swarm: Swarm, index: int) -> AsyncIterator[Child]:
 
 
 @asynccontextmanager
-async def network(folder: Path, peers: int, workers: int) -> AsyncIterator[Swarm]:
+async def network(
+    folder: Path,
+    peers: int,
+    workers: int,
+    machines: Mapping[int, Machine] | None = None,
+    cheats: Mapping[int, tuple[str, ...]] | None = None,
+) -> AsyncIterator[Swarm]:
     """Run a network of validators of equal stake; afterwards nothing of it may be left."""
-    swarm = Swarm(folder, create_network(folder, peers, workers, QUICK))
+    swarm = Swarm(folder, create_network(folder, peers, workers, QUICK), machines=machines or {}, cheats=cheats or {})
     async with AsyncExitStack() as stack, peer(swarm, 0), trio.open_nursery() as nursery:
         for index in range(1, peers):
             swarm.peers[index] = await stack.enter_async_context(start(swarm, index))
@@ -128,8 +147,8 @@ async def client(swarm: Swarm, train: TrainConfig) -> AsyncIterator[Child]:
     arguments = [
         "train", "--home", str(swarm.network.client_home), *LOCAL, "--join", swarm.invite,
         "--model", train.model, "--data", str(train.data[0]), "--out", str(train.out), "--steps", str(train.steps),
-        "--stages", str(train.stages), "--replicas", str(train.replicas),
-        "--save-every", str(train.save_every), *shape, *resuming,
+        "--precision", train.precision, "--stages", str(train.stages), "--replicas", str(train.replicas),
+        "--redundancy", str(train.redundancy), "--save-every", str(train.save_every), *shape, *resuming,
     ]  # fmt: skip
     async with child("client", "cli.peer", arguments, swarm.folder / "client.txt") as running:
         yield running
@@ -166,7 +185,8 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
 
 def undisturbed(train: TrainConfig) -> list[float]:
     """Return the losses of the same run in this process."""
-    prepared: Prepared = prepare(train)
+    # the folder of the run itself is taken
+    prepared: Prepared = prepare(replace(train, out=train.out.with_name("undisturbed"), resume=False))
     found: list[float] = []
     train_locally(prepared.manifest, prepared.batches, train.steps, lambda step: found.append(step.loss))
     return found

@@ -14,19 +14,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import structlog
+import torch
 import trio
 from processes_kit import LOCAL, PATIENCE, assert_nothing_left, commands, printed
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli import peer
 from cli.common import run_app
 from cli.sources import DaemonSource
 from tdml_p2p.demo.processes import Child, child
+from tdml_p2p.demo.run import _make_room
 from tdml_p2p.home import Home
+from trainer import LocalRun, RunSettings
+from trainer.tokens import byte_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.slow
 FAILED, USAGE = 1, 2
+MODEL = {
+    "vocab_size": 257,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 KEPT = ("key", "genesis.json", "config.toml", "chain.db", "signing.db")
 
 
@@ -146,7 +162,8 @@ def test_data_that_cannot_be_read(tmp_path: Path, train: Trainer) -> None:
     }.items():
         found = train.refuses("--data", tmp_path / name)
         assert said in found.sentence
-        assert found.code == FAILED
+        assert found.code == USAGE
+        assert found.hint
     none = train.refuses()
     assert none.code == USAGE
     assert "--data" in none.hint
@@ -157,13 +174,77 @@ def test_data_that_cannot_be_read(tmp_path: Path, train: Trainer) -> None:
         assert "Permission denied" in train.refuses("--data", closed).sentence
 
 
+def test_tables_without_the_column_are_refused(tmp_path: Path, train: Trainer) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["words"], "id": [1]}), tmp_path / "a.parquet")
+    missing = train.refuses("--data", tmp_path / "a.parquet")
+    assert "no column `text`" in missing.sentence
+    assert "--text-field: body, id" in missing.hint
+    number = train.refuses("--data", tmp_path / "a.parquet", "--text-field", "id")
+    assert "holds int64, not text" in number.sentence
+    (tmp_path / "a.jsonl").write_text('{"body": "words"}')
+    line = train.refuses("--data", tmp_path / "a.jsonl")
+    assert "Line 1 of" in line.sentence
+    assert {missing.code, number.code, line.code} == {USAGE}
+
+
+def write_model(folder: Path, dtype: torch.dtype = torch.float32, vocabulary: int = 0) -> Path:
+    """Write a tiny model folder with a tokenizer of `vocabulary` ids, or one of bytes."""
+    torch.manual_seed(1)
+    config = LlamaConfig(**MODEL)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    tokenizer = train_tokenizer(["some words and more words"] * 9, vocabulary) if vocabulary else byte_tokenizer()
+    for name, data in tokenizer.files(32).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_a_model_folder_whose_parts_do_not_fit(tmp_path: Path, text: Path, train: Trainer) -> None:
+    common = ("--data", text, "--sequence", "16", "--model")
+    dtype = train.refuses(*common, write_model(tmp_path / "whole-numbers", torch.int8))
+    assert "holds int8, not plain floating-point numbers" in dtype.sentence
+    large = train.refuses(*common, write_model(tmp_path / "large", vocabulary=270))
+    assert "The tokenizer has" in large.sentence
+    assert "the model a vocabulary of 257" in large.sentence
+    cut = write_model(tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    short = train.refuses(*common, cut)
+    assert "cannot be read" in short.sentence
+    assert {dtype.code, large.code, short.code} == {USAGE}
+
+
+def test_an_out_folder_of_another_run_and_a_damaged_one(tmp_path: Path, text: Path, train: Trainer) -> None:
+    run = LocalRun.create("llama-tiny", text, tmp_path / "out", RunSettings(steps=2, batch=1, sequence=16))
+    run.save()
+    other = train.refuses("--data", text)
+    assert "holds the model of another run" in other.sentence
+    assert "--resume" in other.hint
+    (state,) = (tmp_path / "out" / "state").rglob("*.safetensors")
+    data = state.read_bytes()
+    state.write_bytes(data[:-4] + b"\1\2\3\4")
+    wrong = train.refuses("--data", text, "--resume")
+    assert "is not the one that was saved" in wrong.sentence
+    save_file({name: part.half() for name, part in load_file(state).items()}, state)
+    dtype = train.refuses("--data", text, "--resume")
+    assert "is not the one that was saved" in dtype.sentence
+    state.unlink()
+    assert "cannot be read" in train.refuses("--data", text, "--resume").sentence
+    assert {other.code, wrong.code, dtype.code} == {USAGE}
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
+        ("--validation", "2", "A share of 2"),
+        ("--validation", "nowhere", "no file or folder nowhere"),
+        ("--eval-every", "-1", "--eval-every cannot be negative"),
+        ("--max-data", "-1", "--max-data"),
         ("--steps", "0", "steps is 0"),
         ("--sequence", "0", "sequence is 0"),
         ("--seed", "-1", "seed is -1"),
         ("--learning-rate", "nan", "learning_rate cannot be nan"),
+        ("--clip", "-1", "clip cannot be -1.0"),
         ("--audit-rate", "nan", "--audit-rate cannot be nan"),
         ("--audit-rate", "2", "--audit-rate cannot be 2"),
         ("--price", "-1", "--price cannot be negative"),
@@ -191,6 +272,19 @@ def test_a_demonstration_without_sense(
     assert found.code == USAGE
     assert said in found.sentence
     assert not (tmp_path / "out").exists()
+
+
+def test_a_demonstration_takes_the_place_of_a_former_one_but_of_no_other_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    state = tmp_path / "out" / "state" / "step-0000000002"
+    state.mkdir(parents=True)
+    found = refusal_of(run_app(peer.app, ["demo", "--out", str(tmp_path / "out")]), capsys.readouterr().err)
+    assert "another run" in found.sentence
+    assert state.exists()
+    (tmp_path / "out" / "logs").mkdir()
+    _make_room(tmp_path / "out")
+    assert not state.exists()
 
 
 def test_there_is_no_network_to_train_on(text: Path, train: Trainer) -> None:

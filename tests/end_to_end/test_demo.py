@@ -74,6 +74,10 @@ def test_the_demonstration_ends_as_it_says(tmp_path: Path, scratch: Path) -> Non
     [conviction] = json.loads(run("cli.chain", "evidence", *database))["data"]
     audit = json.loads(run("cli.chain", "audit", conviction["subject"], *database))["data"]
     assert audit["worker"] == result["evicted"][0]
+    replayed = json.loads(run("cli.chain", "audit", conviction["subject"], "--replay", *database))["data"]
+    assert replayed["confirms"] is True
+    assert (replayed["finding"], replayed["inputs"]) == ("fraud", "signed by their senders")
+    assert max(value for name, value in replayed["tensors"].items() if name != "false") > 0.5
     asked = ("generate", "--model", str(out), "--prompt", "def ", "--tokens", "8")
     assert json.loads(run("cli.peer", *asked, "--json")) == {
         "prompt": "def ",
