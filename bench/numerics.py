@@ -2,7 +2,8 @@
 
 A small Llama is trained a little; then one cell of each of three stages is re-executed in processes with
 other kernels, threads and batch splits (honest), and with wrong arithmetic (attacks). Prints a table, then
-one JSON line.
+one JSON line. `--calibration FILE` keeps the worst honest deviation for `tdml-peer init --calibration FILE`.
+`bench.noise` is the same for many cells of models of several sizes, at several moments of their training.
 """
 
 import argparse
@@ -19,11 +20,15 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.compare import FP32, compare
-from trainer.data import load_batches, read_corpus, standard_library
+from chain.params import Params
+from chain.verdicts import limits_for, wide_limits
+from tdml_p2p.swarm.contradictions import tolerances
+from trainer.compare import Thresholds, compare
+from trainer.data import Corpus, load_batches, standard_library
 from trainer.families import linear
 from trainer.local import train_locally, whole
 from trainer.manifest import OptimizerSettings, TaskManifest, complete, decode_manifest, encode_manifest
@@ -54,6 +59,9 @@ HONEST: dict[str, dict[str, str]] = {
     "oneDNN, SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
     "MKL, batch split, 2 threads": {"PLAIN": "1", "SPLIT": "1", "THREADS": "2"},
 }
+FP32 = tolerances(limits_for(Params()))
+WIDE = tolerances(wide_limits(Params()))
+SKETCHED = "any two of them, by sketches"
 Cell = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -62,42 +70,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--steps", type=int, default=60, help="training steps before the comparison")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--calibration", type=Path, help="file for the worst honest deviations")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         reexecute(arguments.child)
         return
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(Path(folder), arguments.steps)
+        report = measure(Path(folder), arguments.steps, arguments.precision)
+    if arguments.calibration:
+        whole = largest(found for name, found in report["honest"].items() if name != SKETCHED)
+        limits = limits_of(arguments.precision)
+        worst = calibration_of(whole, report["honest"][SKETCHED], limits.fraud_factor)
+        pairs = len(HONEST) * (len(HONEST) + 1) // 2
+        told = {"worst": worst, "comparisons": pairs * STAGES, "precision": arguments.precision}
+        arguments.calibration.write_text(json.dumps(told) + "\n")
     if not arguments.json:
         show(report)
     print(json.dumps(report))
 
 
-def measure(folder: Path, steps: int) -> dict[str, dict[str, list[float]]]:
+def limits_of(precision: str) -> Thresholds:
+    """Return the limits between unlike kernels."""
+    return FP32 if precision == "fp32" else WIDE
+
+
+def measure(folder: Path, steps: int, precision: str = "fp32") -> dict[str, dict[str, list[float]]]:
     """Return the largest deviation of y, gx, gw of every honest configuration and attack."""
     torch.set_num_threads(1)
-    manifest, states, stale = prepare(folder, steps)
+    manifest, states, stale = prepare(folder, steps, precision)
     cells = record_cells(folder, manifest, states)
     reference = [run(manifest, states, cells, index) for index in range(STAGES)]
     results = {name: honest_results(folder, name) for name in HONEST}
     honest = {name: worst_of(result, reference) for name, result in results.items()}
     pairs = list(itertools.combinations([reference, *results.values()], 2))
     honest["any two of them"] = largest(worst_of(one, other) for one, other in pairs)
-    honest["any two of them, by sketches"] = largest(sketched(one, other) for one, other in pairs)
+    honest[SKETCHED] = largest(sketched(one, other) for one, other in pairs)
     attacks = {
         name: worst_of([attack(index) for index in range(STAGES)], reference)
         for name, attack in attacks_on(manifest, states, stale, cells, reference).items()
     }
-    return {"tau": {"tau": [FP32.y, FP32.gx, FP32.gw]}, "honest": honest, "attacks": attacks}
+    tau = limits_of(precision)
+    return {"tau": {"tau": [tau.y, tau.gx, tau.gw]}, "honest": honest, "attacks": attacks}
 
 
-def prepare(folder: Path, steps: int) -> tuple[TaskManifest, list[Tensor], list[Tensor]]:
+def prepare(folder: Path, steps: int, precision: str) -> tuple[TaskManifest, list[Tensor], list[Tensor]]:
     """Return a trained model's manifest, its stages' weights, and those of one step before."""
     settings = OptimizerSettings(learning_rate=6e-4, warmup_steps=10)
     draft = TaskManifest("llama", CONFIG, stages=STAGES, cuts=(1, 2, 1), batch=4, microbatches=2, optimizer=settings)
-    manifest = complete(draft)
-    data = load_batches(read_corpus(standard_library(), 1 << 20), byte_tokenizer(), manifest)
+    manifest = complete(structs.replace(draft, precision=precision))
+    data = load_batches(Corpus((standard_library(),), limit=1 << 20), byte_tokenizer(), manifest)
     before = train_locally(manifest, data, steps)
     after = train_locally(manifest, data, steps + 1, state=before)
     tokens, labels = data.batch(steps + 2, 0)
@@ -165,7 +188,7 @@ def honest_results(folder: Path, name: str) -> list[CellResult]:
     return [CellResult(parts[f"y{i}"], parts[f"gx{i}"], parts[f"gw{i}"], ()) for i in range(STAGES)]
 
 
-def reexecute(folder: Path) -> None:
+def reexecute(folder: Path, name: str = "results.safetensors") -> None:
     """Re-execute the saved cells as the environment says, and save the results."""
     torch.set_num_threads(int(os.environ.get("THREADS", "1")))
     manifest = decode_manifest((folder / "manifest.json").read_bytes())
@@ -177,7 +200,7 @@ def reexecute(folder: Path) -> None:
         stage = build(manifest, saved[f"w{index}"], index)
         result = halves(stage, cell) if "SPLIT" in os.environ else execute(stage, *cell)
         results.update({f"y{index}": result.y, f"gx{index}": result.gx, f"gw{index}": result.gw})
-    save_file({name: part.contiguous() for name, part in results.items()}, folder / "results.safetensors")
+    save_file({key: part.contiguous() for key, part in results.items()}, folder / name)
 
 
 def halves(stage: Stage, cell: Cell) -> CellResult:
@@ -192,7 +215,7 @@ def halves(stage: Stage, cell: Cell) -> CellResult:
 
 def worst_of(claimed: list[CellResult], own: list[CellResult]) -> list[float]:
     """Return the largest deviations of y, gx and gw over the stages."""
-    verdicts = [compare(one, other) for one, other in zip(claimed, own, strict=True)]
+    verdicts = [compare(one, other, FP32) for one, other in zip(claimed, own, strict=True)]
     return largest([verdict.y, verdict.gx, verdict.gw] for verdict in verdicts)
 
 
@@ -211,6 +234,14 @@ def projections(result: CellResult) -> npt.NDArray[np.float64]:
     """Return a cell's sketch as three rows of 32 projections."""
     data = cell_sketch(result.y, result.gx, result.gw, KEY)
     return np.frombuffer(data, "<f4").astype(np.float64).reshape(3, -1)
+
+
+def calibration_of(whole: list[float], sketched: list[float], factor: float = FP32.fraud_factor) -> list[float]:
+    """Return the worst deviations for a calibration: τ, ten times these, judges sketches, `factor` τ whole tensors.
+
+    Both have a margin of ten.
+    """
+    return largest([sketched, [worst / factor for worst in whole]])
 
 
 def largest(rows: Iterable[list[float]]) -> list[float]:

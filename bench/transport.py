@@ -1,8 +1,9 @@
 """Speed of `/tdml/tensor/1` against a bare libp2p stream, between two processes on 127.0.0.1.
 
 Prints one JSON object: megabytes per second (10^6) of one-way transfer for several sizes of message, by
-tensor frames, by a bare stream of the same host, and by a bare stream of libp2p's own host with Noise;
-and the milliseconds of a small request and its reply. The other process is this file with `--serve`.
+tensor frames, by a bare stream of the same host, and by a bare stream of libp2p's own host with Noise, each
+with the processor seconds of both processes for 10^9 bytes; and the milliseconds of a small request and its
+reply. The other process is this file with `--serve`.
 """
 
 import argparse
@@ -11,6 +12,10 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -134,7 +139,7 @@ async def request_milliseconds(network: Network, peer: str, count: int) -> float
     return statistics.median(taken)
 
 
-async def measure(addresses: dict[str, str], sizes: list[int], total: int, rounds: int) -> dict[str, Any]:
+async def measure(addresses: dict[str, str], sizes: list[int], total: int, rounds: int, pid: int) -> dict[str, Any]:
     """Return the figures against a serving process; of several rounds the fastest counts."""
     result: dict[str, Any] = {"rounds": rounds, "sizes": {}}
     stock, stock_info = stock_host(bytes([3]) * 32), peer_info(addresses["stock"])
@@ -144,21 +149,48 @@ async def measure(addresses: dict[str, str], sizes: list[int], total: int, round
         frames = network.tensors.open_session(SESSION)
         for size in sizes:
             count = max(1, total // size)
-            speeds: dict[str, list[float]] = {"tensor": [], "raw": [], "stock": []}
-            for _ in range(rounds):
-                speeds["raw"].append(await raw_speed(network.host, ID.from_string(peer), size, count))
-                speeds["tensor"].append(await tensor_speed(network, frames, peer, size, count))
-                speeds["stock"].append(await raw_speed(stock, stock_info.peer_id, size, count))
+            ways: dict[str, Callable[[], Awaitable[float]]] = {
+                "raw": partial(raw_speed, network.host, ID.from_string(peer), size, count),
+                "tensor": partial(tensor_speed, network, frames, peer, size, count),
+                "stock": partial(raw_speed, stock, stock_info.peer_id, size, count),
+            }
+            speeds, used = await _alternate(ways, rounds, pid)
             best = {name: round(max(values), 1) for name, values in speeds.items()}
-            result["sizes"][str(size)] = {**best, "tensor_over_raw": round(best["tensor"] / best["raw"], 3)}
+            # a message more than `count` warms up
+            sent = rounds * size * (count + 1) / 1e9
+            result["sizes"][str(size)] = {
+                **best,
+                "tensor_over_raw": round(best["tensor"] / best["raw"], 3),
+                "cpu_seconds_per_gb": {name: round(seconds / sent, 2) for name, seconds in used.items()},
+            }
         result["request_ms"] = round(await request_milliseconds(network, peer, 200), 2)
     return result
+
+
+async def _alternate(
+    ways: "dict[str, Callable[[], Awaitable[float]]]", rounds: int, pid: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the speeds of each way in every round, and the processor seconds of both processes."""
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    used = dict.fromkeys(ways, 0.0)
+    for _ in range(rounds):
+        for name, once in ways.items():
+            before = time.process_time() + _processor_seconds(pid)
+            speeds[name].append(await once())
+            used[name] += time.process_time() + _processor_seconds(pid) - before
+    return speeds, used
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
     """Run the benchmark, or serve it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON, as is always done")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64 << 10, 1 << 20, 16 << 20])
     parser.add_argument("--total", type=int, default=128 << 20, help="bytes sent per round and size")
     parser.add_argument("--rounds", type=int, default=3)
@@ -167,13 +199,13 @@ def main() -> None:
         trio.run(serve)
         return
     child = subprocess.Popen(
-        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "bench.transport", "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdin is not None
     assert child.stdout is not None
     try:
         addresses = json.loads(child.stdout.readline())
-        print(json.dumps(trio.run(measure, addresses, options.sizes, options.total, options.rounds)))
+        print(json.dumps(trio.run(measure, addresses, options.sizes, options.total, options.rounds, child.pid)))
     finally:
         child.stdin.close()
         child.wait(timeout=30)

@@ -2,7 +2,7 @@
 
 Each shape is a state and a block on it, as large as the parameters and the ledger's own bounds allow. For
 each: seconds to check the signatures, to execute (hooks, new state and its root included) and to commit to
-`chain.db`, medians of several runs, beside a reference loop of one million additions. Prints one JSON object.
+`chain.db`, medians of several runs, beside a reference loop of one million additions.
 """
 
 import argparse
@@ -90,9 +90,15 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args()
     found = {name: measure(name, arguments.runs, arguments.scale) for name in arguments.shapes}
-    print(json.dumps({"bench": "worst block", "runs": arguments.runs, "shapes": found}, indent=2))
+    if arguments.json:
+        print(json.dumps({"bench": "worst block", "runs": arguments.runs, "shapes": found}))
+        return
+    print(f"{'shape':<16}{'signatures':>12}{'execute':>12}{'commit':>12}{'reference':>12}")
+    for name, shape in found.items():
+        print(f"{name:<16}" + "".join(f"{seconds:>12.4f}" for seconds in shape["seconds"].values()))
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def votes(number: int) -> Shape:
         worker = shape.worker(task, name_of("worker", index), 0, bond=100)
         record = shape.claim(task, worker, 1, (0,), drawn=True)
         identity = name_of("audit", record.id, 0)
-        plain = Reveal(identity, 2, bytes(32), SKETCH, SKETCH, False)
+        plain = Reveal(identity, 2, bytes(32), SKETCH, SKETCH, False, False)
         opening = Opening(identity, bytes(32), TRACE, (), SKETCH)
         voters = [
             Voter(key.account, 10**6, reveal_commitment(key.account, plain), None, None if key is revealer else 3)
@@ -280,7 +280,7 @@ def votes(number: int) -> Shape:
     for start in range(0, number, 16):
         entries = [
             Reveal(name_of("audit", claim_id(_first_claim(index), name_of("worker", index)), 0), 2, bytes(32), SKETCH,
-                   SKETCH, False)
+                   SKETCH, False, False)
             for index in range(start, min(number, start + 16))
         ]  # fmt: skip
         shape.sent.append((revealer, RevealAll(tuple(entries))))
@@ -317,7 +317,7 @@ def conviction(number: int) -> Shape:
     for step in range(2, number // 64 + 2):
         for place, other in enumerate(others):
             shape.claim(task, other, step, (place,), drawn=True)
-    told = Reveal(bytes(32), 2, bytes(32), b"\x00\x00\x80\x3f" * 96, SKETCH, True)
+    told = Reveal(bytes(32), 2, bytes(32), b"\x00\x00\x80\x3f" * 96, SKETCH, True, False)
     record = shape._draft.get(Table.CLAIMS, claim_id(_first_claim(0), worker.account))
     identity = name_of("audit", record.id, 0)
     told = structs.replace(told, audit=identity)
@@ -395,7 +395,7 @@ def posts(number: int) -> Shape:
     shape = Shape()
     client = key_of(10**5)
     shape.account(client)
-    task = PostTask(bytes(32), 1, 1, 1, 1, 1, 2, 100, 10_000, 1, 1)
+    task = PostTask(bytes(32), 1, 1, 1, 1, 1, 2, 100, 10_000, 1, 1, 0)
     shape.sent += [(client, structs.replace(task, lifetime=index + 1)) for index in range(number)]
     return shape
 
