@@ -26,4 +26,4 @@ fi
 [ "$missing" = 0 ] || exit 1
 
 "$PYTHON" -m venv "$VENV"
-"$VENV/bin/pip" install --quiet --constraint constraints.txt --editable '.[hf,dev]'
+"$VENV/bin/pip" install --quiet --constraint constraints.txt --editable '.[hf,data,plot,dev]'
