@@ -38,8 +38,9 @@ async def known_answers(
 ) -> int:
     """Return how many verified cells of a task this machine computes alike; raise `WrongAnswer`.
 
-    Cells whose material nobody has any more are passed over. While audits of the task are under way one of them will
-    give an answer: with every block it is looked for again, for half a minute of waiting at most.
+    Cells whose material nobody has any more are passed over. Where audits have passed or are under way the next one
+    will give an answer, also if all of them happen to have ended: with every block it is looked for again, for half a
+    minute of waiting at most.
     """
     right, tried = 0, set[bytes]()
     until = trio.current_time() + _SECONDS
@@ -50,7 +51,8 @@ async def known_answers(
             tried.add(audit.id)
             if right < CELLS and (cell := describe(audit)) is not None:
                 right += await _is_right(audit, cell, reexecutor, params)
-        if right or not any(audit.is_active for audit in audits):
+        is_audited = bool(tried) or any(audit.is_active for audit in audits)
+        if right or not is_audited:
             return right
         block = None
         with trio.move_on_at(until):

@@ -2,16 +2,18 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
 import trio
+import trio.testing
 from msgspec import structs
 
 from chain.params import Params
 from chain.records import Audit, AuditStatus
 from tdml_p2p.swarm.admission import CELLS, WrongAnswer, known_answers
-from tdml_p2p.swarm.reexecution import Reexecutor
+from tdml_p2p.swarm.reexecution import Cell, Reexecutor
 from tests.tdml_p2p.swarm.test_reexecution import Material, inline
 from tests.tdml_p2p.swarm.test_replay import Judged
 from trainer.stage import CellResult
@@ -25,8 +27,13 @@ async def broken(work: Callable[[], T], /) -> T:
     return result._replace(gw=result.gw * 1.01) if isinstance(result, CellResult) else result
 
 
-async def ask(judged: Judged, reexecutor: Reexecutor, *statuses: AuditStatus) -> int:
-    """Return the known answers of audits with these statuses, of which one passes in the third block."""
+def described(cell: Cell | None, audit: Audit) -> Cell | None:
+    """Return what is known of an audit's cell: the same of each."""
+    return cell
+
+
+async def ask(judged: Judged, reexecutor: Reexecutor, *statuses: AuditStatus) -> tuple[int, int]:
+    """Return the known answers of audits with these statuses, and blocks waited for; one passes in the third."""
     cases = [(await judged.case(status)).audit for status in statuses]
     audits = [structs.replace(audit, id=bytes([number]) * 32) for number, audit in enumerate(cases)]
     later = structs.replace((await judged.case(AuditStatus.PASSED)).audit, id=bytes([99]) * 32)
@@ -43,20 +50,19 @@ async def ask(judged: Judged, reexecutor: Reexecutor, *statuses: AuditStatus) ->
 
     async with aclosing(blocks()) as arriving:
         found = await known_answers(newest, arriving, lambda _: judged.cell, reexecutor, Params())
-    assert bool(heights) == any(audit.is_active for audit in audits)
-    return found
+    return found, len(heights)
 
 
 async def test_verified_cells_computed_alike_let_a_peer_in() -> None:
     judged = Judged(Material())
-    assert await ask(judged, judged.reexecutor) == 0
-    assert await ask(judged, judged.reexecutor, AuditStatus.PASSED) == 1
-    assert await ask(judged, judged.reexecutor, *[AuditStatus.PASSED] * 5) == CELLS
+    assert await ask(judged, judged.reexecutor) == (0, 0)
+    assert await ask(judged, judged.reexecutor, AuditStatus.PASSED) == (1, 0)
+    assert await ask(judged, judged.reexecutor, *[AuditStatus.PASSED] * 5) == (CELLS, 0)
 
 
 async def test_an_audit_that_is_under_way_is_waited_for() -> None:
     judged = Judged(Material())
-    assert await ask(judged, judged.reexecutor, AuditStatus.OPENED) == 1
+    assert await ask(judged, judged.reexecutor, AuditStatus.OPENED) == (1, 3)
 
 
 async def test_a_machine_that_computes_wrongly_finds_out() -> None:
@@ -70,17 +76,42 @@ async def test_a_machine_that_computes_wrongly_finds_out() -> None:
 async def test_only_what_has_passed_is_an_answer(status: AuditStatus) -> None:
     judged = Judged(Material())
     faulty = Reexecutor(judged.material.fetch, judged.material.ask, broken)
-    assert await ask(judged, faulty, status) == 0
+    assert await ask(judged, faulty, status) == (0, 0)
 
 
-async def test_what_nobody_has_any_more_keeps_nobody_out() -> None:
+async def endless() -> AsyncIterator[int]:
+    """A block a second."""
+    height = 0
+    while True:
+        await trio.sleep(1)
+        height += 1
+        yield height
+
+
+async def test_what_nobody_has_any_more_keeps_nobody_out(autojump_clock: trio.testing.MockClock) -> None:
     judged = Judged(Material())
     audit = (await judged.case(AuditStatus.PASSED)).audit
-
-    async def none() -> AsyncIterator[int]:
-        pytest.fail("nothing is under way")
-        yield await trio.lowlevel.checkpoint()
-
     judged.material.blobs.clear()
     for cell in (judged.cell, None):
-        assert await known_answers(lambda: [audit], none(), lambda _, c=cell: c, judged.reexecutor, Params()) == 0
+        began = trio.current_time()
+        async with aclosing(endless()) as blocks:
+            describe = partial(described, cell)
+            assert await known_answers(lambda: [audit], blocks, describe, judged.reexecutor, Params()) == 0
+        assert trio.current_time() - began == pytest.approx(30.0)
+
+
+async def test_where_all_material_is_gone_and_nothing_is_under_way_the_next_audit_is_waited_for(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    judged = Judged(Material())
+    old = (await judged.case(AuditStatus.PASSED)).audit
+    new = structs.replace(old, id=bytes([99]) * 32)
+
+    def newest() -> list[Audit]:
+        return [old, new] if trio.current_time() - began >= 5 else [old]
+
+    began = trio.current_time()
+    async with aclosing(endless()) as blocks:
+        cells = {old.id: None, new.id: judged.cell}
+        found = await known_answers(newest, blocks, lambda audit: cells[audit.id], judged.reexecutor, Params())
+    assert found == 1
