@@ -36,7 +36,7 @@ _OUTCOMES = {
     AuditStatus.VOTING: "The results differ; the validators re-execute and vote.",
     AuditStatus.PASSED: "The re-execution agrees with the claim.",
     AuditStatus.CONVICTED: "A quorum of stake found the claim false: the worker was evicted and its bond slashed.",
-    AuditStatus.ACQUITTED: "A quorum of stake found the claim right: an auditor with a false result was charged.",
+    AuditStatus.ACQUITTED: "A quorum of stake found the claim right: an auditor that had no excuse was charged.",
     AuditStatus.FAULTED: "A small deviation: the cell is not paid, nobody is slashed.",
     AuditStatus.UNDECIDED: "No quorum either way: the cell is not paid, nobody is slashed.",
     AuditStatus.WITHHELD: "The worker did not give what it had claimed in time: the cell is not paid.",

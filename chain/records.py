@@ -249,7 +249,7 @@ class Voter(Record, frozen=True):
     power: Uint
     commitment: Hash | None = None
     reveal: Reveal | None = None
-    said: Annotated[int, Meta(ge=0, le=5)] | None = None
+    said: Annotated[int, Meta(ge=0, le=6)] | None = None
     """The place of the voter's ballot in `verdicts.Ballot`."""
 
     @property

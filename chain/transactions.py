@@ -28,6 +28,8 @@ Sketch = Annotated[bytes, Meta(min_length=SKETCH_BYTES, max_length=SKETCH_BYTES)
 Proof = Annotated[tuple[Hash, ...], Meta(max_length=20)]
 Kernel = Annotated[bytes, Meta(max_length=32)]
 """A kernel class: nothing, or the 32-byte digest of a machine's known answers."""
+Shown = Annotated[bytes, Meta(max_length=512)]
+"""Two signed inputs of a cell, in the encoding of the peers: addresses, senders, signatures."""
 
 
 class Transfer(Record, frozen=True, tag=1):
@@ -194,6 +196,8 @@ class Reveal(Record, frozen=True):
     re-execution beyond the threshold although the opened sketch may not; `missing` that a claimed tensor is
     not, bit for bit, that of the re-execution, and that nobody gave it in time. `other_kernel` says that the revealer's
     machine is of another kernel class than the task's workers: it can only tell what is wide of the mark.
+    `shown` are inputs, signed by who may send them, that an auditor was given in place of those of the opened trace;
+    `misled` is a voter's word that they are so signed: what the auditor computed on them is no false result.
     """
 
     audit: Hash
@@ -204,6 +208,8 @@ class Reveal(Record, frozen=True):
     contradiction: bool
     missing: bool
     other_kernel: bool = False
+    shown: Shown = b""
+    misled: bool = False
 
 
 class RevealAll(Record, frozen=True, tag=17):
@@ -311,6 +317,7 @@ def decode_transaction(data: bytes) -> Transaction:
 def reveal_commitment(account: bytes, reveal: Reveal) -> bytes:
     """Return the digest that `account` must have committed to before it may send `reveal`.
 
-    The flags are left out: they speak of an opening that comes after the commitment.
+    What speaks of an opening is left out: that comes after the commitment.
     """
-    return digest("reveal", account, encode(structs.replace(reveal, contradiction=False, missing=False)))
+    before = structs.replace(reveal, contradiction=False, missing=False, shown=b"", misled=False)
+    return digest("reveal", account, encode(before))

@@ -39,6 +39,7 @@ class Ballot(StrEnum):
     AGAINST_NEITHER = "against-neither"
     DATA_MISSING = "data-missing"
     SMALL_DEVIATION = "small-deviation"
+    AUDITOR_MISLED = "auditor-misled"
 
 
 _BALLOTS = tuple(Ballot)
@@ -101,7 +102,10 @@ def is_blank(reveal: Reveal) -> bool:
 
 
 def ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> Ballot:
-    """Return what a voter's re-execution says of the opened result of a cell and of the auditor's."""
+    """Return what a voter's re-execution says of the opened result of a cell and of the auditor's.
+
+    An auditor that was given other inputs than were opened, signed by who may send them, is not judged.
+    """
     if is_blank(reveal):
         return Ballot.DATA_MISSING
     if reveal.contradiction and reveal.shared == BLANK:
@@ -109,14 +113,17 @@ def ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> B
     found, limits = deviations(opened, reveal.shared), limits_for(params, reveal)
     worker = reveal.contradiction or is_fraud(found, limits)
     between = deviations(audited.shared, reveal.shared)
-    auditor = not is_blank(audited) and is_fraud(between, limits_for(params, reveal, audited))
+    is_judged = not is_blank(audited) and not reveal.misled
+    auditor = is_judged and is_fraud(between, limits_for(params, reveal, audited))
     if worker:
         return Ballot.AGAINST_BOTH if auditor else Ballot.AGAINST_WORKER
     if auditor:
         return Ballot.AGAINST_AUDITOR
     if reveal.missing:
         return Ballot.DATA_MISSING
-    return Ballot.AGAINST_NEITHER if is_match(found, limits) else Ballot.SMALL_DEVIATION
+    if not is_match(found, limits):
+        return Ballot.SMALL_DEVIATION
+    return Ballot.AUDITOR_MISLED if reveal.misled else Ballot.AGAINST_NEITHER
 
 
 def step_ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> Ballot:
@@ -137,7 +144,8 @@ def step_ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params)
 def tally(voters: Iterable[Voter]) -> dict[Ballot, int]:
     """Return the stake behind each finding: who finds the worse of the worker backs the milder ones as well.
 
-    Worse to milder: against the worker, data missing, a small deviation; beside them against the auditor, neither.
+    Worse to milder: against the worker, data missing, a small deviation; beside them against the auditor; and that the
+    auditor was misled, against neither.
     """
     powers = dict.fromkeys(Ballot, 0)
     for voter in voters:
@@ -150,7 +158,8 @@ def tally(voters: Iterable[Voter]) -> dict[Ballot, int]:
         Ballot.AGAINST_AUDITOR: powers[Ballot.AGAINST_AUDITOR] + powers[Ballot.AGAINST_BOTH],
         Ballot.DATA_MISSING: missing,
         Ballot.SMALL_DEVIATION: missing + powers[Ballot.SMALL_DEVIATION],
-        Ballot.AGAINST_NEITHER: powers[Ballot.AGAINST_NEITHER],
+        Ballot.AUDITOR_MISLED: powers[Ballot.AUDITOR_MISLED],
+        Ballot.AGAINST_NEITHER: powers[Ballot.AGAINST_NEITHER] + powers[Ballot.AUDITOR_MISLED],
     }
 
 

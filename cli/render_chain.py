@@ -8,7 +8,7 @@ from cli.render import columns_of, event_line, fields, marks, paint, short, tabl
 Answer = dict[str, Any]
 _MARKS = {
     "against-worker": "✕", "against-both": "✕", "data-missing": "✕", "small-deviation": "✕",
-    "against-neither": "✓", "against-auditor": "✓",
+    "against-neither": "✓", "against-auditor": "✓", "auditor-misled": "✓",
 }  # fmt: skip
 _TENSORS = ("y", "gx", "gw")
 _STATUS_COLOURS = {

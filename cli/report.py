@@ -18,7 +18,7 @@ _QUIET = frozenset(("drawn", "passed", "settled", "void", "committed", "opened",
 _ALARMS = frozenset(("disputed", "convicted", "evicted", "slashed", "equivocation"))
 _BALLOTS = {
     "against-worker": "✕", "against-both": "✕", "data-missing": "✕", "small-deviation": "✕",
-    "against-auditor": "✓", "against-neither": "✓",
+    "against-auditor": "✓", "against-neither": "✓", "auditor-misled": "✓",
 }  # fmt: skip
 _WIDTH = 160
 

@@ -127,6 +127,8 @@ def _reveal(book: Book, sender: bytes, entry: Reveal) -> None:
     task = book.task(audit.task)
     if entry.other_kernel and (not task.kernel or audit.cell == task.transition):
         raise Refused(Reason.OTHER_KERNEL)
+    if _is_misplaced(audit, entry, is_step=audit.cell == task.transition):
+        raise Refused(Reason.MISPLACED)
     match entry.round:
         case 0:
             _judge_audit(book, book.set_audit(audit, reveal=entry))
@@ -139,6 +141,16 @@ def _reveal(book: Book, sender: bytes, entry: Reveal) -> None:
             changed = book.set_audit(audit, voters=voters)
             if all(v.said is not None for v in voters if v.commitment is not None):
                 decide(book, changed)
+
+
+def _is_misplaced(audit: Audit, entry: Reveal, *, is_step: bool) -> bool:
+    """Whether a reveal shows inputs, or has a word on them, where they cannot speak for the auditor.
+
+    Only who reports other inputs than were opened has any to show: an audit that passed never rests on them.
+    """
+    is_excuse = entry.round == 0 and entry.contradiction and not is_step
+    has_excuse = entry.round == 2 and audit.reveal is not None and bool(audit.reveal.shown)
+    return bool(entry.shown and not is_excuse) or (entry.misled and not has_excuse)
 
 
 def _owed(audit: Audit, sender: bytes, round_: int) -> bytes | None:
@@ -282,6 +294,8 @@ def decide(book: Book, audit: Audit) -> None:
             end_with_strike(book, audit, AuditStatus.FAULTED)
         case Ballot.AGAINST_NEITHER:
             _dismiss(book, audit)
+        case Ballot.AUDITOR_MISLED:
+            end_audit(book, audit, AuditStatus.ACQUITTED)
         case _:
             end_audit(book, audit, AuditStatus.UNDECIDED)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -24,6 +25,7 @@ from chain.verdicts import BLANK, limits_for
 from tdml_p2p.swarm.asking import Limit, limited_by
 from tdml_p2p.swarm.contradictions import disputed_results, has_false_results, has_other_inputs
 from tdml_p2p.swarm.evidence import EvidenceStore, keep_evidence
+from tdml_p2p.swarm.inputs import misleads, to_show
 from tdml_p2p.swarm.material import Buffer, Unavailable
 from tdml_p2p.swarm.outbox import Outbox
 from tdml_p2p.swarm.reexecution import Cell, Execution, Keep, Reexecutor
@@ -50,6 +52,15 @@ class Answer:
     execution: Execution | None
     cell: Cell
     reveal: Reveal
+
+
+class Finding(NamedTuple):
+    """What a peer finds once a cell is opened, by the names of a reveal."""
+
+    contradiction: bool = False
+    missing: bool = False
+    shown: bytes = b""
+    misled: bool = False
 
 
 class Auditor:
@@ -198,20 +209,24 @@ class Auditor:
             return
         blocks = duty.deadline - self._height - _SPARE_BLOCKS
         seconds = max(_FETCH_SECONDS, _FETCH_SHARE * blocks * self._params.block_interval_ms / 1000)
-        contradicts, misses = await self._look(answer, audit.opening, seconds)
-        self._outbox.put(msgspec.structs.replace(answer.reveal, contradiction=contradicts, missing=misses))
+        found = await self._look(answer, audit.opening, seconds)
+        if audit.reveal is not None and _is_misled(answer, audit.reveal, audit.opening):
+            found = found._replace(misled=True)
+        self._outbox.put(msgspec.structs.replace(answer.reveal, **found._asdict()))
 
-    async def _look(self, answer: Answer, opening: Opening, seconds: float) -> tuple[bool, bool]:
+    async def _look(self, answer: Answer, opening: Opening, seconds: float) -> Finding:
         """Return whether the opened trace names false inputs or results, and whether claimed ones are missing."""
         if answer.execution is None:
-            return False, True
+            return Finding(missing=True)
         opened = opening.trace
         if answer.cell.is_transition:
             # a record that nobody has signed for is no evidence unless it is the one that was opened
             is_other = has_other_inputs(answer.execution, opened)
-            return not is_other and contradicts(answer.execution, answer.cell, opening), is_other
+            return Finding(not is_other and contradicts(answer.execution, answer.cell, opening), is_other)
         if has_other_inputs(answer.execution, opened):
-            return True, False
+            # only the auditor computed before the opening: what it was given speaks for it
+            is_excuse = answer.reveal.round == 0
+            return Finding(contradiction=True, shown=to_show(answer.execution.inputs, opened) if is_excuse else b"")
         claimed: dict[str, Buffer] = {}
         disputed = await trio.to_thread.run_sync(disputed_results, answer.execution, opened)
         with trio.move_on_after(seconds):
@@ -225,7 +240,17 @@ class Auditor:
                     break
         limits = limits_for(self._params, answer.reveal)
         is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
-        return is_false, len(claimed) < len(disputed)
+        return Finding(is_false, len(claimed) < len(disputed))
+
+
+def _is_misled(answer: Answer, audited: Reveal, opening: Opening) -> bool:
+    """Whether a voter that has the opened inputs finds that the auditor was given others, as signed as these."""
+    cell, opened = answer.cell, opening.trace
+    if not audited.shown or answer.reveal.round != 2 or answer.execution is None or cell.is_transition:
+        return False
+    if has_other_inputs(answer.execution, opened):
+        return False
+    return misleads(audited.shown, opened, cell.wanted, cell.manifest, cell.senders)
 
 
 def _is_of_another_cell(execution: Execution, cell: Cell, audit: Audit) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from chain.transactions import Trace
 from chain.verdicts import Limits
+from tdml_p2p.swarm.inputs import is_of
 from tdml_p2p.swarm.material import Buffer
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ RESULTS = ("y", "gx", "gw")
 
 def has_other_inputs(execution: "Execution", opened: Trace) -> bool:
     """Whether the trace names other inputs than their senders signed."""
-    return (opened.x, opened.gy) != (execution.inputs.x.address, execution.inputs.gy.address)
+    return not is_of(execution.inputs, opened)
 
 
 def disputed_results(execution: "Execution", opened: Trace) -> dict[str, bytes]:

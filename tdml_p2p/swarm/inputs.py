@@ -12,6 +12,7 @@ import msgspec
 
 from chain.codec import Hash, SignatureBytes, Uint
 from chain.keys import PrivateKey, peer_id
+from chain.transactions import Trace
 from tdml_p2p.swarm.envelope import is_proven, statement
 from trainer.manifest import TaskManifest
 from trainer.messages import Activation, Gradient, Labels, Message, Tokens, encode_header
@@ -105,13 +106,42 @@ def signed_input(key: PrivateKey, task: bytes, message: Message, address: bytes)
     return Input(address, peer_id(key.account), signature)
 
 
-def merge(parts: Iterable[Descriptor]) -> Inputs | None:
-    """Return both inputs out of checked `parts`, the first of each, or None while one is missing."""
-    x: Input | None = None
-    gy: Input | None = None
-    for part in parts:
-        x, gy = x or part.x, gy or part.gy
+def merge(parts: Iterable[Descriptor], opened: Trace | None = None) -> Inputs | None:
+    """Return both inputs out of checked `parts`, or None while one is missing.
+
+    They are the first of each, but those that the worker has opened if these are among them.
+    """
+    kept = list(parts)
+    x = _chosen([part.x for part in kept], None if opened is None else opened.x)
+    gy = _chosen([part.gy for part in kept], None if opened is None else opened.gy)
     return Inputs(x, gy) if x is not None and gy is not None else None
+
+
+def _chosen(given: "list[Input | None]", address: bytes | None) -> Input | None:
+    known = [one for one in given if one is not None]
+    return next((one for one in known if one.address == address), known[0] if known else None)
+
+
+def is_of(inputs: Inputs, opened: Trace) -> bool:
+    """Whether a trace names these inputs."""
+    return (inputs.x.address, inputs.gy.address) == (opened.x, opened.gy)
+
+
+def to_show(inputs: Inputs, opened: Trace) -> bytes:
+    """Return, encoded, those inputs of a cell that the worker has opened others for."""
+    x = None if inputs.x.address == opened.x else inputs.x
+    gy = None if inputs.gy.address == opened.gy else inputs.gy
+    return encode(Descriptor(x, gy))
+
+
+def misleads(shown: bytes, opened: Trace, wanted: Wanted, manifest: TaskManifest, senders: "Senders") -> bool:
+    """Whether `shown` holds another input than was opened, signed for that very cell by a peer that may send it."""
+    try:
+        part = checked(wanted, decode_descriptor(shown), manifest, senders)
+    except InputsRefused:
+        return False
+    pairs = ((part.x, opened.x), (part.gy, opened.gy))
+    return any(given is not None and given.address != named for given, named in pairs)
 
 
 def agreed(parts: Iterable[Descriptor], senders: "Senders", quorum: int) -> Inputs | None:

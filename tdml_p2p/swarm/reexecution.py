@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from chain.hashing import digest
-from chain.transactions import Claim, Opening
+from chain.transactions import Claim, Opening, Trace
 from tdml_p2p.swarm.asking import all_of, in_turn, limited_by, timely
 from tdml_p2p.swarm.base import BaseShelf
 from tdml_p2p.swarm.inputs import (
@@ -25,6 +25,7 @@ from tdml_p2p.swarm.inputs import (
     checked,
     decode_descriptor,
     encode,
+    is_of,
     merge,
     unanimous,
 )
@@ -78,6 +79,11 @@ class Cell:
         """Whether it is no cell but the optimiser's step after them."""
         return self.wanted.cell == self.manifest.microbatches
 
+    @property
+    def opened(self) -> Trace | None:
+        """The trace that the worker has opened, None before."""
+        return None if self.claimed is None or self.claimed.opened is None else self.claimed.opened.trace
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
@@ -97,6 +103,8 @@ class Execution:
         return cell_sketch(self.result.y, self.result.gx, self.result.gw, key)
 
 
+_OPENED_SECONDS = 5.0
+"""How much longer than for others it is waited for the inputs that a worker has opened."""
 _MAX_STAGES = 8
 """Stages, weights and all, that wait for their next cell."""
 
@@ -182,9 +190,11 @@ class Reexecutor:
     async def inputs(self, cell: Cell) -> Inputs:
         """Return both inputs as signed, from the first of the holders that tell; raise `Unavailable`.
 
-        Where teams compute every cell an input is what most of a team sent, or what all who can be asked agree on.
+        Once the worker has opened the cell, some seconds more are given for the inputs that it opened: a sender that
+        signed two must not have it convicted. Where teams compute every cell an input is what most of a team sent, or
+        what all who can be asked agree on.
         """
-        quorum = cell.manifest.quorum
+        quorum, opened = cell.manifest.quorum, cell.opened
         problems: list[str] = []
         parts: list[Descriptor] = []
         found: list[Inputs] = []
@@ -195,14 +205,18 @@ class Reexecutor:
                 parts.append(checked(cell.wanted, part, cell.manifest, cell.senders))
             except (Unavailable, InputsRefused) as error:
                 problems.append(f"{peer}: {error}")
-            inputs = merge(parts) if quorum == 1 else agreed(parts, cell.senders, quorum)
-            found.extend([] if inputs is None else [inputs])
+            inputs = merge(parts, opened) if quorum == 1 else agreed(parts, cell.senders, quorum)
+            if inputs is not None and (quorum > 1 or opened is None or is_of(inputs, opened)):
+                found.append(inputs)
+            elif inputs is not None:
+                patience.deadline = min(patience.deadline, trio.current_time() + _OPENED_SECONDS)
             return bool(found)
 
-        await in_turn(cell.holders, attempt)
+        with trio.CancelScope() as patience:
+            await in_turn(cell.holders, attempt)
         if found:
             return found[0]
-        if (inputs := unanimous(parts)) is not None:
+        if (inputs := merge(parts, opened) if quorum == 1 else unanimous(parts)) is not None:
             return inputs
         raise Unavailable("; ".join(problems) or "nobody holds the inputs")
 

@@ -194,7 +194,8 @@ class Swarm:
 
     `deviation` is what an account's claimed results are off by, `lies` its re-executions; `silent` are
     the (account, kind of duty) that are never answered, `contradicts` who reports a contradiction,
-    `misses` who reports data that is not given.
+    `misses` who reports data that is not given; `shows` are auditors that say to have been given other inputs than
+    were opened, `believes` the voters who find so.
     """
 
     ledger: Ledger
@@ -208,6 +209,8 @@ class Swarm:
     silent: set[tuple[bytes, str]] = field(default_factory=set)
     contradicts: set[bytes] = field(default_factory=set)
     misses: set[bytes] = field(default_factory=set)
+    shows: set[bytes] = field(default_factory=set)
+    believes: set[bytes] = field(default_factory=set)
     unlike: set[bytes] = field(default_factory=set)
     """Whose machines say that they are of another kernel class than the task."""
     claimed: set[tuple[int, int]] = field(default_factory=set)
@@ -309,7 +312,15 @@ class Swarm:
             reveal = Reveal(duty.audit, duty.round, digest("salt", key.seed), *sketches, *flags)
             self._pending[name] = reveal
             return Commit((Commitment(duty.audit, duty.round, reveal_commitment(key.account, reveal)),))
-        return RevealAll((self._pending[name],))
+        told = self._pending[name]
+        return RevealAll((told if is_step else self._with_inputs(told, key.account, audit),))
+
+    def _with_inputs(self, told: Reveal, account: bytes, audit: Audit) -> Reveal:
+        """Return a reveal with the inputs that its auditor was given, or a voter's word on them."""
+        if not told.round and account in self.shows:
+            return structs.replace(told, contradiction=True, shown=b"signed inputs")
+        are_shown = audit.reveal is not None and bool(audit.reveal.shown)
+        return structs.replace(told, misled=told.round == 2 and are_shown and account in self.believes)
 
     def work(self, blocks: int, last_step: int | None = None) -> None:
         """Train for some blocks: claim every step as early as the ring allows, answer every duty."""

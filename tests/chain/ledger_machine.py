@@ -163,16 +163,16 @@ class Machine(RuleBasedStateMachine):
     @rule(
         key=EVERYBODY,
         off=st.sampled_from([FRAUD, FRAUD, SMALL, 0.0]),
-        how=st.sampled_from(["work", "lie", "tell", "miss"]),
+        how=st.sampled_from(["work", "lie", "tell", "miss", "show", "believe"]),
     )
     def turn(self, key: PrivateKey, off: float, how: str) -> None:
         """Let somebody become dishonest, or honest again."""
-        if how == "tell":
-            self.players.contradicts ^= {key.account}
-        elif how == "miss":
-            self.players.misses ^= {key.account}
+        players = self.players
+        kinds = {"tell": "contradicts", "miss": "misses", "show": "shows", "believe": "believes"}
+        if how in kinds:
+            setattr(players, kinds[how], getattr(players, kinds[how]) ^ {key.account})
         else:
-            (self.players.deviation if how == "work" else self.players.lies)[key.account] = off
+            (players.deviation if how == "work" else players.lies)[key.account] = off
 
     @rule(key=EVERYBODY)
     def fall_silent(self, key: PrivateKey) -> None:
@@ -214,7 +214,8 @@ class Machine(RuleBasedStateMachine):
             self.players.claim_all(2)
             self.players.block()
         players = self.players
-        for kept in (players.deviation, players.lies, players.contradicts, players.misses, players.silent):
+        told = (players.contradicts, players.misses, players.shows, players.believes)
+        for kept in (players.deviation, players.lies, *told, players.silent):
             kept.clear()
 
     @rule(count=st.integers(1, 6))

@@ -231,12 +231,15 @@ def _said(block: Block, audit: Any, entry: Any, params: Any) -> int:
         return 4
     if entry.contradiction and not any(entry.shared):
         return 0
-    against = (off[0] or entry.contradiction, off[1] and not nothing[1])
+    assert audit.reveal.shown or not entry.misled, "a word on inputs that nobody has shown was taken"
+    against = (off[0] or entry.contradiction, off[1] and not nothing[1] and not entry.misled)
     plain = [(True, False), (False, True), (True, True), (False, False)].index(against)
     if plain == 3 and entry.missing:
         return 4
     found = zip(_apart(audit.opening.sketch, entry.shared), taus[0], strict=True)
-    return 5 if plain == 3 and any(v > tau / 1e9 for v, tau in found) else plain
+    if plain == 3 and any(v > tau / 1e9 for v, tau in found):
+        return 5
+    return 6 if plain == 3 and entry.misled else plain
 
 
 def _said_of_step(audit: Any, entry: Any, params: Any) -> int:
@@ -269,7 +272,7 @@ def states_follow(block: Block) -> None:
 
 _BACKED = {
     "convicted": [(0, 2)],
-    "acquitted": [(1, 2), (3,)],
+    "acquitted": [(1, 2), (3, 6)],
     "withheld": [(0, 2, 4)],
     "faulted": [(0, 2, 4, 5)],
     "refuted": [(1, 2)],

@@ -81,6 +81,8 @@ class Players:
     deviation: dict[bytes, float] = field(default_factory=dict)
     contradicts: set[bytes] = field(default_factory=set)
     misses: set[bytes] = field(default_factory=set)
+    shows: set[bytes] = field(default_factory=set)
+    believes: set[bytes] = field(default_factory=set)
     silent: set[bytes] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     """Kinds of events and reasons of refusals so far."""
@@ -148,7 +150,7 @@ class Players:
                 swarm = self.swarms[audit.task]
                 swarm.deviation, swarm.lies, swarm.contradicts = self.deviation, self.lies, self.contradicts
                 swarm.step_deviation = self.deviation
-                swarm.misses = self.misses
+                swarm.misses, swarm.shows, swarm.believes = self.misses, self.shows, self.believes
                 name = (key.account, duty.audit, duty.round, audit.key)
                 if dice.random() < share and (duty.kind != "reveal" or name in swarm._pending):
                     self.send(key, swarm.answer(key, duty))

@@ -6,6 +6,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from chain.params import Params
 from chain.records import Voter
@@ -110,6 +111,7 @@ def test_the_stake_of_revealed_ballots_is_counted() -> None:
         Ballot.AGAINST_AUDITOR: 7,
         Ballot.DATA_MISSING: 5,
         Ballot.SMALL_DEVIATION: 5,
+        Ballot.AUDITOR_MISLED: 0,
         Ballot.AGAINST_NEITHER: 0,
     }
 
@@ -151,20 +153,21 @@ def test_who_finds_the_worse_backs_the_milder_too() -> None:
     said = (Ballot.AGAINST_WORKER, Ballot.AGAINST_BOTH, Ballot.DATA_MISSING, Ballot.SMALL_DEVIATION)
     voters = [Voter(bytes([i]) * 32, 10**i, said=tuple(Ballot).index(one)) for i, one in enumerate(said)]
     behind = tally(voters)
-    assert [behind[one] for one in Ballot if one is not Ballot.AGAINST_BOTH] == [11, 10, 0, 111, 1111]
+    assert [behind[one] for one in Ballot if one is not Ballot.AGAINST_BOTH] == [11, 10, 0, 111, 1111, 0]
 
 
 def voter(ballot: Ballot | None, power: int = 1) -> Voter:
     return Voter(bytes(32), power, said=None if ballot is None else tuple(Ballot).index(ballot))
 
 
-W, A, BOTH, NEITHER, MISSING, SMALL = (
+W, A, BOTH, NEITHER, MISSING, SMALL, MISLED = (
     Ballot.AGAINST_WORKER,
     Ballot.AGAINST_AUDITOR,
     Ballot.AGAINST_BOTH,
     Ballot.AGAINST_NEITHER,
     Ballot.DATA_MISSING,
     Ballot.SMALL_DEVIATION,
+    Ballot.AUDITOR_MISLED,
 )
 
 
@@ -192,6 +195,11 @@ W, A, BOTH, NEITHER, MISSING, SMALL = (
         ([NEITHER] * 6 + [W] * 3, W, 1, None),
         ([NEITHER] * 6 + [W] * 3, NEITHER, 1, None),
         ([W] * 6 + [None] * 3, W, 1, W),
+        ([MISLED] * 7 + [A] * 2, W, 1, MISLED),
+        ([MISLED] * 4 + [NEITHER] * 3 + [A] * 2, W, 1, NEITHER),
+        ([MISLED] * 6 + [A] * 3, W, 1, None),
+        ([MISLED] * 2 + [A] * 7, W, 1, A),
+        ([MISLED] * 2 + [W] * 7, W, 1, W),
     ],
 )
 def test_the_accuser_s_stake_counts_with_most_of_the_voters(
@@ -221,6 +229,22 @@ def test_who_was_given_other_inputs_than_were_opened_says_nothing_of_the_auditor
     assert ballot(told, TRUE, reveal(TRUE), PARAMS) == Ballot.AGAINST_WORKER
     assert ballot(told, TRUE, reveal(scaled(2)), PARAMS) == Ballot.AGAINST_WORKER
     assert ballot(reveal(scaled(3), contradiction=True), TRUE, reveal(TRUE), PARAMS) == Ballot.AGAINST_BOTH
+
+
+@pytest.mark.parametrize(
+    ("opened", "audited", "said"),
+    [
+        (TRUE, scaled(2), Ballot.AUDITOR_MISLED),
+        (TRUE, TRUE, Ballot.AUDITOR_MISLED),
+        (scaled(3), scaled(2), Ballot.AGAINST_WORKER),
+        (scaled(1.0001), scaled(2), Ballot.SMALL_DEVIATION),
+    ],
+)
+def test_an_auditor_that_was_given_other_inputs_is_not_judged_and_the_worker_is(
+    opened: bytes, audited: bytes, said: Ballot
+) -> None:
+    told = structs.replace(reveal(TRUE), misled=True)
+    assert ballot(told, opened, reveal(audited, contradiction=True), PARAMS) == said
 
 
 @pytest.mark.parametrize(("total", "least"), [(1, 1), (2, 2), (3, 3), (4, 3), (6, 5), (100, 67)])

@@ -243,6 +243,26 @@ def test_a_new_generation_goes_back_to_a_state_of_the_ring() -> None:
     Bench().run(script)
 
 
+def test_an_honest_worker_sends_two_outputs_of_one_cell_when_the_client_begins_the_step_again() -> None:
+    """Why nobody is convicted for having signed two inputs of a cell: a step may be begun again in a generation."""
+    outputs: list[m.Message] = []
+
+    async def script(bench: Bench) -> None:
+        for number in (0, 1):
+            await bench.open(1)
+            await bench.say(m.Tokens(0, 1, 0, payloads.pack(batches_of(MANIFEST).batch(1, number).tokens)))
+            assert isinstance(await bench.hear(), m.Passed)
+            outputs.append(await bench.hear(NEXT))
+        assert not bench.worker.refused
+
+    Bench().run(script)
+    first, second = outputs
+    assert isinstance(first, m.Activation)
+    assert isinstance(second, m.Activation)
+    assert m.encode_header(first) == m.encode_header(second)
+    assert bytes(first.payload[0].data) != bytes(second.payload[0].data)
+
+
 def test_forgotten_states_are_gone() -> None:
     async def script(bench: Bench) -> None:
         await bench.step(1)
