@@ -18,13 +18,13 @@ from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.outbox import Entry, Outbox
 from tdml_p2p.swarm.reexecution import Cell, Execution, Keep, Reexecutor, results_of
 from tests.tdml_p2p.swarm.trace_samples import tensor_of
-from trainer.manifest import TaskManifest
+from tests.trainer.swarm_kit import manifest_of
 from trainer.stage import CellResult
 
 TASK = bytes(range(32))
 ME = PrivateKey(bytes([1]) * 32).account
 WORKER = PrivateKey(bytes([2]) * 32).account
-MANIFEST = TaskManifest("llama", {}, seed=1, stages=2, batch=2, microbatches=8, sequence=3, steps=9)
+MANIFEST = manifest_of(stages=2, steps=9, microbatches=8)
 STATE = bytes([3]) * 32
 
 
@@ -137,6 +137,7 @@ class Bench:
         self.height = 1
         self.params = Params()
         self.is_manifest_here = True
+        self.senders = Senders(frozenset(), frozenset())
         self.openings: dict[bytes, Opening] = {}
         self.auditor = Auditor(
             ME,
@@ -187,7 +188,7 @@ class Bench:
         if not self.is_manifest_here:
             return None
         wanted = Wanted(audit.task, audit.generation, audit.step, audit.stage, audit.cell)
-        return Cell(wanted, MANIFEST, STATE, (peer_id(WORKER),), Senders(frozenset(), frozenset()))
+        return Cell(wanted, MANIFEST, STATE, (peer_id(WORKER),), self.senders)
 
 
 def altered(cell: int, factor: float) -> bytes:

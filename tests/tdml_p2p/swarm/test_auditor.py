@@ -9,12 +9,24 @@ import pytest
 import trio
 import trio.testing
 
+from chain.keys import PrivateKey, peer_id
 from chain.records import Audit, AuditStatus, Voter
 from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
 from chain.verdicts import Ballot, ballot, is_blank
+from tdml_p2p.swarm.inputs import (
+    Descriptor,
+    Senders,
+    Wanted,
+    decode_descriptor,
+    encode,
+    expected_messages,
+    signed_input,
+)
 from tdml_p2p.swarm.material import Unavailable
 from tests.tdml_p2p.swarm.audit_samples import (
+    MANIFEST,
     ME,
+    TASK,
     WORKER,
     Bench,
     altered,
@@ -27,6 +39,7 @@ from tests.tdml_p2p.swarm.audit_samples import (
 from trainer.content import address_of
 
 T = TypeVar("T")
+CLIENT = PrivateKey(bytes([8]) * 32)
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +172,77 @@ async def test_nothing_is_revealed_without_a_commitment() -> None:
 @pytest.mark.parametrize("name", ["x", "gy"])
 async def test_other_inputs_than_were_signed_for_are_a_contradiction(name: str) -> None:
     assert (await revealed(Bench(), opening_of(0, **{name: bytes(32)}))).contradiction
+
+
+@pytest.mark.parametrize("name", ["x", "gy"])
+async def test_an_auditor_shows_the_input_that_it_was_given_in_place_of_an_opened_one(name: str) -> None:
+    reveal = await revealed(Bench(), opening_of(0, **{name: bytes(32)}))
+    x, gy = execution_of(0).inputs.x, execution_of(0).inputs.gy
+    assert decode_descriptor(reveal.shown) == (Descriptor(x, None) if name == "x" else Descriptor(None, gy))
+
+
+async def test_an_auditor_that_finds_only_results_to_differ_has_nothing_to_show() -> None:
+    bench, claimed = Bench(), altered(0, -1.0)
+    bench.reexecutor.blobs[address_of(claimed)] = claimed
+    reveal = await revealed(bench, opening_of(0, y=address_of(claimed)))
+    assert (reveal.contradiction, reveal.shown) == (True, b"")
+
+
+def signed_x(key: PrivateKey, cell: int = 0, address: bytes = bytes(32)) -> bytes:
+    """Return an x of a cell that somebody signed for, as an auditor shows it."""
+    x, _ = expected_messages(Wanted(TASK, 0, 1, 0, cell), MANIFEST)
+    return encode(Descriptor(signed_input(key, TASK, x, address), None))
+
+
+async def voted(shown: bytes, opening: Opening) -> Reveal:
+    """Return this peer's reveal as a voter on an audit whose auditor showed such inputs."""
+    bench, me = Bench(), Voter(account=ME, power=1)
+    bench.senders = Senders(frozenset([peer_id(CLIENT.account)]), frozenset())
+    told = Reveal(name_of(0), 0, bytes(32), bytes([1]) * 384, bytes(384), True, False, shown=shown)
+    key, voting = bytes([4]) * 32, status(AuditStatus.VOTING)
+    voting_audit = audit_of(
+        0, status=voting, auditor=WORKER, opening=opening, reveal=told, dispute_seed=key, voters=(me,)
+    )
+    async with running(bench):
+        bench.show(voting_audit)
+        await trio.testing.wait_all_tasks_blocked()
+        (commitment,) = bench.outbox.entries
+        assert isinstance(commitment, Commitment)
+        done = msgspec.structs.replace(me, commitment=commitment.digest)
+        bench.show(msgspec.structs.replace(voting_audit, voters=(done,), is_revealing=True))
+        await trio.testing.wait_all_tasks_blocked()
+    (reveal,) = bench.reveals()
+    assert reveal_commitment(ME, reveal) == commitment.digest
+    assert not reveal.shown
+    return reveal
+
+
+@pytest.mark.parametrize(
+    ("shown", "is_misled"),
+    [
+        (signed_x(CLIENT), True),
+        (b"", False),
+        (b"\xc1", False),
+        (encode(Descriptor(None, None)), False),
+        (signed_x(CLIENT, cell=1), False),
+        (signed_x(PrivateKey(bytes([9]) * 32)), False),
+        (signed_x(CLIENT)[:-4] + bytes(4), False),
+        (signed_x(CLIENT, address=execution_of(0).inputs.x.address), False),
+    ],
+)
+async def test_a_voter_believes_an_auditor_that_shows_another_input_signed_for_that_cell(
+    shown: bytes, is_misled: bool
+) -> None:
+    reveal = await voted(shown, opening_of(0))
+    assert (reveal.misled, reveal.contradiction) == (is_misled, False)
+    expected = Ballot.AUDITOR_MISLED if is_misled else Ballot.AGAINST_AUDITOR
+    audited = Reveal(name_of(0), 0, bytes(32), bytes([1]) * 384, bytes(384), True, False, shown=shown)
+    assert ballot(reveal, opening_of(0).sketch, audited, Bench().params) == expected
+
+
+async def test_a_voter_without_the_opened_inputs_has_no_word_on_those_of_the_auditor() -> None:
+    reveal = await voted(signed_x(CLIENT), opening_of(0, gy=bytes(32)))
+    assert (reveal.misled, reveal.contradiction) == (False, True)
 
 
 @pytest.mark.parametrize(("factor", "is_contradiction"), [(1.0 + 1e-6, False), (1.01, True), (-1.0, True)])

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import msgspec
 import pytest
 import torch
 import trio
+import trio.testing
 
 from chain.keys import PrivateKey, peer_id
+from chain.transactions import Claim, Opening, Trace
 from tdml_p2p.swarm.inputs import Descriptor, InputsRefused, Senders, Wanted, encode, expected_messages, signed_input
 from tdml_p2p.swarm.material import Unavailable
-from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor
+from tdml_p2p.swarm.reexecution import Cell, Claimed, Execution, Reexecutor
 from tests.trainer.training_samples import CONFIG, small_batches, small_manifest
 from trainer.content import address_of
 from trainer.stage import CellKey, build_stage, execute
@@ -92,6 +95,49 @@ async def test_inputs_that_the_client_did_not_sign_are_refused() -> None:
     material.key = WORKER
     with pytest.raises(Unavailable, match="may not send"):
         await material.run()
+
+
+class TwoFaced(Material):
+    """Two holders: one tells of other tokens, as signed for as those that the other tells of, or keeps silent."""
+
+    def __init__(self, is_told: bool) -> None:
+        super().__init__()
+        self.true = self.tokens
+        self.false = bytes(buffer_of(small_batches(MANIFEST).batch(1, 1).tokens))
+        self.is_told = is_told
+
+    async def ask(self, peer: str, request: bytes) -> bytes:
+        self.tokens = self.true if peer == "true" else self.false
+        if peer == "true" and not self.is_told:
+            await trio.sleep_forever()
+        return await super().ask(peer, request)
+
+    async def told(self, opened: bytes | None) -> bytes:
+        """Return the x that is computed on once the worker has opened this one."""
+        client = frozenset([peer_id(CLIENT.account)])
+        trace = Trace(*[bytes(32)] * 7)
+        trace = msgspec.structs.replace(trace, x=opened or bytes(32), gy=address_of(self.labels))
+        opening = None if opened is None else Opening(bytes(32), bytes(32), trace, (), bytes(384))
+        claim = Claim(TASK, 0, 1, 0, (0,), bytes(32), self.state, self.state)
+        claimed = Claimed(HOLDER, peer_id(CLIENT.account), claim, opening)
+        cell = Cell(WANTED, MANIFEST, self.state, ("false", "true"), Senders(client, client), claimed)
+        return (await Reexecutor(self.fetch, self.ask, inline).inputs(cell)).x.address
+
+
+async def test_of_two_signed_inputs_the_opened_one_is_taken(autojump_clock: trio.testing.MockClock) -> None:
+    """A sender that signs two must not have a worker convicted that opened the one it was sent."""
+    material = TwoFaced(is_told=True)
+    true, false = address_of(material.true), address_of(material.false)
+    assert await material.told(None) == false
+    assert await material.told(true) == true
+    assert await material.told(false) == false
+    assert await material.told(bytes(32)) == false
+
+
+async def test_the_opened_input_is_waited_for_a_few_seconds_only(autojump_clock: trio.testing.MockClock) -> None:
+    material, begun = TwoFaced(is_told=False), trio.current_time()
+    assert await material.told(address_of(material.true)) == address_of(material.false)
+    assert trio.current_time() - begun < 10
 
 
 async def test_a_missing_blob_is_unavailable() -> None:
