@@ -48,8 +48,8 @@ class Comparison:
 
 def compare(claimed: CellResult, own: CellResult, thresholds: Thresholds) -> Comparison:
     """Return how far `claimed` is from `own`: a match within τ, fraud above the fraud factor times τ."""
-    y = deviation(_by_token(steady(claimed.y)), _by_token(steady(own.y)))
-    gx = deviation(_by_token(claimed.gx), _by_token(own.gx))
+    y = deviation(by_token(steady(claimed.y)), by_token(steady(own.y)))
+    gx = deviation(by_token(claimed.gx), by_token(own.gx))
     gw = deviation(_by_chunk(claimed.gw), _by_chunk(own.gw))
     if own.y.dim() in (2, 3) and gw > 0 and steers(claimed.gw, own.gw):
         gw = math.inf
@@ -84,7 +84,7 @@ def steers(claimed: Tensor, own: Tensor) -> bool:
     return bool((told[dead] > _NOTHING).any())
 
 
-def _by_token(tensor: Tensor) -> Tensor:
+def by_token(tensor: Tensor) -> Tensor:
     """Return (B,T,D) as (B·T, D) and (B,C,H,W) as a row an image; losses (B,T) stay, (B) is one row."""
     if tensor.dim() == 4:
         return tensor.flatten(1)

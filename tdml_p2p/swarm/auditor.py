@@ -18,12 +18,13 @@ import msgspec
 import structlog
 import trio
 
+from chain.keys import peer_id
 from chain.params import Params
 from chain.state import Audit, Duty, State
 from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
 from chain.verdicts import BLANK, limits_for
 from tdml_p2p.swarm.asking import Limit, limited_by
-from tdml_p2p.swarm.contradictions import disputed_results, has_false_results, has_other_inputs
+from tdml_p2p.swarm.contradictions import claimed_result, disputed_results, has_false_results, has_other_inputs
 from tdml_p2p.swarm.evidence import EvidenceStore, keep_evidence
 from tdml_p2p.swarm.inputs import misleads, to_show
 from tdml_p2p.swarm.material import Buffer, Unavailable
@@ -209,12 +210,12 @@ class Auditor:
             return
         blocks = duty.deadline - self._height - _SPARE_BLOCKS
         seconds = max(_FETCH_SECONDS, _FETCH_SHARE * blocks * self._params.block_interval_ms / 1000)
-        found = await self._look(answer, audit.opening, seconds)
+        found = await self._look(answer, audit.opening, peer_id(audit.worker), seconds)
         if audit.reveal is not None and _is_misled(answer, audit.reveal, audit.opening):
             found = found._replace(misled=True)
         self._outbox.put(msgspec.structs.replace(answer.reveal, **found._asdict()))
 
-    async def _look(self, answer: Answer, opening: Opening, seconds: float) -> Finding:
+    async def _look(self, answer: Answer, opening: Opening, worker: str, seconds: float) -> Finding:
         """Return whether the opened trace names false inputs or results, and whether claimed ones are missing."""
         if answer.execution is None:
             return Finding(missing=True)
@@ -240,7 +241,11 @@ class Auditor:
                     break
         limits = limits_for(self._params, answer.reveal)
         is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
-        return Finding(is_false, len(claimed) < len(disputed))
+        is_missing = len(claimed) < len(disputed)
+        result = await trio.to_thread.run_sync(claimed_result, answer.execution, claimed)
+        if result is not None and not is_false and not is_missing and answer.cell.manifest.quorum == 1:
+            is_missing = await self._reexecutor.handed_others(answer.cell, worker, result, limits)
+        return Finding(is_false, is_missing)
 
 
 def _is_misled(answer: Answer, audited: Reveal, opening: Opening) -> bool:

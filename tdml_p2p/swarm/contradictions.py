@@ -11,6 +11,7 @@ from tdml_p2p.swarm.material import Buffer
 if TYPE_CHECKING:
     from tdml_p2p.swarm.reexecution import Execution
     from trainer.compare import Thresholds
+    from trainer.stage import CellResult
 
 RESULTS = ("y", "gx", "gw")
 
@@ -36,17 +37,23 @@ def tolerances(limits: Limits) -> "Thresholds":
     return Thresholds(*limits.tau, fraud_factor=limits.fraud_factor)
 
 
-def has_false_results(execution: "Execution", claimed: Mapping[str, Buffer], limits: Limits) -> bool:
-    """Whether one of the claimed tensors is fraud, or no tensor of its kind at all."""
-    from trainer.compare import compare
+def claimed_result(execution: "Execution", claimed: Mapping[str, Buffer]) -> "CellResult | None":
+    """Return the claimed results, those that are not in `claimed` being the own ones; None for no such tensors."""
     from trainer.stage import CellResult
     from trainer.tensors import vector_of
 
-    result = execution.result
-    theirs = {name: getattr(result, name) for name in RESULTS}
+    theirs = {name: getattr(execution.result, name) for name in RESULTS}
     for name, data in claimed.items():
         try:
             theirs[name] = vector_of(data, theirs[name].numel()).reshape(theirs[name].shape)
         except ValueError:
-            return True
-    return compare(CellResult(**theirs, boundaries=()), result, tolerances(limits)).is_fraud
+            return None
+    return CellResult(**theirs, boundaries=())
+
+
+def has_false_results(execution: "Execution", claimed: Mapping[str, Buffer], limits: Limits) -> bool:
+    """Whether one of the claimed tensors is fraud, or no tensor of its kind at all."""
+    from trainer.compare import compare
+
+    theirs = claimed_result(execution, claimed)
+    return theirs is None or compare(theirs, execution.result, tolerances(limits)).is_fraud

@@ -12,8 +12,10 @@ import trio
 
 from chain.hashing import digest
 from chain.transactions import Claim, Opening, Trace
+from chain.verdicts import Limits
 from tdml_p2p.swarm.asking import all_of, in_turn, limited_by, timely
 from tdml_p2p.swarm.base import BaseShelf
+from tdml_p2p.swarm.handed import handed_others
 from tdml_p2p.swarm.inputs import (
     Descriptor,
     Input,
@@ -182,6 +184,10 @@ class Reexecutor:
         if not cell.kernel or cell.is_transition:
             return False
         return await self._compute(partial(_kernel, cell.manifest.precision)) != cell.kernel
+
+    async def handed_others(self, cell: Cell, worker: str, result: "CellResult", limits: Limits) -> bool:
+        """Whether a neighbour holds, signed by a cell's worker, a grossly other result than this, which it claims."""
+        return await handed_others(cell, worker, result, self._ask, self._fetch, limits)
 
     async def fetch(self, address: bytes, holders: Sequence[str]) -> Buffer:
         """Return a blob from this peer or one of `holders`; raise `Unavailable`."""

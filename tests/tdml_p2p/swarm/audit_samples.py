@@ -12,6 +12,7 @@ from chain.params import Params
 from chain.records import Account, Audit, AuditStatus
 from chain.state import Duty, State
 from chain.transactions import Commitment, Opening, Reveal, Trace
+from chain.verdicts import Limits
 from tdml_p2p.swarm.auditor import Auditor
 from tdml_p2p.swarm.inputs import Input, Inputs, Senders, Wanted
 from tdml_p2p.swarm.material import Unavailable
@@ -103,6 +104,9 @@ class FakeReexecutor:
     """Addresses that are never answered."""
     lost: set[int] = field(default_factory=set)
     """Cells whose material nobody has."""
+    two_faced: set[int] = field(default_factory=set)
+    """Cells of which neighbours were sent other results than are claimed."""
+    compared: list[tuple[int, str, CellResult]] = field(default_factory=list)
 
     async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
         number = cell.wanted.cell
@@ -117,6 +121,11 @@ class FakeReexecutor:
     async def is_other_kernel(self, cell: Cell) -> bool:
         await trio.lowlevel.checkpoint()
         return bool(cell.kernel)
+
+    async def handed_others(self, cell: Cell, worker: str, result: CellResult, _limits: Limits) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.compared.append((cell.wanted.cell, worker, result))
+        return cell.wanted.cell in self.two_faced
 
     async def fetch(self, address: bytes, _holders: object) -> bytes:
         await trio.lowlevel.checkpoint()

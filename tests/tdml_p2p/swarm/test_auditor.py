@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+import torch
 import trio
 import trio.testing
 
@@ -37,6 +38,7 @@ from tests.tdml_p2p.swarm.audit_samples import (
     status,
 )
 from trainer.content import address_of
+from trainer.tensors import buffer_of
 
 T = TypeVar("T")
 CLIENT = PrivateKey(bytes([8]) * 32)
@@ -266,6 +268,32 @@ async def test_opened_results_that_nobody_has_are_missing_and_no_contradiction(
 ) -> None:
     reveal = await revealed(Bench(), opening_of(0, y=bytes(32)), 60)
     assert (reveal.contradiction, reveal.missing) == (False, True)
+
+
+async def test_a_worker_that_sent_its_neighbours_other_results_than_it_claims_has_not_given_them() -> None:
+    bench = Bench()
+    bench.reexecutor.two_faced.add(0)
+    reveal = await revealed(bench, opening_of(0))
+    assert (reveal.contradiction, reveal.missing) == (False, True)
+
+
+async def test_what_neighbours_were_sent_is_compared_with_what_is_claimed_not_with_the_own_result() -> None:
+    bench, claimed = Bench(), altered(0, 1.0 + 1e-6)
+    bench.reexecutor.blobs[address_of(claimed)] = claimed
+    await revealed(bench, opening_of(0, y=address_of(claimed)))
+    ((cell, worker, result),) = bench.reexecutor.compared
+    assert (cell, worker) == (0, peer_id(WORKER))
+    assert bytes(buffer_of(result.y)) == claimed
+    assert torch.equal(result.gw, execution_of(0).result.gw)
+
+
+@pytest.mark.parametrize("changes", [{"x": bytes(32)}, {"gw": bytes(32)}])
+async def test_neighbours_are_asked_only_about_a_claim_that_is_right(
+    changes: dict[str, bytes], autojump_clock: trio.testing.MockClock
+) -> None:
+    bench = Bench()
+    await revealed(bench, opening_of(0, **changes), 60)
+    assert not bench.reexecutor.compared
 
 
 async def test_equal_results_are_asked_of_nobody() -> None:
