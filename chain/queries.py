@@ -274,7 +274,7 @@ def _audit(reader: Reader, arguments: Arguments) -> Any:
 
 def _evidence(reader: Reader, arguments: Arguments) -> Any:
     table: dict[bytes, Conviction] = reader.state.tables[Table.CONVICTIONS]
-    kinds = ("verdict", "equivocation", "withheld")
+    kinds = ("verdict", "equivocation", "withheld", "silent")
     if "id" not in arguments:
         rows = sorted(table.values(), key=lambda c: c.height)
         return [{**plain(c), "kind": kinds[c.kind]} for c in rows]

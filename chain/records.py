@@ -162,6 +162,12 @@ class Worker(Record, frozen=True):
     """How many of its claims are unsettled, and audits of them open."""
     watched_until: Uint = 0
     """Until then the task's client has every cell of it audited."""
+    seated_at: Uint = 0
+    """The height at which it got its seat."""
+    silences: Uint = 0
+    """How often it has claimed nothing where cells were missing, since it claimed regularly."""
+    silent_at: Uint = 0
+    """The height at which that was noted last."""
 
     @property
     def state(self) -> WorkerStatus:
@@ -194,7 +200,7 @@ class ClaimRecord(Record, frozen=True):
     audit_pay: Uint = 0
     """What its audits have cost the escrow."""
     is_questioned: bool = False
-    """Whether another worker of the stage claims another state after the step."""
+    """Whether its step was drawn after its cells: for another state claimed after it, or for missing cells."""
 
 
 class StepProgress(Record, frozen=True):
@@ -209,6 +215,8 @@ class StepProgress(Record, frozen=True):
     claims: tuple[Hash, ...] = ()
     after: tuple[bytes, ...] = ()
     """By stage the root of the state after the step, as claimed; see `chain.ledger.transitions`."""
+    is_questioned: bool = False
+    """Whether cells were missing for half of the claims' time; see `chain.ledger.silence`."""
 
 
 class AuditStatus(StrEnum):
@@ -305,7 +313,7 @@ class Conviction(Record, frozen=True):
 
     id: Hash
     kind: Uint
-    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults."""
+    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults; 3: silence."""
     account: AccountId
     task: Hash | None
     height: Uint

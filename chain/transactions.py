@@ -128,14 +128,15 @@ class Claim(Record, frozen=True):
     """A worker's commitment to its cells of one step.
 
     `root` is `chain.commitment.claim_root` over one salted leaf per entry of `cells` (ascending
-    micro-batch indices); `state_before`/`state_after` are the stage's state roots around the step.
+    micro-batch indices; none, where the worker took part without any) and one for the optimiser's step;
+    `state_before`/`state_after` are the stage's state roots around the step.
     """
 
     task: Hash
     generation: Index
     step: Uint
     stage: Index
-    cells: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=1024)]
+    cells: Annotated[tuple[Index, ...], Meta(max_length=1024)]
     root: Hash
     state_before: Hash
     state_after: Hash

@@ -208,7 +208,8 @@ class TextReport:
     def _evicted(self, event: Event) -> None:
         text = f"evicted {self._name(event['peer'])} at step {event['step']}: {event['reason']}"
         self._print(f"{text}, evidence {short(event['evidence'])}", "bold red")
-        self._convicted.append(str(event["evidence"]))
+        if event["reason"] != "silent":  # of what was not claimed there is nothing to replay
+            self._convicted.append(str(event["evidence"]))
 
     def _saved(self, event: Event) -> None:
         self._print(f"saved   step {event['step']} in {event['out']}", "green")

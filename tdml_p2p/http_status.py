@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LOSS_POINTS = 400
 CLOSED_TASKS = 4
 MAX_METRICS_BYTES = 8 << 20
-CONVICTION_REASONS = ("convicted", "equivocation", "withheld")
+CONVICTION_REASONS = ("convicted", "equivocation", "withheld", "silent")
 
 
 def build_status(peer: "Peer") -> dict[str, Any]:

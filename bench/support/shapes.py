@@ -237,6 +237,20 @@ def single_draws(number: int) -> Shape:
     return shape
 
 
+def silent(number: int) -> Shape:
+    """Workers that have claimed nothing of a step which settles without their cells, for the last time."""
+    shape = Shape()
+    for index in range(number // 64):
+        task = shape.task(5 * SPAN + index, stages=2, microbatches=1024)
+        workers = [shape.worker(task, name_of("silent", 64 * index + place), 0, silences=2) for place in range(64)]
+        record = shape.claim(task, workers[0], 1, (0,), drawn=True)
+        shape.put(Table.CLAIMS, record.id, structs.replace(record, open_audits=0))
+        progress = StepProgress(HEIGHT - 50, (bytes(128),) * 2, (record.id,), is_questioned=True)
+        shape.put(Table.STEPS, step_key(task.id, 0, 1), progress)
+        shape.wake(HEIGHT + 1, Table.TASKS, task.id)
+    return shape
+
+
 def waiting_audits(number: int) -> Shape:
     """Many audits whose auditors have time left."""
     return _audits(number, AuditStatus.DRAWN, HEIGHT + 50)
@@ -421,6 +435,7 @@ SHAPES: dict[str, tuple[Callable[[int], Shape], int]] = {
     "crowds": (crowds, 40_960),
     "draws": (draws, 4096),
     "single draws": (single_draws, 4096),
+    "silent": (silent, 40_960),
     "waiting audits": (waiting_audits, 50_000),
     "overdue audits": (overdue_audits, 8192),
     "votes": (votes, 900),

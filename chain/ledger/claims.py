@@ -5,6 +5,7 @@ from msgspec.structs import replace
 from chain.hashing import digest
 from chain.ledger.book import Book, audit_id, name, step_key
 from chain.ledger.pools import Pools
+from chain.ledger.silence import half_time
 from chain.ledger.transitions import audited_leaves, check_state, is_in_question, with_claim
 from chain.randomness import chance
 from chain.reasons import Reason, Refused
@@ -38,6 +39,7 @@ def _take(book: Book, sender: bytes, claim: Claim) -> None:
     if progress is None:
         bitmaps = task.stages * task.redundancy
         progress = StepProgress(book.height, (bytes((task.microbatches + 7) // 8),) * bitmaps)
+        book.wake(half_time(book, book.height) + 1, Table.TASKS, task.id)
         book.wake(book.height + book.params.claim_window + 1, Table.TASKS, task.id)
     identity = claim_id(claim, sender)
     if book.draft.get(Table.CLAIMS, identity) is not None:
@@ -69,7 +71,7 @@ def _check(book: Book, task: Task, worker: Worker | None, claim: Claim) -> None:
         raise Refused(Reason.WRONG_GENERATION)
     if not task.settled < claim.step <= min(task.settled + task.depth, task.steps):
         raise Refused(Reason.WRONG_STEP)
-    if list(claim.cells) != sorted(set(claim.cells)) or claim.cells[-1] >= task.microbatches:
+    if list(claim.cells) != sorted(set(claim.cells)) or max(claim.cells, default=0) >= task.microbatches:
         raise Refused(Reason.BAD_CELLS)
     check_state(book, task, claim)
 

@@ -1,11 +1,11 @@
 """What follows from a verdict: slash, eviction, and the task rolled back to its newest settled step."""
 
-from chain.hashing import digest
 from chain.ledger import seats
 from chain.ledger.book import Book, audit_id, name, second_id, step_key
+from chain.ledger.evictions import remember
 from chain.ledger.settlement import end_audit
 from chain.ledger.transitions import leaves_of
-from chain.records import Audit, AuditStatus, ClaimRecord, Conviction, Task, Worker, WorkerStatus, status_of
+from chain.records import Audit, AuditStatus, ClaimRecord, Task, WorkerStatus, status_of
 from chain.state import Table
 
 _UNDISPUTED = (AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED)
@@ -24,7 +24,7 @@ def convict(book: Book, audit: Audit) -> None:
     slashed = worker.bond + worker.withheld
     reward = slashed * book.params.reporter_share // 10_000
     book.credit(audit.auditor, reward)
-    _remember(book, audit, 0, slashed)
+    remember(book, worker, 0, slashed, audit.id)
     was_seated = worker.is_seated
     evicted = status_of(WorkerStatus, WorkerStatus.EVICTED)
     book.set_worker(worker, bond=0, withheld=0, status=evicted)
@@ -55,27 +55,6 @@ def _vacate_other_seats(book: Book, audit: Audit) -> None:
         worker = book.worker(task, audit.worker)
         if task != audit.task and worker is not None and worker.is_present:
             seats.leave(book, worker)
-
-
-def evict_without_slash(book: Book, worker: Worker, audit: Audit, state: AuditStatus) -> None:
-    """End the seat of a worker that keeps withholding what it claimed, or erring; its bond returns."""
-    _remember(book, audit, 2, 0)
-    book.set_worker(worker, status=status_of(WorkerStatus, WorkerStatus.LEFT))
-    book.note(
-        "evicted",
-        task=audit.task.hex(),
-        worker=name(worker.account),
-        step=audit.step,
-        stage=worker.stage,
-        evidence=audit.id.hex(),
-        reason=str(state),
-    )
-
-
-def _remember(book: Book, audit: Audit, kind: int, slashed: int) -> None:
-    identity = digest("conviction", audit.id, bytes([kind]))
-    conviction = Conviction(identity, kind, audit.worker, audit.task, book.height, slashed, audit.id)
-    book.draft.put(Table.CONVICTIONS, identity, conviction)
 
 
 def void_unsettled(book: Book, task: Task, limit: int) -> int:

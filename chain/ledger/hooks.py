@@ -1,7 +1,7 @@
 """What every block does besides its transactions, in a fixed order."""
 
 from chain.hashing import digest
-from chain.ledger import audits, claims, governance, seats, settlement, tasks, validators
+from chain.ledger import audits, claims, governance, seats, settlement, silence, tasks, validators
 from chain.ledger.book import Book, place_at
 from chain.ledger.convictions import void_unsettled
 from chain.state import PREFIX, Table
@@ -89,6 +89,8 @@ def _keep_up(book: Book, identity: bytes, limit: int) -> int:
         return 1
     fixed = len(book.workers(identity)) + ROWS_A_TASK
     rows = void_unsettled(book, book.task(identity), limit)
+    if rows < limit:
+        rows += silence.question_due(book, book.task(identity), limit - rows)
     if rows < limit:
         rows += settlement.settle_due(book, book.task(identity), limit - rows)
     if rows >= limit:

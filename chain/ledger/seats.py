@@ -132,6 +132,7 @@ def _seat(book: Book, task: Task, worker: Worker, stage: int) -> None:
         bond=worker.bond + bond,
         status=status_of(WorkerStatus, WorkerStatus.SEATED),
         lease_until=lease,
+        seated_at=book.height,
     )
     book.note("seated", task=task.id.hex(), worker=name(worker.account), stage=stage)
 

@@ -1,8 +1,7 @@
 """What follows from finished work: audits ended, steps settled and paid, bonds returned."""
 
-from collections import Counter
-
 from chain.ledger.book import Book, name, step_key
+from chain.ledger.silence import count_silent, speaks, uncovered
 from chain.records import (
     Audit,
     AuditStatus,
@@ -88,6 +87,7 @@ def settle_due(book: Book, task: Task, limit: int) -> int:
             count += len(progress.claims) + 1
             if not _is_resolved(book, task, progress):
                 return count
+        count += count_silent(book, task, progress)
         _settle(book, task, progress, key)
     return count
 
@@ -101,25 +101,11 @@ def _is_late(book: Book, task: bytes, first_height: int) -> bool:
 
 
 def _is_resolved(book: Book, task: Task, progress: StepProgress) -> bool:
-    is_covered = _is_covered(book, task, progress.covered)
+    is_covered = not uncovered(book, task, progress.covered)
     claims = [book.claim(identity) for identity in progress.claims]
     return (is_covered or _is_late(book, task.id, progress.first_height)) and all(
         c.drawn and c.open_audits == 0 for c in claims
     )
-
-
-def _is_covered(book: Book, task: Task, covered: tuple[bytes, ...]) -> bool:
-    """Whether every cell is claimed as often as it is computed: by all that its stage has, if these are too few."""
-    full = ((1 << task.microbatches) - 1).to_bytes((task.microbatches + 7) // 8, "little")
-    if task.redundancy == 1:
-        return all(bitmap == full for bitmap in covered)
-    held = Counter(worker.stage for worker in book.workers(task.id) if worker.is_seated)
-    for stage in range(task.stages):
-        copies = min(task.redundancy, max(task.redundancy // 2 + 1, held[stage]))
-        first = stage * task.redundancy
-        if any(bitmap != full for bitmap in covered[first : first + copies]):
-            return False
-    return True
 
 
 def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
@@ -135,6 +121,7 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
         worker = book.worker(task.id, record.worker)
         if worker is None or worker.state is WorkerStatus.EVICTED:
             continue
+        worker = speaks(book, worker, record.height)
         book.set_worker(worker, settled_cells=worker.settled_cells + paid)
         _pay(book, book.task(task.id), record.worker, paid * task.price)
     settled = book.set_task(book.task(task.id), settled=task.settled + 1, roots=progress.after)

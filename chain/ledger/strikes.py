@@ -1,7 +1,7 @@
 """Faults that are no fraud, counted by occasion: data not given, results off by a little; too many cost the seat."""
 
 from chain.ledger.book import Book
-from chain.ledger.convictions import evict_without_slash
+from chain.ledger.evictions import WITHHELD, evict_without_slash
 from chain.ledger.settlement import end_audit, flag
 from chain.ledger.tasks import bond_for
 from chain.records import Audit, AuditStatus
@@ -47,4 +47,4 @@ def end_with_strike(book: Book, audit: Audit, state: AuditStatus) -> None:
     assert worker is not None
     changed = book.set_worker(worker, withholdings=worker.withholdings + 1)
     if changed.is_seated and changed.withholdings >= book.params.withheld_limit:
-        evict_without_slash(book, changed, audit, state)
+        evict_without_slash(book, changed, WITHHELD, audit.id, audit.step, str(state))

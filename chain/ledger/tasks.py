@@ -51,7 +51,7 @@ def post(book: Book, sender: bytes, payload: PostTask) -> None:
 def least_escrow(task: PostTask | Task) -> int:
     """Return what a task may cost: every cell, one audit of each, and one of every worker's step."""
     cells = task.stages * task.microbatches * task.redundancy
-    claims = 0 if task.redundancy > 1 else task.stages * min(task.replicas, task.microbatches)
+    claims = 0 if task.redundancy > 1 else task.stages * task.replicas
     return task.steps * task.price * (2 * cells + claims)
 
 

@@ -56,20 +56,25 @@ def with_claim(book: Book, task: Task, progress: StepProgress, claim: Claim, ide
     elif after[claim.stage] not in (SPLIT, claim.state_after):
         after[claim.stage] = SPLIT
         for other in progress.claims:
-            _question(book, task, book.claim(other), claim.stage)
+            record = book.claim(other)
+            if record.claim.stage == claim.stage:
+                question(book, task, record)
     return replace(progress, claims=(*progress.claims, identity), after=tuple(after))
 
 
 def is_in_question(book: Book, record: ClaimRecord) -> bool:
-    """Whether somebody else of the stage claims another state after the same step."""
+    """Whether somebody of the stage claims another state after the same step, or cells were missing for long."""
+    if record.is_questioned:
+        return True
     claim = record.claim
     progress: StepProgress | None = book.draft.get(Table.STEPS, step_key(claim.task, claim.generation, claim.step))
-    return progress is not None and progress.after[claim.stage : claim.stage + 1] == (SPLIT,)
+    is_split = progress is not None and progress.after[claim.stage : claim.stage + 1] == (SPLIT,)
+    return is_split or (progress is not None and progress.is_questioned)
 
 
-def _question(book: Book, task: Task, record: ClaimRecord, stage: int) -> None:
-    """Have the step of a stage's claim drawn whose cells have been drawn already; others will be with their cells."""
-    if record.claim.stage != stage or not record.drawn or task.redundancy > 1:
+def question(book: Book, task: Task, record: ClaimRecord) -> None:
+    """Have the step of a claim drawn whose cells have been drawn already; others will be with their cells."""
+    if not record.drawn or task.redundancy > 1:
         return
     if book.draft.get(Table.AUDITS, audit_id(record, task.transition)) is not None:
         return

@@ -162,8 +162,7 @@ class WorkerSession:
             if step in states:
                 self.book.provide_state(states[step])
         self.steps += 1
-        if claim is not None:
-            self._outbox.put(claim)
+        self._outbox.put(claim)
 
     def _fetcher(self, fetch: Fetch) -> Callable[[bytes, tuple[str, ...]], Awaitable[StageState]]:
         size = stage_layout(self.seat.manifest, self.seat.stage).total

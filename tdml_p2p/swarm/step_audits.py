@@ -179,9 +179,11 @@ def _mean(cell: "Cell", material: StepMaterial, reduce: Reduce, blobs: Blobs, si
 
     assert cell.claimed is not None
     wire = cell.manifest.wire
-    own = ordered_sum(_vector(blobs[one.trace.gw], size) for one in material.cells)
-    payload = pack(own, wire)
-    partials = {cell.claimed.worker: unpack(payload) if payload[0].is_encoded else own}
+    partials = {}
+    if material.cells:  # a worker without any adds what the others have sent
+        own = ordered_sum(_vector(blobs[one.trace.gw], size) for one in material.cells)
+        payload = pack(own, wire)
+        partials[cell.claimed.worker] = unpack(payload) if payload[0].is_encoded else own
     for part in material.parts:
         partials[part.sender] = _decoded(blobs[part.address], wire, size)
     return ordered_sum(partials[peer] for peer in sorted(partials)).div_(len(reduce.owners))

@@ -76,10 +76,11 @@ class TraceBook:
         self._released: set[tuple[int, int]] = set()
         """Steps of which only the gradients that audits were drawn for are kept."""
 
-    def add(self, record: StepRecord, before: bytes, after: StateManifest) -> Claim | None:
-        """Keep a committed step and return its claim, or None if no cell is ours. Hashes tensors: slow."""
-        if not record.cells:
-            return None
+    def add(self, record: StepRecord, before: bytes, after: StateManifest) -> Claim:
+        """Keep a committed step and return its claim. Hashes tensors: slow.
+
+        A step in which no cell is ours is claimed too: who claims nothing where cells are missing loses its seat.
+        """
         cells = {cell.cell: self._kept(record, cell, before) for cell in record.cells}
         transition = self._transition(record, cells, before, after)
         own = tuple(leaf(kept.salt, kept.trace) for kept in cells.values())

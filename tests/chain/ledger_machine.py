@@ -203,13 +203,20 @@ class Machine(RuleBasedStateMachine):
             self.players.apply_all(KEYS[:workers])
             self.players.block(frozenset(key.account for key in absent))
 
-    @rule(cheats=st.sets(st.integers(0, 6), max_size=2), liars=st.sets(st.integers(0, 6), max_size=2), seed=SEEDS)
-    def campaign(self, cheats: set[int], liars: set[int], seed: int) -> None:
-        """Let everybody work long enough for verdicts, some of them cheating."""
+    @rule(
+        cheats=st.sets(st.integers(0, 6), max_size=2), liars=st.sets(st.integers(0, 6), max_size=2), seed=SEEDS,
+        mute=st.sets(st.integers(0, 6), max_size=1),
+    )  # fmt: skip
+    def campaign(self, cheats: set[int], liars: set[int], seed: int, mute: set[int]) -> None:
+        """Let everybody work long enough for verdicts, some of them cheating or silent."""
         dice, off = random.Random(seed), {0: FRAUD, 1: SMALL, 2: FRAUD}[seed % 3]
         self.players.deviation.update({KEYS[index].account: off for index in cheats})
         self.players.lies.update({KEYS[index].account: FRAUD for index in liars})
+        self.players.apply_all(KEYS[:7])
+        self.players.block()
+        self.players.silent.update(KEYS[index].account for index in mute)
         for _ in range(12):
+            self.players.renew_all()
             self.players.answer_all(dice)
             self.players.claim_all(2)
             self.players.block()

@@ -107,7 +107,7 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
     order = [event.data["evidence"] for event in block.executed.events if event.kind == "slashed"]
     first: dict[int, tuple[bytes, int]] = {}
     for key, conviction in rows(block.after, T.CONVICTIONS).items():
-        if key in rows(block.before, T.CONVICTIONS) or conviction.kind == 2:
+        if key in rows(block.before, T.CONVICTIONS) or conviction.kind in (2, 3):
             continue
         change[conviction.account] -= conviction.slashed
         reward = conviction.slashed * params.reporter_share // 10_000

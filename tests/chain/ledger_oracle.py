@@ -16,6 +16,7 @@ from blake3 import blake3
 from chain.state import KINDS, State
 from chain.transactions import Commit, RevealAll
 from tests.chain.ledger_money import conserved, escrow_covers, everybody_gets_theirs, released_in_time, stake_stays
+from tests.chain.ledger_silent import seats_lost_in_silence, silent_by_the_rules
 from tests.chain.ledger_view import LIVE, Block, T, claims_of, ended, owner, rows
 
 _KEY = blake3(derive_key_context="tdml 1 state key")
@@ -424,6 +425,8 @@ RULES = (
     drawn_when_final,
     seated_by_the_rules,
     settled_with_all_copies,
+    silent_by_the_rules,
+    seats_lost_in_silence,
     watched_by_the_client,
     bonds_stay_while_disputed,
     ballots_are_what_was_revealed,

@@ -22,6 +22,7 @@ from chain.transactions import (
     Evidence,
     Open,
     Payload,
+    RenewLease,
     Reveal,
     RevealAll,
     RotateKey,
@@ -118,6 +119,14 @@ class Players:
                 if (worker := self.state.worker(task.id, key.account)) is None or not worker.is_present:
                     self.send(key, TakeSeat(task.id, bytes(32)))
 
+    def renew_all(self) -> None:
+        """Let everybody keep seats and applications whose lease is half over."""
+        half = self.state.params.lease_blocks // 2
+        for task in self.state.open_tasks():
+            for worker in self.state.workers(task.id):
+                if worker.is_present and worker.lease_until - self.state.height <= half:
+                    self.waiting += [(key, RenewLease(task.id)) for key in KEYS if key.account == worker.account]
+
     def claim_all(self, steps: int) -> None:
         """Let everybody with a seat claim its cells of the next steps."""
         for task in self.state.open_tasks():
@@ -126,7 +135,7 @@ class Players:
                 continue
             for step in range(task.settled + 1, min(task.settled + min(steps, task.depth), task.steps) + 1):
                 if (task.generation, step) not in swarm.claimed:
-                    self.waiting += swarm.claims(step)
+                    self.waiting += [(key, sent) for key, sent in swarm.claims(step) if key.account not in self.silent]
 
     def claim_one(self, task: bytes, key: PrivateKey, step: int, cells: tuple[int, ...]) -> None:
         """Let one worker claim these cells of a step, whether it may or not."""

@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace
 
 from chain import verdicts
-from chain.ledger import accounts, claims, execution, hooks, payloads, pools, seats, settlement, validators
+from chain.ledger import accounts, claims, execution, hooks, payloads, pools, seats, settlement, silence, validators
 from chain.ledger.book import Book
 from chain.reasons import Refused
 from chain.state import Table
@@ -78,6 +78,13 @@ def _keeps_what_was_refused(book: Book, sender: bytes, payload: Any) -> None:
         book.set_account(sender, granted=not book.account(sender).granted)
 
 
+def _counts_everybody(book: Book, task: Any, progress: Any) -> int:
+    for worker in book.workers(task.id):
+        if worker.is_seated and progress.claims:
+            silence._note(book, task, worker)
+    return 0
+
+
 def _keeps_everything(book: Book) -> None:
     """Forget nothing."""
 
@@ -94,6 +101,8 @@ MUTANTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a refused payload leaves a trace": (execution, "apply", _keeps_what_was_refused),
     "a third of the voters convict": (verdicts, "quorum", lambda total: total // 3 + 1),
     "ended audits stay for good": (hooks, "_forget", _keeps_everything),
+    "everybody is silent": (settlement, "count_silent", _counts_everybody),
+    "nobody is silent": (settlement, "count_silent", lambda book, task, progress: 0),
     "anybody may be drawn": (pools, "is_fit", lambda book, account: True),
 }
 

@@ -27,6 +27,7 @@ BY_BLOCK = {
 BOUNDED = {
     "idle tasks": 2 * MAX_ROWS // ROWS_A_TASK,
     "crowds": 2 * MAX_ROWS,
+    "silent": 2 * MAX_ROWS,
     "draws": 4096,
     "overdue audits": 2 * MAX_EXPIRED,
     "waiting audits": 128,
@@ -98,6 +99,17 @@ def test_what_waits_is_handled_in_later_blocks_and_none_is_lost() -> None:
 
 def _is_overdue(state: State, audit: Audit) -> bool:
     return audit.is_active and audit.deadline < state.height
+
+
+def test_silent_workers_lose_their_seats_in_as_many_blocks_as_that_takes() -> None:
+    shape, state = made("silent", 3 * MAX_ROWS // 2)
+    counts = []
+    for _ in range(4):
+        executed = execute(state, shape.context(state), ())
+        state = executed.state
+        counts.append(sum(event.kind == "evicted" for event in executed.events))
+    assert sum(counts) == 3 * MAX_ROWS // 128 * 63
+    assert max(counts) <= MAX_ROWS
 
 
 def test_a_task_has_bounds() -> None:

@@ -97,6 +97,7 @@ def is_false(run: Run, place: tuple[int, int, int]) -> bool:
 SWARMS: dict[str, Callable[[], Run]] = {
     "clipped": lambda: trained(manifest=clipped(manifest_of(stages=2, steps=2)), replicas=2),
     "plain, three replicas": lambda: trained(manifest=manifest_of(stages=1, steps=2), replicas=3),
+    "more replicas than cells": lambda: trained(manifest=clipped(manifest_of(2, 2, 2)), replicas=3),
     "tied": lambda: trained(manifest=tied_manifest(stages=2, steps=2), replicas=2),
     "int8 links": lambda: trained(manifest=compressed("int8"), replicas=2),
     "bf16 links": lambda: trained(manifest=compressed("bf16"), replicas=2),
@@ -293,6 +294,20 @@ def test_a_false_record_is_named(run: Run, what: str) -> None:
         "foreign": "not signed by its sender",
     }
     assert told[what] in judged(run, place, cases[what]())
+
+
+def test_who_added_cells_and_claims_to_have_had_none_is_found(run: Run) -> None:
+    place = (0, 0, 2)
+    cell = step_of(run, *place)
+    assert cell.claimed is not None
+    silent = replace(cell, claimed=replace(cell.claimed, claim=msgspec.structs.replace(cell.claimed.claim, cells=())))
+    data = rewritten(record_of(run, place), cells=())
+
+    async def fetch(address: bytes, holders: tuple[str, ...]) -> Buffer:
+        return data if address == record else await run.fetch(address, holders)
+
+    record = run.sessions[run.stages[0][0]].book.step_record(0, 2)
+    assert "not the cells claimed" in executed(run, silent, fetch).contradiction
 
 
 def test_other_gradients_than_were_claimed_are_found_when_the_step_is_opened(run: Run) -> None:

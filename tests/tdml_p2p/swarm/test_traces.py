@@ -43,10 +43,15 @@ def test_a_claim_says_which_cells_and_states_it_is_about() -> None:
     assert (claim.cells, claim.state_before, claim.state_after) == ((1, 2), BEFORE, ROOT)
 
 
-def test_a_step_without_own_cells_has_no_claim_and_is_not_kept() -> None:
-    book = TraceBook(TASK, b"secret")
-    assert book.add(step_of(4), BEFORE, AFTER) is None
+def test_a_step_without_own_cells_is_claimed_by_its_optimisers_step_alone() -> None:
+    book, state = TraceBook(TASK, b"secret"), state_of(4)
+    claim = book.add(step_of(4), BEFORE, state.manifest)
+    assert (claim.cells, claim.state_before, claim.state_after) == ((), BEFORE, ROOT)
     assert book.cell(0, 4, 0) is None
+    book.provide_state(state)
+    opened = book.opening((0, 4, 4), AUDIT, KEY)
+    assert opened is not None
+    assert is_member(claim.root, leaf(opened.salt, opened.trace), 0, 1, opened.proof)
 
 
 def test_the_trace_names_every_tensor_of_the_cell() -> None:
