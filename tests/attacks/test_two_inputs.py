@@ -9,7 +9,8 @@ from chain.keys import PrivateKey, peer_id
 from chain.records import Audit
 from chain.transactions import Opening
 from tdml_p2p.swarm.inputs import Descriptor, Senders, Wanted, checked, expected_messages, signed_input
-from tests.attacks.kit import Figures, Place, RealSwarm, follow, place_of, swarm_of
+from tests.attacks.figures import Figures, follow
+from tests.attacks.kit import Place, RealSwarm, place_of, swarm_of
 from tests.trainer.swarm_kit import manifest_of
 
 RATE = 3000
