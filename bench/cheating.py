@@ -23,8 +23,8 @@ from bench.support.detectors import EXTRA_COMPUTE, clusters_notice, iota_notices
 from bench.support.recordings import HONEST, RESULTS, SMALL, STAGES, Recordings, record
 from tests.attacks.cells import ATTACKS, USUAL, addresses_of, recordings, result_of
 from tests.attacks.evasion import Evader, in_quiet_blocks, one_at_a_time
-from tests.attacks.figures import Figures, Prepare, cheating, measure
-from tests.attacks.kit import Character, Place, RealSwarm, agree, swarm_of
+from tests.attacks.figures import Figures, Prepare, both, cheating, measure
+from tests.attacks.kit import Character, Place, RealSwarm, swarm_of
 from tests.attacks.laziness import WAYS, measure_lazy
 
 RATE = 1000
@@ -141,18 +141,6 @@ def closed(swarm: RealSwarm, cheat: bytes) -> None:
     """Have the cheat open nothing."""
     cheating("zero gradients")(swarm, cheat)
     swarm.silent.add((cheat, "open"))
-
-
-def both(attack: str, **changes: Any) -> Prepare:
-    """Return what makes all workers of the cheat's stage do the same, and find each other right."""
-
-    def prepare(swarm: RealSwarm, cheat: bytes) -> None:
-        own = swarm.state.worker(swarm.task, cheat)
-        assert own is not None
-        for account in swarm.seated(own.stage):
-            cheating(attack, judges=agree, **changes)(swarm, account)
-
-    return prepare
 
 
 def measure_one(name: str, case: Case, runs: int) -> Figures:

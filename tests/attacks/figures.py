@@ -144,3 +144,15 @@ def cheating(attack: str, **changes: Any) -> Prepare:
         swarm.characters[cheat] = replace(Character(attack=attack), **changes)
 
     return prepare
+
+
+def both(attack: str, **changes: Any) -> Prepare:
+    """Return what makes all workers of the cheat's stage do the same, and find each other right."""
+
+    def prepare(swarm: RealSwarm, cheat: bytes) -> None:
+        own = swarm.state.worker(swarm.task, cheat)
+        assert own is not None
+        for account in swarm.seated(own.stage):
+            cheating(attack, judges=agree, **changes)(swarm, account)
+
+    return prepare
