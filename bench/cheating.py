@@ -1,48 +1,57 @@
 """Each attack on a swarm of real cells: how often, and how soon, it is convicted, and who else notices it.
 
-One of six workers cheats; its cells are re-executed at the task's rate by auditors of whom some are its friends. The
-ledger, sketches and re-executions are the real ones, blocks are virtual. Prints a table, then one JSON line.
+One of six workers cheats, or both of a stage; their cells are re-executed at the task's rate p by auditors of whom a
+quarter are friends: a cheated cell is found with h = p·(1−f) = 0.075, after 13.3 cells on average. The ledger,
+sketches and re-executions are the real ones, blocks are virtual. Attacks that are faults and no frauds (results
+between τ and a hundred τ, data that is not given) cost the seat and no slash. Prints a row as each attack ends, on
+stderr with --json, what others would notice of each, then one JSON line.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 
-from bench.support.detectors import clusters_notice, iota_notices, majority_notices, toploc_notices
-from bench.support.recordings import HONEST, RESULTS, STAGES, Recordings, record
-from tests.attacks.kit import (
-    ATTACKS,
-    USUAL,
-    Character,
-    Figures,
-    Place,
-    Prepare,
-    RealSwarm,
-    addresses_of,
-    cheating,
-    measure,
-    recordings,
-    result_of,
-    swarm_of,
-)
+from bench.support.detectors import EXTRA_COMPUTE, clusters_notice, iota_notices, majority_notices, toploc_notices
+from bench.support.recordings import HONEST, RESULTS, SMALL, STAGES, Recordings, record
+from tests.attacks.cells import ATTACKS, USUAL, addresses_of, recordings, result_of
+from tests.attacks.evasion import Evader, in_quiet_blocks, one_at_a_time
+from tests.attacks.figures import Figures, Prepare, both, cheating, measure
+from tests.attacks.kit import Character, Place, RealSwarm, swarm_of
 from tests.attacks.laziness import WAYS, measure_lazy
 
 RATE = 1000
+VALIDATORS = 11
+"""Of whom eight may be drawn at a stage at either end: neither the worker nor the two of the stage beside it."""
 FRIENDS = 2
-STAGE = 0
-"""Here 7 accounts may be drawn: 2 friends are a share f of 0.286."""
+TARGET = 13.0
+"""Mean cheated cells that are asked for: theory says 13.3, so that samples lie on either side of it."""
 _HONEST_BLOCKS = 60
+_LAST = STAGES - 1
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attack: what the cheat is to do, at which stage, and what differs from other runs."""
+
+    prepare: Prepare
+    stage: int = 0
+    friends: int = FRIENDS
+    terms: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only on stdout")
     parser.add_argument("--runs", type=int, default=200, help="runs of each attack")
     parser.add_argument("--only", default="", help="measure attacks whose name contains this")
     parser.add_argument("--auditors", action="store_true", help="measure lazy auditors instead of cheating workers")
@@ -51,33 +60,71 @@ def main() -> None:
     if arguments.auditors:
         print(json.dumps(lazy_auditors(arguments.runs, arguments.only)))
         return
-    named = {name: prepare for name, prepare in prepared().items() if arguments.only in name}
-    rows = [row(measure_one(name, prepare, arguments.runs)) for name, prepare in named.items()]
-    pooled = sorted(count for one in rows for count in one.pop("counts"))
-    report = {
-        "rate": RATE / 10_000,
-        "runs": arguments.runs,
-        "attacks": rows,
-        "p999_of_all_runs": pooled[int(0.999 * len(pooled))] if pooled else None,
-        "honest": honest(),
-        "others": others(),
-    }
-    if not arguments.json:
-        show(report)
+    out = sys.stderr if arguments.json else sys.stdout
+    report = attacks(arguments.runs, arguments.only, out)
+    if not arguments.only:
+        report |= {"honest": honest(), "others": others(), "others_extra_compute": EXTRA_COMPUTE}
+        show_others(report, out)
     print(json.dumps(report))
 
 
-def lazy_auditors(runs: int, only: str = "") -> list[dict[str, object]]:
+def attacks(runs: int, only: str, out: Any) -> Row:
+    """Measure the attacks, printing a row as each ends; return the rows, and all runs of one h together."""
+    started, rows, pooled = time.monotonic(), [], []
+    print(
+        f"{'attack':36}{'slashed':>9}{'unseated':>9}{'mean':>8}{'theory':>8}{'p99.9':>7}{'theory':>7}", end="", file=out
+    )
+    print(f"{'false':>7}{'compute':>9}", file=out, flush=True)
+    for name, case in cases().items():
+        if only in name:
+            figures = measure_one(name, case, runs)
+            rows.append(row(figures))
+            show(rows[-1], out)
+            pooled += figures.cells if abs(figures.theory - RATE / 10_000 * 0.75) < 1e-9 else []
+    pooled.sort()
+    return {
+        "rate": RATE / 10_000,
+        "colluding": FRIENDS / 8,
+        "runs": runs,
+        "attacks": rows,
+        "runs_pooled": len(pooled),
+        "mean_of_all_runs": sum(pooled) / len(pooled) if pooled else None,
+        "p999_of_all_runs": pooled[int(0.999 * len(pooled))] if pooled else None,
+        "target_mean": TARGET,
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def lazy_auditors(runs: int, only: str = "") -> list[Row]:
     """Return what comes of auditors that do not compute, in `runs` swarms of each way."""
     return [{"auditor": way, **asdict(measure_lazy(way, runs))} for way in WAYS if only in way]
 
 
-def prepared() -> dict[str, Prepare]:
-    """Return all attacks by name: what the cheat is to do."""
-    found: dict[str, Prepare] = {name: cheating(name) for name in RESULTS}
-    found["sparse, 5 % of cells"] = cheating("sign flip", is_cheating=sparse)
-    found["sleeper, after 64 honest cells"] = cheating("int8 weights", is_cheating=lambda _, place: place.step > 8)
+def cases() -> dict[str, Case]:
+    """Return all attacks by name."""
+    found = {name: Case(cheating(name), stage_of(name)) for name in (*RESULTS, *SMALL)}
+    withheld = cheating("gw skipped", opens=USUAL, withholds=frozenset({"gw"}))
+    found["sparse, 5 % of cells"] = Case(cheating("sign flip", is_cheating=sparse))
+    found["sleeper, after 64 honest cells"] = Case(cheating("int8 weights", is_cheating=lambda _, at: at.step > 8))
+    found["evader, while none of its audits is open"] = Case(evading(in_quiet_blocks), terms={"blocks": 2000})
+    patient = {"blocks": 4000, "steps": 2000}
+    found["evader, one cell at a time"] = Case(evading(one_at_a_time), terms=patient)
+    found["lazy, computes what is drawn"] = Case(cheating("random gradients", opens=USUAL))
+    found["withheld tensors"] = Case(withheld)
+    found["withheld openings"] = Case(closed)
+    found["both replicas, one opens for the other"] = Case(both("layer skipped"), friends=FRIENDS - 1)
+    found["false step, the other replica's is right"] = Case(
+        cheating("y x 1.001", is_of_steps=True, after=b"false"), terms={"share": 1 / (RATE / 10_000)}
+    )
+    found["false step of both replicas"] = Case(
+        both("y x 1.001", is_of_steps=True), friends=FRIENDS - 1, terms={"step_share": 10_000}
+    )
     return found
+
+
+def stage_of(name: str) -> int:
+    """Return a stage at an end of the pipeline where an attack changes something: the first has no input gradient."""
+    return _LAST if addresses_of(name, 0, 0) == addresses_of(USUAL, 0, 0) else 0
 
 
 def sparse(_: RealSwarm, place: Place) -> bool:
@@ -85,32 +132,44 @@ def sparse(_: RealSwarm, place: Place) -> bool:
     return random.Random(str(place)).random() < 0.05
 
 
-def measure_one(name: str, prepare: Prepare, runs: int) -> Figures:
-    """Return the figures of one attack, at a stage where it changes something."""
-    number = addresses_of(name, STAGE, 0) if name in ATTACKS else None
-    is_idle = number == addresses_of(USUAL, STAGE, 0)
-    return measure(name, prepare, runs, stage=1 if is_idle else STAGE, colluding=1 if is_idle else FRIENDS)
+def evading(evader: Evader) -> Prepare:
+    """Return what makes the cheat choose its moments."""
+    return lambda swarm, cheat: cheating("gw x 1.01", is_cheating=evader(swarm, cheat))(swarm, cheat)
 
 
-def row(figures: Figures) -> dict[str, object]:
+def closed(swarm: RealSwarm, cheat: bytes) -> None:
+    """Have the cheat open nothing."""
+    cheating("zero gradients")(swarm, cheat)
+    swarm.silent.add((cheat, "open"))
+
+
+def measure_one(name: str, case: Case, runs: int) -> Figures:
+    """Return the figures of one attack."""
+    return measure(
+        name, case.prepare, runs, stage=case.stage, colluding=case.friends, validators=VALIDATORS, **case.terms
+    )
+
+
+def row(figures: Figures) -> Row:
     """Return what the table says of one attack."""
     low, high = figures.bounds(3.0)
     return {
         "attack": figures.attack,
         "convicted": figures.convicted / figures.runs,
+        "unseated": figures.unseated / figures.runs,
         "mean_cells": round(figures.mean, 2),
         "theory": round(1 / figures.theory, 2),
         "is_as_theory_says": low <= figures.mean <= high,
         "p999_cells": figures.quantile(0.999),
+        "p999_in_theory": figures.quantile_in_theory(0.999),
         "claimed_until_evicted": round(sum(figures.claimed) / figures.runs, 1),
         "false_evictions": figures.honest_evictions,
         "false_charges": figures.honest_charges,
         "overhead": round(figures.executions / figures.paid, 4),
-        "counts": figures.cells,
     }
 
 
-def honest() -> dict[str, object]:
+def honest() -> Row:
     """Return what audits cost a swarm of honest, unlike peers, and what they find in it."""
     kernels, cells, executions, comparisons, disputes = list(HONEST), 0, 0, 0, 0
     for run in range(8):
@@ -126,9 +185,9 @@ def honest() -> dict[str, object]:
     return {"cells": cells, "overhead": executions / cells, "comparisons": comparisons, "disputes": disputes}
 
 
-def others() -> list[dict[str, object]]:
+def others() -> list[Row]:
     """Return the share of cells in which each rival notices an attack, or an honest peer on other hardware."""
-    return [{"attack": name, **_noticed(name)} for name in (*HONEST, *RESULTS)]
+    return [{"attack": name, **_noticed(name)} for name in (*HONEST, *RESULTS, *SMALL)]
 
 
 def _noticed(name: str) -> dict[str, float]:
@@ -166,26 +225,34 @@ def _share(noticed: Iterable[bool]) -> float:
     return round(sum(found) / max(1, len(found)), 3)
 
 
-def show(report: dict[str, object]) -> None:
-    """Print the tables."""
-    put: Callable[[str], None] = print
-    rivals = {one["attack"]: one for one in report["others"]}  # type: ignore[attr-defined]
-    put(f"{'attack':32}{'convicted':>10}{'mean':>8}{'theory':>8}{'p99.9':>7}{'false':>7}{'compute':>9}")
-    for one in report["attacks"]:  # type: ignore[attr-defined]
-        put(
-            f"{one['attack']:32}{one['convicted']:>10.1%}{one['mean_cells']:>8}{one['theory']:>8}"
-            f"{one['p999_cells']:>7}{one['false_evictions'] + one['false_charges']:>7}{one['overhead']:>9.1%}"
-        )
-    put(
-        f"\n{'noticed by others, share of cells':32}"
-        f"{'TOPLOC':>10}{'IOTA':>8}{'K-means':>9}{'(honest)':>10}{'3 replicas':>12}"
+def show(one: Row, out: Any) -> None:
+    """Print the row of an attack."""
+    print(
+        f"{one['attack']:41}{one['convicted']:>6.1%}{one['unseated']:>9.1%}{one['mean_cells']:>8}{one['theory']:>8}"
+        f"{one['p999_cells']:>7}{one['p999_in_theory']:>7}{one['false_evictions'] + one['false_charges']:>7}"
+        f"{one['overhead']:>9.1%}",
+        file=out,
+        flush=True,
     )
-    for name, one in rivals.items():
-        put(
-            f"{name:32}{one['toploc']:>10.1%}{one['iota']:>8.1%}{one['kmeans']:>9.1%}"
-            f"{one['kmeans_honest_suspected']:>10.1%}{one['majority_of_3']:>12.1%}"
+
+
+def show_others(report: Row, out: Any) -> None:
+    """Print what others notice, and what that costs."""
+    names = f"{'TOPLOC':>10}{'IOTA':>8}{'K-means':>9}{'(honest)':>10}{'3 replicas':>12}"
+    print(f"\n{'noticed by others, share of cells':36}{names}", file=out)
+    for one in report["others"]:
+        print(
+            f"{one['attack']:36}{one['toploc']:>10.1%}{one['iota']:>8.1%}{one['kmeans']:>9.1%}"
+            f"{one['kmeans_honest_suspected']:>10.1%}{one['majority_of_3']:>12.1%}",
+            file=out,
         )
-    put(f"\nhonest swarm: {report['honest']}")
+    cost = report["others_extra_compute"]
+    print(
+        f"{'extra compute, all cells looked at':36}{cost['toploc']:>10.1%}{cost['iota']:>8.1%}{cost['kmeans']:>9.1%}"
+        f"{'':>10}{cost['majority_of_3']:>12.1%}",
+        file=out,
+    )
+    print(f"\nhonest swarm: {report['honest']}", file=out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ Llamas of several sizes are trained a little; cells of their first steps, of lat
 re-executed in a process for each configuration: threads, oneDNN or MKL, instruction sets, MKL's modes, batch
 splits. Every pair of results is compared twice, as in an audit: sketches, which may differ by τ, and whole tensors,
 whose worst row may differ by a hundred times that. Prints a row for each size and moment, deviations as shares of
-what is allowed, then one JSON line; the exit status is 1 if anything honest was a fault.
+what is allowed, a line for each size, then one JSON line; the exit status is 1 if anything honest was a fault.
+
+`--sizes 0.2M,1M` makes those sizes' part of all comparisons: the parts of several calls add up. As many processes
+compute at once as there are cores. By arithmetic the 100M size takes 12 GB of memory (1.2 GB in each process that
+computes, 0.4 GB in the others, 4 GB in this one) and 8 GB of disk below TMPDIR, which must not be in memory as well.
 """
 
 import argparse
@@ -52,11 +56,13 @@ from trainer.tokens import byte_tokenizer
 
 CONFIGURATIONS: dict[str, dict[str, str]] = {
     **HONEST,
+    "4 threads": {"THREADS": "4"},
     "oneDNN, AVX2, 2 threads": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "THREADS": "2"},
     "MKL, AVX2 products, 2 threads": {"PLAIN": "1", "MKL_CBWR": "AVX2", "THREADS": "2"},
     "MKL, SSE4.2, batch split": {"PLAIN": "1", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "SPLIT": "1"},
 }
 _PARAMS = Params()
+_AT_ONCE = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ SIZES = {
     "30M": Size(576, 7, 1536, 9, 6, 0.006),
     "100M": Size(832, 12, 2240, 13, 3, 0.002),
 }
+
+MOMENTS = ("early", "late", "spike")
 
 
 @dataclass
@@ -119,14 +127,16 @@ class Machines:
     def execute(self, folder: Path) -> list[Path]:
         """Return the files with each configuration's results of the cells in `folder`."""
         names = [f"results{index}.safetensors" for index in range(len(self._processes))]
-        for process, name in zip(self._processes, names, strict=True):
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([str(folder), name]) + "\n")
-            process.stdin.flush()
-        for process in self._processes:
-            assert process.stdout is not None
-            if not process.stdout.readline():
-                raise RuntimeError("a configuration ended before its cells were executed")
+        told = list(zip(self._processes, names, strict=True))
+        for start in range(0, len(told), _AT_ONCE):
+            for process, name in told[start : start + _AT_ONCE]:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps([str(folder), name]) + "\n")
+                process.stdin.flush()
+            for process, _ in told[start : start + _AT_ONCE]:
+                assert process.stdout is not None
+                if not process.stdout.readline():
+                    raise RuntimeError("a configuration ended before its cells were executed")
         return [folder / name for name in names]
 
 
@@ -157,17 +167,17 @@ def manifest_of(size: Size) -> TaskManifest:
 def moments(manifest: TaskManifest, data: Any, later: int) -> Iterator[tuple[str, StageState]]:
     """Yield states of a training: after its first step, later, and after a step so long that the loss leaps."""
     early = train_locally(manifest, data, 1)
-    yield "early", early
+    yield MOMENTS[0], early
     after = train_locally(manifest, data, later, state=early)
-    yield "late", after
+    yield MOMENTS[1], after
     wild = replace(manifest, optimizer=OptimizerSettings(learning_rate=1.0, warmup_steps=1))
-    yield "spike", train_locally(wild, data, later + 1, state=after)
+    yield MOMENTS[2], train_locally(wild, data, later + 1, state=after)
 
 
 def measure(wanted: int, names: list[str]) -> Iterator[Row]:
-    """Yield a row for each size and moment until about so many comparisons are made."""
+    """Yield a row for each moment of these sizes: their part of about so many comparisons of all sizes."""
     pairs = (len(CONFIGURATIONS) + 1) * len(CONFIGURATIONS) // 2
-    total = sum(SIZES[name].share for name in names)
+    total = sum(size.share for size in SIZES.values())
     with ExitStack() as stack:
         machines = Machines(stack)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -224,10 +234,15 @@ def show(row: Row) -> None:
     print(f"{row.size:>5} {row.moment:6} loss {row.loss:6.2f} {counts}", *(f"{one:7.4f}" for one in shares), flush=True)
 
 
+def made(rows: list[Row], size: str = "") -> int:
+    """Return how many comparisons were made, of one size or of all."""
+    return sum(row.comparisons for row in rows if size in ("", row.size))
+
+
 def main() -> None:
     """Measure and print, or serve one configuration."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--comparisons", type=int, default=100_000, help="comparisons to make, about")
+    parser.add_argument("--comparisons", type=int, default=100_000, help="comparisons to make of all sizes, about")
     parser.add_argument("--sizes", default=",".join(SIZES), help="models to compare, by name")
     parser.add_argument("--calibration", type=Path, help="file for the worst honest deviations")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -240,9 +255,12 @@ def main() -> None:
     for row in measure(arguments.comparisons, arguments.sizes.split(",")):
         show(row)
         rows.append(row)
-    comparisons, faults = sum(row.comparisons for row in rows), sum(row.faults for row in rows)
+        if row.moment == MOMENTS[-1]:
+            print(f"{row.size:>5}: {made(rows, row.size)} comparisons, {made(rows)} so far", flush=True)
+    comparisons, faults = made(rows), sum(row.faults for row in rows)
     worst = calibration_of(largest(row.whole for row in rows), largest(row.sketched for row in rows))
-    report = {"comparisons": comparisons, "faults": faults, "worst": worst}
+    of_sizes = {row.size: made(rows, row.size) for row in rows}
+    report = {"comparisons": comparisons, "of_sizes": of_sizes, "faults": faults, "worst": worst}
     if arguments.calibration:
         arguments.calibration.write_text(json.dumps(report) + "\n")
     print(json.dumps({**report, "seconds": round(time.perf_counter() - started)}))

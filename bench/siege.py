@@ -4,9 +4,10 @@ Real peer processes train a small model: `bare` with hardly any audits, `clean` 
 the usual ones while a quarter of the workers cheat, every other one from the first step, the rest after half of the
 run. All end with the loss on text that was never trained on. Several seeds of `clean` give the spread that the model
 has anyway. Costs are processor seconds of all processes, chain, client, audits and the steps that are done again
-included, against `bare`.
+included, against `bare`. Of each cheat: the cells that it has claimed from its first cheated step to its eviction,
+those in flight included, and the seconds from the beginning of that step to the news of the eviction.
 
-Prints a line a run on stderr, then one JSON object.
+Prints a row a run and a cheat as they end, and the summary so far after each seed, on stderr; then one JSON object.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import trio
 
 from bench.support.swarm_run import Training, cpu_seconds
+from chain.store import Store
 from tdml_p2p.demo.faults import ATTACKS
 from tdml_p2p.demo.network import DemoNetwork, create_network
 from tdml_p2p.demo.processes import Child, child, stop_all
@@ -117,22 +119,29 @@ async def _watch(client: Child, network: DemoNetwork, peers: list[Child], case: 
     """Return what the client says until it is done, and the processor time until its last step."""
     begun = seen = 0.0
     losses: dict[int, float] = {}
+    ends = {0: time.monotonic()}
     evicted, done, validation = [], 0, None
+    gone: dict[str, float] = {}
     names = network.names_by_peer
     async for event in client.events():
-        if event["event"] == "step":
+        if event["event"] == "formed":
+            ends[0] = time.monotonic()
+        elif event["event"] == "step":
             if not losses:
                 begun = cpu_seconds([*peers, client])
             done, losses[event["step"]] = done + 1, event["loss"]
+            ends.setdefault(event["step"], time.monotonic())
             seen = cpu_seconds([*peers, client])
         elif event["event"] == "validation":
             validation = event["loss"]
         elif event["event"] == "evicted":
             evicted.append((names[event["peer"]], event.get("step")))
+            gone[names[event["peer"]]] = time.monotonic()
     cheats = {network.names[index] for index in range(len(peers)) if case.attack(index)}
     return {
         "attacks": {network.names[index]: case.attack(index) for index in range(len(peers)) if case.attack(index)},
         "evicted": evicted,
+        "caught": _caught(network, case, ends, gone),
         "missed": sorted(cheats - {name for name, _ in evicted}),
         "honest_evicted": sorted({name for name, _ in evicted} - cheats),
         "validation_loss": validation,
@@ -141,6 +150,29 @@ async def _watch(client: Child, network: DemoNetwork, peers: list[Child], case: 
         "steps_done_again": done - len(losses),
         "cpu": round(seen - begun, 1),
     }
+
+
+def _caught(network: DemoNetwork, case: Case, ends: dict[int, float], gone: dict[str, float]) -> list[Run]:
+    """Return of each evicted cheat the cells and the seconds from its first cheated cell on.
+
+    `ends` are the moments in which steps ended for the first time, `gone` those of the evictions.
+    """
+    found = []
+    for index, name in enumerate(network.names):
+        attack = case.attack(index)
+        if attack is not None and name in gone:
+            kind, start = attack
+            cells = _cheated_cells(network.client_home / "chain.db", network.peers[index], start)
+            seconds = round(gone[name] - ends[start - 1], 1)
+            found.append({"cheat": name, "attack": kind, "from_step": start, "cells": cells, "seconds": seconds})
+    return found
+
+
+def _cheated_cells(database: Path, peer: str, start: int) -> int:
+    """Return how many cells a peer has claimed in steps from `start` on: after its eviction it can claim none."""
+    with closing(Store.open_read_only(database)) as store:
+        claims = [event.data for _, event in store.events(1, store.tip()[0].height, ["claimed"], 1 << 30)]
+    return sum(len(one["cells"]) for one in claims if one["worker"] == peer and one["step"] >= start)
 
 
 def cases(shape: Training, seeds: int) -> Iterator[tuple[str, Case]]:
@@ -156,15 +188,39 @@ def cases(shape: Training, seeds: int) -> Iterator[tuple[str, Case]]:
 def summary(runs: dict[str, list[Run]]) -> Run:
     """Return losses, their spread, and the cost over that of bare runs."""
     ends = {name: [one["validation_loss"] for one in found] for name, found in runs.items()}
+    caught = [cheat for one in runs[SIEGE] for cheat in one["caught"]]
     cost = {name: sum(one["cpu"] for one in found) for name, found in runs.items()}
     return {
         "validation_loss": ends,
         "worst_gap_of_a_seed": max(abs(a - b) for a, b in zip(ends[CLEAN], ends[SIEGE], strict=True)),
         "spread_of_clean_seeds": max(ends[CLEAN]) - min(ends[CLEAN]),
         "overhead": {name: round(cost[name] / cost[BARE] - 1, 3) for name in (CLEAN, SIEGE)},
+        "until_evicted": {unit: _spread([cheat[unit] for cheat in caught]) for unit in ("cells", "seconds")},
         "missed": sum(len(one["missed"]) for one in runs[SIEGE]),
         "honest_evicted": sum(len(one["honest_evicted"]) for found in runs.values() for one in found),
     }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Return mean and maximum; nothing of nothing."""
+    return {"mean": round(sum(values) / len(values), 1), "max": max(values)} if values else {}
+
+
+def show(name: str, one: Run) -> None:
+    """Print a row of a run, and one of each of its cheats."""
+    print(
+        f"{name:6} seed {one['seed']} loss {one['validation_loss']:.4f} cpu {one['cpu']:8.1f} s in {one['seconds']} s,"
+        f" {one['steps_done_again']} steps again, missed {one['missed']}, honest evicted {one['honest_evicted']}",
+        file=sys.stderr,
+        flush=True,
+    )
+    for cheat in one["caught"]:
+        print(
+            f"       {cheat['cheat']} {cheat['attack']:10} from step {cheat['from_step']:3}:"
+            f" out after {cheat['cells']:4} cells, {cheat['seconds']:6.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -183,7 +239,9 @@ def main() -> None:
     runs: dict[str, list[Run]] = {CLEAN: [], SIEGE: [], BARE: []}
     for name, case in cases(shape, options.seeds):
         runs[name].append(run(case))
-        print(name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)
+        show(name, runs[name][-1])
+        if name == BARE:  # a seed's last run
+            print(json.dumps({"so_far": summary(runs)}), file=sys.stderr, flush=True)
     print(json.dumps({"summary": summary(runs), "runs": runs}))
 
 

@@ -23,6 +23,10 @@ IOTA_COSINE, IOTA_MAGNITUDE = 0.9, 0.8
 """Macrocosmos 2025, "IOTA": the validator's `COSINE_SIMILARITY_THRESHOLD` and `ACTIVATION_MAGNITUDE_THRESHOLD`, on
 activations and their gradients."""
 
+EXTRA_COMPUTE = {"toploc": 1 / 3, "iota": 1.0, "kmeans": 0.0, "majority_of_3": 2.0}
+"""What each of these checks costs where it looks at every cell, as a share of the training's own compute: a forward
+pass, a third of a cell; a whole cell again; hardly anything; two more replicas."""
+
 
 def toploc_notices(claimed: CellResult, honest: CellResult) -> bool:
     """Whether TOPLOC's check of the activations y fails; it looks at nothing else, nor at losses."""

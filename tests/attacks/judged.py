@@ -1,6 +1,6 @@
 """What every attack on results is held to."""
 
-from tests.attacks.kit import Figures
+from tests.attacks.figures import Figures
 
 
 def assert_always_convicted(figures: Figures) -> None:

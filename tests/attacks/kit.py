@@ -4,17 +4,14 @@ Only peers and network are played: every peer has a character, which says what i
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from msgspec import structs
 
-from bench.support.recordings import HONEST, RESULTS, SMALL, Attack, Recording, Recordings, record
 from chain.commitment import claim_root, leaf, prove
 from chain.hashing import digest
-from chain.keys import PrivateKey, peer_id
+from chain.keys import PrivateKey
 from chain.records import Audit
 from chain.state import Duty
 from chain.transactions import (
@@ -32,53 +29,17 @@ from chain.transactions import (
 )
 from chain.verdicts import BLANK, limits_for
 from tdml_p2p.swarm.contradictions import disputed_results, has_false_results, has_other_inputs
-from tdml_p2p.swarm.inputs import Input, Inputs
 from tdml_p2p.swarm.reexecution import Execution
+from tests.attacks.cells import USUAL, addresses_of, inputs_of, recordings, result_of, sketch_of
 from tests.chain.ledger_kit import KEYS, Ledger, Material, Sent, Swarm, by_account, genesis_of, start_swarm, state_root
-from trainer.content import address_of
-from trainer.sketch import cell_sketch
-from trainer.stage import CellResult
 from trainer.tensors import buffer_of
 
-ATTACKS: dict[str, Attack] = {**HONEST, **SMALL, **RESULTS}
-USUAL = "same kernels"
 MICROBATCHES = 16
 REPLICAS = 2
 STAGES = 3
 VALIDATORS = 10
 STEPS = 400
 SALT = bytes(32)
-
-
-@cache
-def recordings() -> Recordings:
-    """Return the recorded cells, made once a process."""
-    torch.set_num_threads(1)
-    return record()
-
-
-@cache
-def result_of(attack: str, stage: int, number: int) -> CellResult:
-    """Return what an attack, or an honest configuration, makes of a recorded cell."""
-    recorded = recordings()
-    return ATTACKS[attack](recorded, recorded.cells[stage][number])
-
-
-@cache
-def addresses_of(attack: str, stage: int, number: int) -> dict[str, bytes]:
-    """Return the content addresses of such a result."""
-    result = result_of(attack, stage, number)
-    return {name: address_of(buffer_of(getattr(result, name).contiguous())) for name in ("y", "gx", "gw")}
-
-
-@cache
-def inputs_of(stage: int, number: int) -> Inputs:
-    """Return the inputs of a recorded cell by address."""
-    one: Recording = recordings().cells[stage][number]
-    gy = one.gy if one.labels is None else one.labels
-    assert gy is not None
-    x, gy = (Input(address_of(buffer_of(part.contiguous())), "-", bytes(64)) for part in (one.x, gy))
-    return Inputs(x, gy)
 
 
 class Place(NamedTuple):
@@ -116,6 +77,10 @@ class Character:
     """Whether it reports contradictions that it has not found."""
     misses: bool = False
     """Whether it reports that data is not given which is."""
+    is_of_steps: bool = False
+    """Whether its false results are its optimiser's steps instead of its cells."""
+    after: bytes = b""
+    """What makes another root of the state after a step of which it claims a false result."""
 
 
 HONEST_PEER = Character()
@@ -159,7 +124,9 @@ class RealSwarm(Swarm):
         for cell in leaves_of:
             is_cell = cell < task.transition
             place = Place(task.generation, step, stage, cell, b"" if is_cell else account)
-            is_false = is_cell and bool(character.attack) and character.is_cheating(self, place)
+            is_false = (
+                bool(character.attack) and is_cell != character.is_of_steps and character.is_cheating(self, place)
+            )
             said = character.attack if is_false else character.kernel
             if is_false and addresses_of(said, stage, place.number) != addresses_of(USUAL, stage, place.number):
                 self.cheated.append(place)
@@ -169,8 +136,10 @@ class RealSwarm(Swarm):
         for index, (cell, trace) in enumerate(zip(leaves_of, traces, strict=True)):
             name = bytes([task.generation, stage]) + step.to_bytes(4, "big") + account
             self._material[name, cell, ()] = Material(SALT, trace, prove(leaves, index))
-        states = state_root_of(step - 1, stage), state_root_of(step, stage)
-        return Claim(self.task, task.generation, step, stage, cells, claim_root(leaves), *states)
+        before, after = state_root_of(step - 1, stage), state_root_of(step, stage)
+        if character.after and is_false:  # the optimiser's step is the last leaf
+            after = digest("root", character.after, after)
+        return Claim(self.task, task.generation, step, stage, cells, claim_root(leaves), before, after)
 
     def opening(self, audit: Audit, deviation: float = 0.0) -> Opening:
         """Return the opening of an audited cell."""
@@ -236,8 +205,7 @@ class RealSwarm(Swarm):
         return {name: buffer_of(getattr(result, name).contiguous()) for name in given}
 
     def _sketch(self, said: str, place: Place, key: bytes) -> bytes:
-        result = result_of(said, place.stage, place.number)
-        return cell_sketch(result.y, result.gx, result.gw, key)
+        return sketch_of(said, place.stage, place.number, key)
 
 
 def trace_of(place: Place, said: str) -> Trace:
@@ -263,7 +231,7 @@ def state_root_of(step: int, stage: int) -> bytes:
     return digest("root", state_root(step % 256, stage), step.to_bytes(8, "big"))
 
 
-def swarm_of(run: str, rate: int = 1000, **params: object) -> RealSwarm:
+def swarm_of(run: str, rate: int = 1000, **params: Any) -> RealSwarm:
     """Return a running swarm of 3 stages with 2 workers each, 10 validators, and no newcomers' audits.
 
     Runs of other names have other draws.
@@ -271,12 +239,20 @@ def swarm_of(run: str, rate: int = 1000, **params: object) -> RealSwarm:
     return swarm_of_keys(run, KEYS[: STAGES * REPLICAS], rate, **params)
 
 
-def swarm_of_keys(run: str, workers: Sequence[PrivateKey], rate: int = 1000, **params: object) -> RealSwarm:
-    """Return such a swarm with these workers; the first ten keys are those of validators."""
+def swarm_of_keys(
+    run: str,
+    workers: Sequence[PrivateKey],
+    rate: int = 1000,
+    *,
+    validators: int = VALIDATORS,
+    steps: int = STEPS,
+    **params: object,
+) -> RealSwarm:
+    """Return such a swarm with these workers; the first keys are those of validators."""
     quiet = {"newcomer_cells": 0, "lease_blocks": 100_000, **params}
-    genesis = structs.replace(genesis_of(VALIDATORS, 2, **quiet), name=run.encode())
-    cells = STEPS * STAGES * MICROBATCHES
-    terms: dict[str, object] = {"stages": STAGES, "replicas": REPLICAS, "steps": STEPS, "microbatches": MICROBATCHES}
+    genesis = structs.replace(genesis_of(validators, 2, **quiet), name=run.encode())
+    cells = steps * STAGES * MICROBATCHES
+    terms: dict[str, object] = {"stages": STAGES, "replicas": REPLICAS, "steps": steps, "microbatches": MICROBATCHES}
     terms |= {"audit_rate": rate, "worker_bond": 20_000, "escrow": 3 * cells * 10, "lifetime": 100_000}
     started = start_swarm(Ledger(genesis), workers, **terms)
     return RealSwarm(started.ledger, started.client, started.task)
@@ -290,106 +266,6 @@ def auditors_of(swarm: RealSwarm, worker: bytes) -> list[bytes]:
     return [a for a in swarm.state.validators().powers if a != worker and a not in beside]
 
 
-@dataclass
-class Figures:
-    """What came of the runs of one attack."""
-
-    attack: str
-    theory: float
-    """h, the chance that a cheated cell is audited by somebody who does not collude."""
-    runs: int = 0
-    convicted: int = 0
-    cells: list[int] = field(default_factory=list)
-    """Cheated cells up to the first that was disputed, by run."""
-    claimed: list[int] = field(default_factory=list)
-    """Cheated cells claimed by the time of the eviction, those in flight included."""
-    honest_evictions: int = 0
-    honest_charges: int = 0
-    executions: int = 0
-    """Re-executions, of all cells and for the disputes."""
-    paid: int = 0
-    """Cells of everybody."""
-    ends: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        """Mean cheated cells until the first that is disputed, itself included."""
-        return sum(self.cells) / max(1, len(self.cells))
-
-    def quantile(self, share: float) -> int:
-        """Return the smallest number of cells that this share of the runs did not exceed."""
-        ordered = sorted(self.cells)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0
-
-    def bounds(self, deviations: float = 4.0) -> tuple[float, float]:
-        """Return the interval around 1/h in which the mean of so many geometric runs lies."""
-        spread = deviations * ((1 - self.theory) / self.theory**2 / max(1, len(self.cells))) ** 0.5
-        return 1 / self.theory - spread, 1 / self.theory + spread
-
-
-Prepare = Callable[[RealSwarm, bytes], None]
-"""Gives the peers of a new swarm their characters, the cheat's among them."""
-
-
-def measure(attack: str, prepare: Prepare, runs: int, stage: int = 1, colluding: int = 0, **params: object) -> Figures:
-    """Return what came of `runs` runs, each until the cheat is out; `colluding` of its auditors are its friends."""
-    figures, rate = Figures(attack, 0.0), 1000
-    for run in range(runs):
-        swarm = swarm_of(f"{attack} {run}", rate, **params)
-        cheat = swarm.seated(stage)[run % REPLICAS]
-        pool = auditors_of(swarm, cheat)
-        friends = [a for a in pool if a not in swarm.seated(stage)][:colluding]
-        figures.theory = rate / 10_000 * (1 - len(friends) / len(pool))
-        swarm.characters |= {friend: Character(judges=agree) for friend in friends}
-        prepare(swarm, cheat)
-        follow(swarm, cheat, figures)
-    return figures
-
-
-def follow(swarm: RealSwarm, cheat: bytes, figures: Figures, blocks: int = 600) -> None:
-    """Let a swarm work until the cheat has lost its seat; add what came of it to `figures`."""
-    for _ in range(blocks):
-        swarm.work(1)
-        worker = swarm.state.worker(swarm.task, cheat)
-        if worker is None or not worker.is_seated:
-            break
-    note(swarm, cheat, figures)
-
-
-def note(swarm: RealSwarm, cheat: bytes, figures: Figures) -> None:
-    """Add what came of a run to `figures`."""
-    name, ledger = peer_id(cheat), swarm.ledger
-    figures.runs += 1
-    gone = [str(event["worker"]) for event in ledger.happened("slashed")]
-    figures.convicted += name in gone
-    figures.honest_evictions += sum(1 for event in ledger.happened("evicted") if event["worker"] != name)
-    guilty = {peer_id(a) for a, c in swarm.characters.items() if c.judges or c.accuses or c.misses or c.attack}
-    figures.honest_charges += sum(1 for event in ledger.happened("charged") if event["auditor"] not in guilty)
-    disputed = {
-        (event["step"], event["stage"], event["cell"])
-        for event in ledger.happened("disputed")
-        if event["worker"] == name
-    }
-    order = [place[1:4] for place in swarm.cheated if swarm.owners[place] == cheat]
-    first = next((index for index, place in enumerate(order, 1) if place in disputed), None)
-    if first is not None:
-        figures.cells.append(first)
-    figures.claimed.append(len(order))
-    figures.executions += swarm.executions
-    figures.paid += len(swarm.claimed_as)
-    for kind in ("passed", "convicted", "faulted", "undecided", "withheld", "acquitted", "void"):
-        figures.ends[kind] = figures.ends.get(kind, 0) + len(ledger.happened(kind))
-
-
 def agree(swarm: RealSwarm, audit: Audit, round_: int) -> str:
     """Find what the worker has claimed: a friend that tells it the result beforehand."""
     return swarm.claimed_as[place_of(audit)]
-
-
-def cheating(attack: str, **changes: Any) -> Prepare:
-    """Return what makes the cheat claim this false result."""
-
-    def prepare(swarm: RealSwarm, cheat: bytes) -> None:
-        swarm.characters[cheat] = replace(Character(attack=attack), **changes)
-
-    return prepare

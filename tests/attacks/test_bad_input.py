@@ -22,7 +22,8 @@ from chain.transactions import (
     decode_transaction,
     reveal_commitment,
 )
-from tests.attacks.kit import Character, Figures, RealSwarm, cheating, follow, swarm_of
+from tests.attacks.figures import Figures, cheating, follow
+from tests.attacks.kit import Character, RealSwarm, swarm_of
 from tests.chain.ledger_kit import by_account
 
 NAN = struct.pack("<96f", *[math.nan] * 96)

@@ -6,7 +6,8 @@ import pytest
 
 from chain.keys import peer_id
 from chain.records import Audit
-from tests.attacks.kit import Character, Figures, Place, RealSwarm, agree, follow, swarm_of, swarm_of_keys
+from tests.attacks.figures import Figures, follow
+from tests.attacks.kit import Character, Place, RealSwarm, agree, swarm_of, swarm_of_keys
 from tests.chain.ledger_kit import KEYS
 
 RATE = 5000

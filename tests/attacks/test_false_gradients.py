@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.attacks.figures import cheating, measure
 from tests.attacks.judged import assert_always_convicted
-from tests.attacks.kit import cheating, measure
 
 
 @pytest.mark.parametrize("colluding", [0, 1])

@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.attacks.figures import measure
 from tests.attacks.judged import assert_nobody_else_suffers
-from tests.attacks.kit import Character, RealSwarm, agree, measure
+from tests.attacks.kit import Character, RealSwarm, agree
 
 
 @pytest.mark.parametrize("friends", [1, 2])

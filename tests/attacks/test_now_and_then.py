@@ -2,8 +2,9 @@
 
 import random
 
+from tests.attacks.figures import cheating, measure
 from tests.attacks.judged import assert_always_convicted
-from tests.attacks.kit import Place, RealSwarm, cheating, measure
+from tests.attacks.kit import Place, RealSwarm
 
 
 def in_one_of_twenty(_: RealSwarm, place: Place) -> bool:

@@ -3,8 +3,9 @@
 import pytest
 
 from chain.keys import peer_id
+from tests.attacks.figures import Figures, follow
 from tests.attacks.judged import assert_nobody_else_suffers
-from tests.attacks.kit import MICROBATCHES, Character, Figures, follow, swarm_of
+from tests.attacks.kit import MICROBATCHES, Character, swarm_of
 
 
 @pytest.mark.parametrize("attack", ["gx x 1.001", "gw x 1.001", "noise 1e-4"])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.attacks.figures import cheating, measure
 from tests.attacks.judged import assert_nobody_else_suffers
-from tests.attacks.kit import cheating, measure
 
 
 @pytest.mark.parametrize(("colluding", "h"), [(0, 0.10), (2, 0.06)])

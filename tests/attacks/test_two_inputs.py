@@ -19,19 +19,9 @@ from tdml_p2p.swarm.inputs import (
     misleads,
     signed_input,
 )
-from tests.attacks.kit import (
-    MICROBATCHES,
-    STAGES,
-    Character,
-    Figures,
-    Place,
-    RealSwarm,
-    auditors_of,
-    follow,
-    inputs_of,
-    place_of,
-    swarm_of,
-)
+from tests.attacks.cells import inputs_of
+from tests.attacks.figures import Figures, follow
+from tests.attacks.kit import MICROBATCHES, STAGES, Character, Place, RealSwarm, auditors_of, place_of, swarm_of
 from tests.chain.ledger_kit import by_account
 from tests.trainer.swarm_kit import manifest_of
 

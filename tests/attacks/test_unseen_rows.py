@@ -7,8 +7,9 @@ import torch
 from bench.support.recordings import HONEST, STAGES
 from chain.params import Params
 from chain.verdicts import deviations, is_match, limits_for
+from tests.attacks.figures import cheating, measure
 from tests.attacks.judged import assert_always_convicted
-from tests.attacks.kit import cheating, measure, recordings, result_of
+from tests.attacks.kit import recordings, result_of
 from tests.trainer.tolerances import FP32
 from trainer.compare import compare, steers
 from trainer.optimizer import build_optimizer, learning_rate

@@ -1,8 +1,9 @@
 """A cheat that recomputes what is drawn, opens with an honest sketch, and gives its false tensor to nobody."""
 
 from chain.keys import peer_id
+from tests.attacks.figures import Figures, follow
 from tests.attacks.judged import assert_nobody_else_suffers
-from tests.attacks.kit import USUAL, Character, Figures, RealSwarm, agree, follow, swarm_of
+from tests.attacks.kit import USUAL, Character, RealSwarm, agree, swarm_of
 
 GW = frozenset({"gw"})
 

@@ -334,7 +334,11 @@ class Swarm:
                 for step in range(task.settled + 1, newest + 1):
                     if (task.generation, step) not in self.claimed:
                         sent.extend(self.claims(step))
-            self.ledger.block(*sent)
+            self.ledger.block(*sent, signers=self.signers())
+
+    def signers(self) -> Iterable[bytes] | None:
+        """Return the validators that sign the next block; None for all."""
+        return None
 
     def audits(self) -> list[Audit]:
         """Return all audits of the task."""

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ Machine = tuple[tuple[str, ...], dict[str, str]]
 class Swarm:
     """Running peers by index; the first `network.workers` after the founder take seats.
 
-    `cheats` run the demonstration's dishonest peer, with these flags.
+    `cheats` run the demonstration's dishonest peer, with these flags; `modules` are run instead of `tdml-peer`.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class Swarm:
     invite: str = ""
     machines: Mapping[int, Machine] = field(default_factory=dict)
     cheats: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    modules: Mapping[int, str] = field(default_factory=dict)
 
     def home(self, index: int) -> Path:
         """Return the home of a peer."""
@@ -72,7 +73,8 @@ def start(swarm: Swarm, index: int) -> AbstractAsyncContextManager[Child]:
     works = [] if swarm.network.is_worker(index) else ["--no-work"]
     joining = ["--join", swarm.invite] if swarm.invite else []
     arguments = ["start", "--home", str(swarm.home(index)), *LOCAL, *joining, *works, *flags]
-    return child(f"peer-{index}", "cli.peer", arguments, swarm.home(index) / "log.txt", variables)
+    module = swarm.modules.get(index, "cli.peer")
+    return child(f"peer-{index}", module, arguments, swarm.home(index) / "log.txt", variables)
 
 
 @asynccontextmanager
@@ -94,13 +96,22 @@ async def network(
     workers: int,
     machines: Mapping[int, Machine] | None = None,
     cheats: Mapping[int, tuple[str, ...]] | None = None,
+    apart: Collection[int] = (),
+    modules: Mapping[int, str] | None = None,
 ) -> AsyncIterator[Swarm]:
-    """Run a network of validators of equal stake; afterwards nothing of it may be left."""
-    swarm = Swarm(folder, create_network(folder, peers, workers, QUICK), machines=machines or {}, cheats=cheats or {})
+    """Run a network of validators of equal stake but those `apart`; afterwards nothing of it may be left."""
+    swarm = Swarm(
+        folder,
+        create_network(folder, peers, workers, QUICK),
+        machines=machines or {},
+        cheats=cheats or {},
+        modules=modules or {},
+    )
     async with AsyncExitStack() as stack, peer(swarm, 0), trio.open_nursery() as nursery:
-        for index in range(1, peers):
+        others = [index for index in range(1, peers) if index not in apart]
+        for index in others:
             swarm.peers[index] = await stack.enter_async_context(start(swarm, index))
-        for index in range(1, peers):
+        for index in others:
             await swarm.peers[index].expect("ready", PATIENCE)
             nursery.start_soon(swarm.peers[index].drain)
         yield swarm
