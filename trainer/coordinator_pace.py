@@ -22,11 +22,12 @@ class Pace:
         self._busy: dict[str, float] = {}
         self._stretch = 1.0
 
-    def finished(self, peer: str) -> None:
-        """Count the time since the last finished cell as that of one more; call after `heard`."""
+    def finished(self, peer: str) -> float:
+        """Count the time since the last finished cell as that of one more, and return it; call after `heard`."""
         seconds = max(self._busy.pop(peer, 0.0), _SHORTEST)
         known = self._seconds.get(peer, seconds)
         self._seconds[peer] = known + _SMOOTHING * (seconds - known)
+        return seconds
 
     def penalise(self, peer: str, now: float) -> None:
         """Count the time that `peer` let the step wait as a cell's time, and wait longer for the next."""

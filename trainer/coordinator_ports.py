@@ -143,9 +143,20 @@ class SplitTeam:
     peers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Suspicious:
+    """A worker that a monitor names; it proves nothing, and asks for audits of what the worker claims."""
+
+    step: int
+    stage: int
+    peer: str
+    why: str
+
+
 SwarmEvent: TypeAlias = (
     StepDone | Rerouted | PeerLeft | PeerJoined | StageEmpty | RolledBack | NotValidated | Outvoted | SplitTeam
-)
+    | Suspicious
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from trainer.messages import (
     Tied,
     Tokens,
 )
+from trainer.monitors import Seen
 from trainer.payloads import MessageError, Reason
 from trainer.schedule import plan_routes
 from trainer.team_repair import TeamRepairs, open_team_book
@@ -213,6 +214,7 @@ class Swarm:
 
     def commit(self, book: StepBook) -> None:
         """Make the new states current; whoever has another root starts again from a holder."""
+        self._judge(book)
         self.state.book, self.state.step = None, book.step
         took_part = set()
         rounds = self.state.applies or self.state.rounds
@@ -232,6 +234,13 @@ class Swarm:
                 self.repairs.leave_out(member, Reason.STATE_MISMATCH if is_dissenter else "late")
         oldest = self.state.step - self.state.config.manifest.audit.depth - 1
         self.state.roots = {key: root for key, root in self.state.roots.items() if key[0] >= oldest}
+
+    def _judge(self, book: StepBook) -> None:
+        """Name who is odd in a step that is about to be committed."""
+        rounds = [self.state.rounds[stage] for stage in range(book.stages)]
+        owners = [book.owners(stage) for stage in range(book.stages)]
+        squares = [done.squares for done in rounds] if self._is_joint else ()
+        self.state.name(self.state.monitors.judge(Seen(book.step, owners, book.losses, squares)), book.step)
 
     def shares(self, book: StepBook) -> tuple[Share, ...]:
         """Return what every replica that takes part did of a step."""
@@ -305,7 +314,8 @@ class Swarm:
             book.note_done(sender, message)
         self.repairs.heard(sender)
         if isinstance(message, CellDone):
-            self.state.pace.finished(sender)
+            place, seconds = (book.step, message.stage, message.cell), self.state.pace.finished(sender)
+            self.state.monitors.note_cell(place, sender, seconds, message.digest)
         self.repairs.note_cell(book)
         self.state.watch(book)
 
