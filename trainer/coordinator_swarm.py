@@ -103,6 +103,7 @@ class Swarm:
 
     def update(self, members: Members) -> None:
         """Take the chain's present list of members."""
+        self.state.pace.verified.update(members.settled)
         for member in self.state.roster.update(members):
             if member.status is Status.READY:
                 self.state.note_departed(member)
@@ -215,6 +216,8 @@ class Swarm:
     def commit(self, book: StepBook) -> None:
         """Make the new states current; whoever has another root starts again from a holder."""
         self._judge(book)
+        cells = {m.peer: len(book.held(m.stage, m.peer)) for m in self.state.roster.of(Status.READY)}
+        self.state.pace.verified.note(book.step, cells)
         self.state.book, self.state.step = None, book.step
         took_part = set()
         rounds = self.state.applies or self.state.rounds
@@ -246,7 +249,7 @@ class Swarm:
         """Return what every replica that takes part did of a step."""
         found: list[Share] = []
         for stage in range(book.stages):
-            for peer, speed in self.state.pace.weights(self.state.roster.ready(stage)).items():
+            for peer, speed in self.state.pace.speeds(self.state.roster.ready(stage)).items():
                 found.append(Share(stage, peer, len(book.held(stage, peer)), speed))
         return tuple(found)
 
