@@ -38,7 +38,7 @@ from trainer.messages import (
     Tied,
     Tokens,
 )
-from trainer.monitors import Seen
+from trainer.monitors import Seen, Why
 from trainer.payloads import MessageError, Reason
 from trainer.schedule import plan_routes
 from trainer.team_repair import TeamRepairs, open_team_book
@@ -340,6 +340,11 @@ class Swarm:
                 book = self._open_book(fault)
                 for peer in fault.peers or (member.peer,):
                     self.repairs.bad_sum(book, self.state.roster.get(peer), member)
+            case Reason.ODD_STATISTICS:
+                self._open_book(fault)
+                for peer in fault.peers:
+                    if peer in self.state.roster.ready(member.stage):
+                        self.state.suspect(member.stage, peer, Why.STATISTICS)
             case _:
                 self.repairs.stall(self._open_book(fault), member, fault.reason)
 

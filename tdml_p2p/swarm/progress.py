@@ -83,8 +83,7 @@ class Progress:
                 step = self.of_training(event.step)
                 self._report({"event": "validation", "step": step, "loss": None, "reason": "a worker was lost"})
             case StageEmpty():
-                step = self.of_training(event.step)
-                self._report({"event": "waiting", "step": step, "stage": event.stage})
+                self._report({"event": "waiting", "step": self.of_training(event.step), "stage": event.stage})
             case Outvoted():
                 self._counts["outvoted"] += len(event.cells)
                 cells = list(event.cells)

@@ -5,14 +5,16 @@ from functools import partial
 
 import msgspec
 import pytest
+from image_samples import resnet_manifest
 from swarm_kit import CLIENT, Kit, assert_same_model, manifest_of, trained
 from test_redundancy import Cheat, redundant
 from torch import Tensor
 
 from trainer.coordinator_ports import PeerLeft, Rerouted, StepDone, Suspicious
 from trainer.manifest import TaskManifest, complete
-from trainer.messages import CellDone, Message
+from trainer.messages import CellDone, Message, Partial
 from trainer.monitors import Monitors, Seen, Suspicion, Why
+from trainer.payloads import pack, unpack
 from trainer.stage import CellKey, StageLike
 
 OWNERS = (("a", "b", "a", "b"), ("c", "d", "c", "d"), ("e", "e", "e", "e"))
@@ -152,6 +154,63 @@ def test_a_copier_of_a_team_is_named() -> None:
     kit.hub.carry = carry_copies  # type: ignore[method-assign]
     trained(kit)
     assert [(event.peer, event.why) for event in suspicious(kit)] == [("s0r2", Why.COPY)]
+
+
+STATISTICS = resnet_manifest(2, steps=3)
+
+
+def running(manifest: TaskManifest, stage: int) -> slice:
+    """Return where the running variances of a stage's first statistic lie."""
+    layout = manifest.trained_layout(manifest.stage(stage))
+    ranges = zip(layout.tensors, layout.ranges, strict=True)
+    return next(slice(*place) for tensor, place in ranges if tensor.name.endswith("running_var"))
+
+
+def with_statistics(by: float, stage: StageLike) -> StageLike:
+    """Return a stage that falsifies the statistics of one cell, its gradients not at all."""
+    place = running(STATISTICS, stage.spec.index)
+
+    def spoil(cell: CellKey, name: str, tensor: Tensor) -> Tensor:
+        if (name, cell.step) != ("gw", 2):
+            return tensor
+        tensor = tensor.clone()
+        tensor[place] *= by
+        return tensor
+
+    return Cheat(stage, spoil)
+
+
+def test_statistics_out_of_all_proportion_are_named_by_the_other_replica() -> None:
+    kit = Kit(STATISTICS, cheats={"s1r1": partial(with_statistics, 1e6)})
+    trained(kit)
+    assert [(e.step, e.stage, e.peer, e.why) for e in suspicious(kit)] == [(2, 1, "s1r1", Why.STATISTICS)]
+    honest = Kit(STATISTICS)
+    trained(honest)
+    assert suspicious(honest) == []
+
+
+def test_statistics_that_are_not_finite_are_refused_where_they_are_made() -> None:
+    kit = Kit(STATISTICS, cheats={"s1r1": partial(with_statistics, math.nan)})
+    assert_same_model(trained(kit), trained(Kit(STATISTICS)))
+    assert {event.peer for event in kit.events if isinstance(event, Rerouted)} == {"s1r1"}
+    assert {event.why for event in suspicious(kit)} == {Why.NOT_FINITE}
+
+
+def test_a_sum_with_statistics_that_are_not_finite_is_not_added() -> None:
+    kit, place = Kit(STATISTICS, replicas=3), running(STATISTICS, 0)
+    carry = kit.hub.carry
+
+    async def carry_altered(sender: str, to: str, message: Message) -> None:
+        if isinstance(message, Partial) and (sender, message.step) == ("s0r1", 2):
+            spoilt = unpack(message.payload).clone()
+            spoilt[place] = math.inf
+            message = msgspec.structs.replace(message, payload=pack(spoilt))
+        await carry(sender, to, message)
+
+    kit.hub.carry = carry_altered  # type: ignore[method-assign]
+    assert_same_model(trained(kit), trained(Kit(STATISTICS)))
+    assert [e.peer for e in kit.events if isinstance(e, PeerLeft)] == ["s0r1"]
+    assert [(e.peer, e.why) for e in suspicious(kit)] == [("s0r1", Why.NOT_FINITE)]
 
 
 def of(rate: float, warmup: int, **changes: object) -> TaskManifest:
