@@ -70,6 +70,7 @@ class TextReport:
             "left": self._left,
             "outvoted": self._outvoted,
             "split": self._split,
+            "suspicious": self._suspicious,
             "joined": self._joined,
             "waiting": self._waiting,
             "moved": self._moved,
@@ -147,6 +148,13 @@ class TextReport:
         self._print(
             f"outvoted step {event['step']}: {self._name(event['peer'])} of stage {event['stage']} had other results"
             f" of cells {cells} than most of its team; theirs went on, and all that it claims is audited",
+            "yellow",
+        )
+
+    def _suspicious(self, event: Event) -> None:
+        self._print(
+            f"odd     {self._name(event['peer'])} of stage {event['stage']} in step {event['step']}: {event['reason']};"
+            " that proves nothing, all that it claims is audited for a while",
             "yellow",
         )
 

@@ -33,9 +33,14 @@ class StepBook:
         return len(self._done) == self.stages * len(self.routes)
 
     @property
+    def losses(self) -> tuple[float, ...]:
+        """Each micro-batch's loss in a complete step."""
+        return tuple(self._losses[cell] for cell in self.cells)
+
+    @property
     def loss(self) -> float:
         """Mean loss over the micro-batches of a complete step."""
-        return sum(self._losses[cell] for cell in self.cells) / len(self.routes)
+        return sum(self.losses) / len(self.routes)
 
     def note_passed(self, sender: str, message: Passed) -> None:
         """Take a forward half; raise `MessageError` unless it is the owner's."""

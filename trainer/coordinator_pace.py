@@ -1,12 +1,48 @@
-"""How fast the workers are, and who has been silent for too long."""
+"""How fast the workers are, how much of what they do is verified, and who has been silent for too long."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
-from trainer.coordinator_ports import Patience
+from trainer.coordinator_ports import Patience, Settled
 
 _SMOOTHING = 0.3
 _FORGIVENESS = 0.1
 _SHORTEST = 1e-6
+
+
+_PRIOR = 8
+"""Cells, half of them verified, that everybody is taken to have done before."""
+_LEAST = 0.05
+"""Share that is left to whom nothing settles of, so that it can do better."""
+
+
+class Verified:
+    """Which share of the cells that the client counted has settled on chain; an unsettled step counts nowhere yet."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, Mapping[str, int]] = {}
+        self._done: Counter[str] = Counter()
+        self._settled: Mapping[str, int] = {}
+
+    def note(self, step: int, cells: Mapping[str, int]) -> None:
+        """Take what each worker has done of a committed step, in place of what a rollback has voided of it."""
+        self._pending[step] = cells
+
+    def update(self, settled: Settled) -> None:
+        """Take what has settled."""
+        for step in sorted(step for step in self._pending if step <= settled.step):
+            self._done.update(self._pending.pop(step))
+        self._settled = settled.cells
+
+    def share(self, peer: str) -> float:
+        """Return a number from `_LEAST` to 1: near 1 for who does what it is paid for, a half for who is new.
+
+        Of whom the chain knows nothing, such as the client's own ends, all counts.
+        """
+        if peer not in self._settled:
+            return 1.0
+        share = (self._settled[peer] + _PRIOR / 2) / (self._done[peer] + _PRIOR)
+        return min(1.0, max(_LEAST, share))
 
 
 class Pace:
@@ -21,12 +57,14 @@ class Pace:
         self._since: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._stretch = 1.0
+        self.verified = Verified()
 
-    def finished(self, peer: str) -> None:
-        """Count the time since the last finished cell as that of one more; call after `heard`."""
+    def finished(self, peer: str) -> float:
+        """Count the time since the last finished cell as that of one more, and return it; call after `heard`."""
         seconds = max(self._busy.pop(peer, 0.0), _SHORTEST)
         known = self._seconds.get(peer, seconds)
         self._seconds[peer] = known + _SMOOTHING * (seconds - known)
+        return seconds
 
     def penalise(self, peer: str, now: float) -> None:
         """Count the time that `peer` let the step wait as a cell's time, and wait longer for the next."""
@@ -35,6 +73,10 @@ class Pace:
         self._stretch *= 2
 
     def weights(self, replicas: Iterable[str]) -> dict[str, float]:
+        """Return verified cells per second of a stage's replicas: what the next cells are shared out by."""
+        return {peer: speed * self.verified.share(peer) for peer, speed in self.speeds(replicas).items()}
+
+    def speeds(self, replicas: Iterable[str]) -> dict[str, float]:
         """Return cells per second of a stage's replicas; an unknown one counts as usual."""
         peers = tuple(replicas)
         usual = self._usual(peers) or 1.0

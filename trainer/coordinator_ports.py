@@ -1,7 +1,7 @@
 """What a coordinator is given and what it reports: members, data, deadlines, events."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import trio
@@ -12,12 +12,24 @@ from trainer.state import StageState
 
 
 @dataclass(frozen=True)
+class Settled:
+    """The task's newest settled step, and how many cells of each member have been claimed, stood and settled."""
+
+    step: int = 0
+    cells: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Members:
-    """Who holds the seats now, by stage, and after which step this generation of the task resumes."""
+    """Who holds the seats now, by stage, and after which step this generation of the task resumes.
+
+    Members are the same whatever has settled meanwhile.
+    """
 
     generation: int
     resume_step: int
     stages: tuple[tuple[str, ...], ...]
+    settled: Settled = field(default=Settled(), compare=False)
 
 
 class Governor(Protocol):
@@ -143,9 +155,20 @@ class SplitTeam:
     peers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Suspicious:
+    """A worker that a monitor names; it proves nothing, and asks for audits of what the worker claims."""
+
+    step: int
+    stage: int
+    peer: str
+    why: str
+
+
 SwarmEvent: TypeAlias = (
     StepDone | Rerouted | PeerLeft | PeerJoined | StageEmpty | RolledBack | NotValidated | Outvoted | SplitTeam
-)
+    | Suspicious
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

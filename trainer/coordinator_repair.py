@@ -8,6 +8,7 @@ from trainer.coordinator_roster import Member, Status
 from trainer.coordinator_round import Round
 from trainer.coordinator_state import SwarmState
 from trainer.messages import NotFinite, Reroute
+from trainer.monitors import Why
 from trainer.payloads import MessageError, Reason
 from trainer.schedule import substitute
 
@@ -198,6 +199,7 @@ class Repairs:
         self._suspected.add(cell)
         for stage, owner in moves:
             self._swarm.ports.report(Rerouted(book.step, stage, owner, (cell,), Reason.NOT_FINITE))
+            self._swarm.suspect(stage, owner, Why.NOT_FINITE)
             self.reassign(book, stage, [cell], (owner,))
         self._swarm.watch(book)
 
@@ -218,6 +220,7 @@ class Repairs:
         if _SUM in self._suspected or not others:
             raise StepFailed(book.step, member.stage, "the sum of the gradients")
         self._suspected.add(_SUM)
+        self._swarm.suspect(member.stage, member.peer, Why.NOT_FINITE)
         self.leave_out(member, Reason.NOT_FINITE)
 
     def bypass(self, book: StepBook, member: Member, unreachable: Member) -> None:

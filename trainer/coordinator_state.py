@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 from trainer.coordinator_book import StepBook
 from trainer.coordinator_pace import Pace
-from trainer.coordinator_ports import CoordinatorConfig, CoordinatorPorts
+from trainer.coordinator_ports import CoordinatorConfig, CoordinatorPorts, Suspicious
 from trainer.coordinator_roster import Member, Roster, Status
 from trainer.coordinator_round import Round
 from trainer.joint import other_end
 from trainer.messages import Labels, Message, Prepare, Tokens
+from trainer.monitors import Monitors, Suspicion, Why
 from trainer.payloads import pack
 
 _MAX_DEPARTED = 4
@@ -24,6 +25,7 @@ class SwarmState:
     post: Callable[[str, Message], None]
     pace: Pace
     roster: Roster = field(default_factory=Roster)
+    monitors: Monitors = field(default_factory=Monitors)
     generation: int = -1
     step: int = 0
     book: StepBook | None = None
@@ -86,6 +88,17 @@ class SwarmState:
         """Send a message to everyone who takes part."""
         for member in self.roster.of(Status.READY):
             self.post(member.peer, message)
+
+    def suspect(self, stage: int, peer: str, why: Why) -> None:
+        """Tell of a worker that is odd, unless it was named lately."""
+        if self.monitors.is_news(peer, self.step + 1):
+            self.name((Suspicion(stage, peer, why),), self.step + 1)
+
+    def name(self, suspicions: tuple[Suspicion, ...], step: int) -> None:
+        """Tell of workers that are odd; not of the client's own ends, which nobody audits."""
+        for each in suspicions:
+            if each.stage in self.config.manifest.seated:
+                self.ports.report(Suspicious(step, each.stage, each.peer, each.why))
 
     def watch(self, book: StepBook) -> None:
         """Start and stop the clocks of those whose turn it is."""

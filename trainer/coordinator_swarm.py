@@ -38,6 +38,7 @@ from trainer.messages import (
     Tied,
     Tokens,
 )
+from trainer.monitors import Seen, Why
 from trainer.payloads import MessageError, Reason
 from trainer.schedule import plan_routes
 from trainer.team_repair import TeamRepairs, open_team_book
@@ -102,6 +103,7 @@ class Swarm:
 
     def update(self, members: Members) -> None:
         """Take the chain's present list of members."""
+        self.state.pace.verified.update(members.settled)
         for member in self.state.roster.update(members):
             if member.status is Status.READY:
                 self.state.note_departed(member)
@@ -213,6 +215,9 @@ class Swarm:
 
     def commit(self, book: StepBook) -> None:
         """Make the new states current; whoever has another root starts again from a holder."""
+        self._judge(book)
+        cells = {m.peer: len(book.held(m.stage, m.peer)) for m in self.state.roster.of(Status.READY)}
+        self.state.pace.verified.note(book.step, cells)
         self.state.book, self.state.step = None, book.step
         took_part = set()
         rounds = self.state.applies or self.state.rounds
@@ -233,11 +238,18 @@ class Swarm:
         oldest = self.state.step - self.state.config.manifest.audit.depth - 1
         self.state.roots = {key: root for key, root in self.state.roots.items() if key[0] >= oldest}
 
+    def _judge(self, book: StepBook) -> None:
+        """Name who is odd in a step that is about to be committed."""
+        rounds = [self.state.rounds[stage] for stage in range(book.stages)]
+        owners = [book.owners(stage) for stage in range(book.stages)]
+        squares = [done.squares for done in rounds] if self._is_joint else ()
+        self.state.name(self.state.monitors.judge(Seen(book.step, owners, book.losses, squares)), book.step)
+
     def shares(self, book: StepBook) -> tuple[Share, ...]:
         """Return what every replica that takes part did of a step."""
         found: list[Share] = []
         for stage in range(book.stages):
-            for peer, speed in self.state.pace.weights(self.state.roster.ready(stage)).items():
+            for peer, speed in self.state.pace.speeds(self.state.roster.ready(stage)).items():
                 found.append(Share(stage, peer, len(book.held(stage, peer)), speed))
         return tuple(found)
 
@@ -305,7 +317,8 @@ class Swarm:
             book.note_done(sender, message)
         self.repairs.heard(sender)
         if isinstance(message, CellDone):
-            self.state.pace.finished(sender)
+            place, seconds = (book.step, message.stage, message.cell), self.state.pace.finished(sender)
+            self.state.monitors.note_cell(place, sender, seconds, message.digest)
         self.repairs.note_cell(book)
         self.state.watch(book)
 
@@ -327,6 +340,11 @@ class Swarm:
                 book = self._open_book(fault)
                 for peer in fault.peers or (member.peer,):
                     self.repairs.bad_sum(book, self.state.roster.get(peer), member)
+            case Reason.ODD_STATISTICS:
+                self._open_book(fault)
+                for peer in fault.peers:
+                    if peer in self.state.roster.ready(member.stage):
+                        self.state.suspect(member.stage, peer, Why.STATISTICS)
             case _:
                 self.repairs.stall(self._open_book(fault), member, fault.reason)
 

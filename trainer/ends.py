@@ -7,6 +7,7 @@ the tied tensor.
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import msgspec
@@ -51,7 +52,7 @@ def end_names(client: str) -> tuple[str, str]:
 def with_ends(members: Members, client: str) -> Members:
     """Return the members of a run whose first and last stage the client holds."""
     first, last = end_names(client)
-    return Members(members.generation, members.resume_step, ((first,), *members.stages, (last,)))
+    return replace(members, stages=((first,), *members.stages, (last,)))
 
 
 class EndsGovernor:

@@ -41,6 +41,7 @@ class Reason(StrEnum):
     PARTIAL_MISSING = "partial-missing"  # Replicas that have not sent their partial sum.
     PEER_UNREACHABLE = "peer-unreachable"  # The link to a neighbour is broken.
     NOT_FINITE = "not-finite"  # A result, or a sum of gradients, is infinite or not a number.
+    ODD_STATISTICS = "odd-statistics"  # What a replica adds to running statistics is out of all proportion.
 
 
 class MessageError(ValueError):

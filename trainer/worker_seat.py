@@ -43,6 +43,7 @@ from trainer.payloads import MessageError, Reason, pack, unpack
 from trainer.reduction import Part, Reduction
 from trainer.stage import Backward, Forward, stage_layout
 from trainer.state import StageState
+from trainer.statistics import are_odd
 from trainer.tensor_shapes import check_shape, check_wire
 from trainer.transport import Lost, Proof, Received
 from trainer.worker_compute import NotFiniteError
@@ -74,7 +75,7 @@ class Seat:
         self._wire = config.manifest.wire
         self._other_end = other_end(config.manifest, self._spec.index)
         tied = tied_part(config.manifest, self._spec.index)
-        self._size, self._tied_size = stage_layout(config.manifest, self._spec.index).total, tied.stop - tied.start
+        self._layout, self._tied_size = stage_layout(config.manifest, self._spec.index), tied.stop - tied.start
         self._me = me
         self._post = post
         self._early = EarlyMail(config.early_limit)
@@ -310,7 +311,7 @@ class Seat:
             return
         if message.attempt < reduction.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
-        size = self._tied_size if isinstance(message, Tied) else self._size
+        size = self._tied_size if isinstance(message, Tied) else self._layout.total
         if message.payload[0].shape != (size,):
             raise MessageError(Reason.TENSOR_SHAPE)
         if isinstance(message, Partial):
@@ -320,6 +321,12 @@ class Seat:
         if self._config.manifest.quorum == 1 and not is_finite(part):
             self.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
             raise MessageError(Reason.NOT_FINITE, f"a sum of {received.sender}")
+        if (
+            isinstance(message, Partial)
+            and self.current is not None
+            and are_odd(self._layout, part, self.current.weights)
+        ):
+            self.report(reduction.request, Reason.ODD_STATISTICS, (received.sender,))
         address = received.proof[0][0] if received.proof else b""
         (reduction.add if isinstance(message, Partial) else reduction.add_far)(received.sender, part, address)
         reduction.keep(Part(received.sender, message, received.proof))

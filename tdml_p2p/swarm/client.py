@@ -34,6 +34,7 @@ from trainer.coordinator_ports import (
     CoordinatorPorts,
     Outvoted,
     StepDone,
+    Suspicious,
     SwarmEvent,
     patience_for,
 )
@@ -306,7 +307,7 @@ class SwarmClient:
         assert self._transport is not None
         assert self._saver is not None
         self._progress.on_event(event, self._transport.bytes_sent)
-        if isinstance(event, Outvoted) and self._watcher is not None:
+        if isinstance(event, Outvoted | Suspicious) and self._watcher is not None:
             self._watcher.note(event)
         if isinstance(event, StepDone):
             if self._trace is not None:

@@ -6,7 +6,7 @@ from chain.engine import ChainEngine
 from chain.keys import peer_id
 from chain.records import Worker
 from chain.state import Task
-from trainer.coordinator_ports import Members
+from trainer.coordinator_ports import Members, Settled
 
 
 class TaskEnded(RuntimeError):
@@ -49,12 +49,16 @@ class ChainGovernor:
         """Return the seated peers by stage, with the generation and the step to resume after."""
         task = self.task
         stages: list[list[str]] = [[] for _ in range(task.stages)]
+        cells: dict[str, int] = {}
         for worker in self.workers:
             if worker.stage >= 0 and worker.is_seated:
-                stages[worker.stage].append(peer_id(worker.account))
+                name = peer_id(worker.account)
+                stages[worker.stage].append(name)
+                cells[name] = worker.settled_cells
         is_resumed = self._resume is not None and self._resume[0] == task.generation
         resume_step = self._resume[1] if self._resume is not None and is_resumed else task.settled
-        return Members(task.generation, resume_step, tuple(tuple(sorted(peers)) for peers in stages))
+        seated = tuple(tuple(sorted(peers)) for peers in stages)
+        return Members(task.generation, resume_step, seated, Settled(task.settled, cells))
 
     async def admit(self, step: int) -> Members:
         """Return the members once `step` fits into the ring of unsettled steps; raise `TaskEnded`."""

@@ -14,6 +14,7 @@ from trainer.coordinator_ports import (
     SplitTeam,
     StageEmpty,
     StepDone,
+    Suspicious,
     SwarmEvent,
 )
 from trainer.errors import CheckpointError
@@ -76,12 +77,13 @@ class Progress:
                 self._report_peer("left", event, event.why)
             case PeerJoined():
                 self._report_peer("joined", event, "")
+            case Suspicious():
+                self._report_peer("suspicious", event, event.why)
             case NotValidated():
                 step = self.of_training(event.step)
                 self._report({"event": "validation", "step": step, "loss": None, "reason": "a worker was lost"})
             case StageEmpty():
-                step = self.of_training(event.step)
-                self._report({"event": "waiting", "step": step, "stage": event.stage})
+                self._report({"event": "waiting", "step": self.of_training(event.step), "stage": event.stage})
             case Outvoted():
                 self._counts["outvoted"] += len(event.cells)
                 cells = list(event.cells)
@@ -97,7 +99,7 @@ class Progress:
         """Return which step of the whole training a step of this task is."""
         return self.manifest.start + step
 
-    def _report_peer(self, name: str, event: PeerLeft | PeerJoined, why: str) -> None:
+    def _report_peer(self, name: str, event: PeerLeft | PeerJoined | Suspicious, why: str) -> None:
         step = self.of_training(event.step)
         self._report({"event": name, "step": step, "stage": event.stage, "peer": event.peer, "reason": why})
 

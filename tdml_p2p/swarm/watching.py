@@ -1,4 +1,4 @@
-"""What the client does about workers that their teams outvoted: has the chain audit all that they claim.
+"""What the client does about workers that are outvoted or odd: has the chain audit all that they claim, for a while.
 
 Its word convicts nobody. It only makes sure that what it saw is looked at, and pays for it.
 """
@@ -12,7 +12,7 @@ import trio
 from chain.engine import SubmitRefused, TransactionExpired
 from chain.keys import account_of
 from chain.transactions import WatchWorker
-from trainer.coordinator_ports import Outvoted
+from trainer.coordinator_ports import Outvoted, Suspicious
 
 if TYPE_CHECKING:
     from tdml_p2p.peer import Peer
@@ -28,8 +28,8 @@ class Watcher:
         self._task = task
         self._noted, self._names = trio.open_memory_channel[str](math.inf)
 
-    def note(self, event: Outvoted) -> None:
-        """Have a worker watched that most of its team differ from."""
+    def note(self, event: Outvoted | Suspicious) -> None:
+        """Have a worker watched that most of its team differ from, or that a monitor names."""
         self._noted.send_nowait(event.peer)
 
     async def run(self) -> None:

@@ -147,3 +147,13 @@ def test_the_outvoted_cheat_that_is_watched_is_convicted_at_its_first_claim() ->
     ended = [a for a in swarm.state.tables[Table.AUDITS].values() if a.state is AuditStatus.CONVICTED]
     assert {audit.worker for audit in ended} == {cheat}
     assert len(swarm.seated(1)) == 2
+
+
+def test_a_worker_that_is_watched_before_the_draw_has_all_of_its_last_claim_audited() -> None:
+    swarm = swarm_of(audit_rate=500)
+    account = swarm.seated(0)[0]
+    swarm.ledger.one(by_account(account), claim_of(swarm, account))
+    assert not swarm.ledger.one(swarm.client, WatchWorker(swarm.task, account))
+    swarm.ledger.skip(swarm.state.params.draw_delay + 1)
+    audited = [audit.cell for audit in swarm.state.tables[Table.AUDITS].values() if audit.worker == account]
+    assert sorted(audited) == [0, 1, 2, 3]

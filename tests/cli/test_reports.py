@@ -119,6 +119,13 @@ LINES: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
+        {"event": "suspicious", "step": 4, "stage": 1, "peer": BOB, "reason": "a gradient of unusual size"},
+        [
+            f"odd     …{BOB[-8:]} of stage 1 in step 4: a gradient of unusual size;"
+            " that proves nothing, all that it claims is audited for a while"
+        ],
+    ),
+    (
         {"event": "split", "step": 4, "stage": 0, "peers": [ALICE, BOB]},
         [
             f"split   …{ALICE[-8:]}, …{BOB[-8:]} of stage 0 have no majority in step 4: it begins again"

@@ -20,6 +20,7 @@ from tdml_p2p.peer import open_peer
 from tdml_p2p.swarm.preparation import prepare
 from trainer.checkpoint import resume, whole_tensors
 from trainer.local import train_locally, whole
+from trainer.monitors import Monitors, Seen, Suspicion, Why
 from trainer.state import state_of_weights
 from trainer.tokens import byte_tokenizer
 
@@ -167,3 +168,25 @@ async def test_an_interruption_before_the_first_step_closes_the_task(tmp_path: P
         task = founder.engine.state.task(bytes.fromhex(client.of("posted", "task")[0]))
         assert task is None or not task.is_open
     assert not (train.out / "state").exists()
+
+
+async def test_a_worker_that_a_monitor_names_is_watched_on_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client reports it, has it audited, and trains on as if nothing had been said."""
+    train = settings(tmp_path, steps=6)
+
+    def judge(_: Monitors, seen: Seen) -> tuple[Suspicion, ...]:
+        return (Suspicion(1, seen.owners[1][0], Why.GRADIENT),) if seen.step == 2 else ()
+
+    monkeypatch.setattr(Monitors, "judge", judge)
+    async with swarm(tmp_path) as peers:
+        client = Client(train, peers[0].invite)
+        assert await client.run() == 0
+    (named,) = client.of("suspicious", "peer")
+    assert (client.of("suspicious"), client.of("suspicious", "stage")) == ([2], [1])
+    with closing(open_reader(train.out / "chain.db").store) as store:
+        watched = [event.data["worker"] for _, event in store.events(1, 1 << 40, ["watched"])]
+        assert not [event for _, event in store.events(1, 1 << 40, ["convicted", "evicted", "disputed"])]
+    assert watched == [named]
+    assert_as_undisturbed(train)

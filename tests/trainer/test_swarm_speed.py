@@ -1,9 +1,15 @@
 """Replicas of unequal speed: each gets work by its measured speed, whatever it says of itself."""
 
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
 import pytest
 from swarm_kit import Kit, assert_same_model, manifest_of, trained
 
-from trainer.coordinator_ports import Patience, PeerLeft, Rerouted, StepDone, patience_for
+from trainer.coordinator_pace import Verified
+from trainer.coordinator_ports import Patience, PeerLeft, Rerouted, Settled, StepDone, patience_for
+from trainer.manifest import TaskManifest
 from trainer.messages import CellDone, Message
 
 FAST, WARM_UP = 1.0, 3
@@ -69,3 +75,59 @@ def test_deadlines_grow_with_the_model_and_never_shrink() -> None:
     assert (small.first, small.join) == (Patience().first, Patience().join)
     assert large.first == pytest.approx(6e8 * 1024 / 5e8)
     assert large.join == pytest.approx(600.0)
+
+
+def settling(kit: Kit, manifest: TaskManifest, unverified: tuple[str, ...] = (), lag: int = 2) -> Kit:
+    """Have the chain settle every step `lag` steps later, but no cell of those who are not verified."""
+
+    def settle(newest: int) -> None:
+        cells = Counter({peer: 0 for stage in kit.governor.members.stages for peer in stage})
+        for peer, record in kit.records:
+            if record.step <= newest and peer not in unverified:
+                cells[peer] += len(record.cells)
+        kit.governor.members = replace(kit.governor.members, settled=Settled(newest, cells))
+
+    for step in range(1, manifest.steps + 1):
+        kit.governor.hooks[step] = partial(settle, max(0, step - lag))
+    return kit
+
+
+def last_cells(kit: Kit) -> dict[str, int]:
+    """Return how many cells each replica did in the last step."""
+    return {s.peer: s.cells for s in [event for event in kit.events if isinstance(event, StepDone)][-1].shares}
+
+
+@pytest.mark.parametrize("slowness", [1.0, 4.0])
+def test_where_all_is_verified_speed_alone_decides(slowness: float) -> None:
+    speeds = {"s0r0": FAST, "s0r1": slowness * FAST}
+    plain, kit = Kit(MANIFEST, cell_seconds=speeds), settling(Kit(MANIFEST, cell_seconds=speeds), MANIFEST)
+    assert_same_model(trained(kit), trained(plain))
+    share, usual = last_cells(kit)["s0r1"], last_cells(plain)["s0r1"]
+    assert share == pytest.approx(usual, abs=1)
+
+
+def test_who_has_nothing_to_show_for_its_speed_gets_less_and_never_nothing() -> None:
+    manifest = manifest_of(stages=1, steps=12, microbatches=20, layers=1)
+    speeds = {"s0r0": FAST, "s0r1": FAST}
+    kit = settling(Kit(manifest, cell_seconds=speeds), manifest, unverified=("s0r1",))
+    assert_same_model(trained(kit), trained(Kit(manifest, cell_seconds=speeds)))
+    assert 1 <= last_cells(kit)["s0r1"] <= manifest.microbatches // 5
+
+
+def test_the_verified_share_counts_settled_steps_and_nothing_that_a_rollback_voids() -> None:
+    verified = Verified()
+    assert verified.share("the client's own end") == 1.0
+    verified.update(Settled(0, {"a": 0, "b": 0}))
+    assert verified.share("a") == 0.5
+    for step in range(1, 11):
+        verified.note(step, {"a": 10, "b": 10})
+    assert verified.share("a") == 0.5  # nothing is due yet
+    verified.update(Settled(5, {"a": 50, "b": 0}))
+    assert verified.share("a") > 0.9
+    assert 0.05 <= verified.share("b") < 0.1
+    for step in range(6, 11):  # done again
+        verified.note(step, {"a": 20, "b": 0})
+    verified.update(Settled(10, {"a": 150, "b": 0}))
+    assert verified.share("a") > 0.95
+    verified.update(Settled(10, {"a": 9000, "b": 0}))
+    assert verified.share("a") == 1.0

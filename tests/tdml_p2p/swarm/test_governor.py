@@ -13,7 +13,7 @@ from chain.engine import ChainEngine
 from chain.keys import PrivateKey, peer_id
 from chain.records import Task, TaskStatus, Worker, WorkerStatus
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
-from trainer.coordinator_ports import Members
+from trainer.coordinator_ports import Members, Settled
 
 TASK = bytes(range(32))
 KEYS = [PrivateKey(bytes([number + 1]) * 32) for number in range(5)]
@@ -134,6 +134,14 @@ async def test_training_resumes_after_the_settled_step() -> None:
     chain = FakeChain()
     await chain.block(settled=7, generation=2)
     assert governor_of(chain).current() == Members(2, 7, (names(0, 1), names(2)))
+
+
+async def test_what_has_settled_is_told_of_every_member() -> None:
+    chain = FakeChain()
+    chain.seats[0] = msgspec.structs.replace(chain.seats[0], settled_cells=12)
+    await chain.block(settled=7)
+    cells = {names(0)[0]: 12, names(1)[0]: 0, names(2)[0]: 0}
+    assert governor_of(chain, resume=(0, 9)).current().settled == Settled(7, cells)
 
 
 async def test_a_given_point_to_resume_at_counts_for_its_generation_only() -> None:
