@@ -70,7 +70,7 @@ def _check(params: Params, payload: PostTask) -> None:
     if payload.audit_rate < params.floor_rate:
         raise Refused(Reason.RATE_TOO_SMALL)
     in_flight = payload.depth * payload.microbatches
-    if payload.worker_bond < bond_for(payload.price, payload.audit_rate, params.colluding_share, in_flight):
+    if payload.worker_bond < least_bond(params, payload.price, payload.audit_rate, in_flight):
         raise Refused(Reason.BOND_TOO_SMALL)
 
 
@@ -83,6 +83,17 @@ def bond_for(price: int, audit_rate: int, colluding_share: int, in_flight: int) 
     h = max(1, audit_rate) * (BASIS - colluding_share)
     odds = -(-(BASIS * BASIS - h) // h)
     return price * (odds + in_flight)
+
+
+def least_bond(params: Params, price: int, audit_rate: int, in_flight: int) -> int:
+    """Return the least bond at which neither false cells nor false optimiser's steps pay; a step counts as a cell."""
+    steps = bond_for(price, step_rate(params, audit_rate), params.colluding_share, 0)
+    return max(bond_for(price, audit_rate, params.colluding_share, in_flight), steps)
+
+
+def step_rate(params: Params, audit_rate: int) -> int:
+    """Return the rate, in basis points, at which the optimiser's steps of a worker are audited whose cells are so."""
+    return audit_rate if audit_rate == BASIS else max(audit_rate * params.step_share // BASIS, params.floor_rate)
 
 
 def top_up(book: Book, sender: bytes, payload: TopUp) -> None:

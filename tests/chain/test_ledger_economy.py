@@ -5,7 +5,7 @@ from msgspec import structs
 from chain.hashing import ZERO
 from chain.ledger.book import Book
 from chain.ledger.claims import audit_rate
-from chain.ledger.tasks import bond_for
+from chain.ledger.tasks import least_bond
 from chain.reasons import Reason
 from chain.records import AuditStatus, WorkerStatus
 from chain.state import Draft, State, Table
@@ -95,7 +95,7 @@ def test_withholding_again_and_again_costs_what_cheating_gains() -> None:
     before, first = bond_of(swarm, worker), len(swarm.ledger.happened("withheld"))
     while len(swarm.ledger.happened("withheld")) == first:
         swarm.work(1)
-    assert swarm.state.chain.burned == bond_for(10, 1000, 2500, 0) - 10 == 120
+    assert swarm.state.chain.burned == least_bond(swarm.state.params, 10, 1000, 0) - 10 == 250
     assert bond_of(swarm, worker) < before
 
 
