@@ -283,11 +283,11 @@ def swarm_of_keys(run: str, workers: Sequence[PrivateKey], rate: int = 1000, **p
 
 
 def auditors_of(swarm: RealSwarm, worker: bytes) -> list[bytes]:
-    """Return who may be drawn for the cells of a worker: all have the same stake."""
+    """Return who may be drawn for the cells of a worker: all have the same stake, and none is beside it."""
     own = swarm.state.worker(swarm.task, worker)
     assert own is not None
-    beside = {w.account for w in swarm.state.workers(swarm.task) if abs(w.stage - own.stage) == 1}
-    return [a for a in swarm.state.validators().powers if a != worker and a not in beside]
+    beside = {w.account for w in swarm.state.workers(swarm.task) if abs(w.stage - own.stage) <= 1}
+    return [a for a in swarm.state.validators().powers if a not in beside]
 
 
 @dataclass
@@ -338,7 +338,7 @@ def measure(attack: str, prepare: Prepare, runs: int, stage: int = 1, colluding:
         swarm = swarm_of(f"{attack} {run}", rate, **params)
         cheat = swarm.seated(stage)[run % REPLICAS]
         pool = auditors_of(swarm, cheat)
-        friends = [a for a in pool if a not in swarm.seated(stage)][:colluding]
+        friends = pool[:colluding]
         figures.theory = rate / 10_000 * (1 - len(friends) / len(pool))
         swarm.characters |= {friend: Character(judges=agree) for friend in friends}
         prepare(swarm, cheat)

@@ -198,7 +198,7 @@ def test_a_step_of_which_nobody_gets_the_material_is_withheld_and_no_fraud() -> 
 
 
 def test_an_auditor_that_is_given_nothing_is_not_charged_where_the_voters_are() -> None:
-    lone = KEYS[0].account
+    lone = KEYS[4].account
     swarm = withholding(frozenset({lone}))
     swarm.work(60)
     disputes = [event for event in swarm.ledger.happened("disputed") if event["auditor"] == peer_id(lone)]
