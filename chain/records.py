@@ -305,7 +305,8 @@ class Conviction(Record, frozen=True):
 
     id: Hash
     kind: Uint
-    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults."""
+    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults; the audit that
+    is the subject says which."""
     account: AccountId
     task: Hash | None
     height: Uint

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 LOSS_POINTS = 400
 CLOSED_TASKS = 4
 MAX_METRICS_BYTES = 8 << 20
-CONVICTION_REASONS = ("convicted", "equivocation", "withheld")
 
 
 def build_status(peer: "Peer") -> dict[str, Any]:
@@ -118,7 +117,7 @@ def evictions(state: State) -> list[dict[str, Any]]:
                 "peer": peer_id(conviction.account),
                 "task": conviction.task.hex() if conviction.task else None,
                 "step": audit.step if audit else None,
-                "reason": CONVICTION_REASONS[conviction.kind],
+                "reason": "equivocation" if audit is None else str(audit.state),
                 "evidence": conviction.subject.hex(),
                 "slashed": str(conviction.slashed),
                 "height": conviction.height,

@@ -1,7 +1,11 @@
 """What the status and the page tell of audits, on a ledger that has lived."""
 
+import pytest
+
 from tdml_p2p.http_audits import SHOWN, audit_counts, recent_audits
+from tdml_p2p.http_status import evictions
 from tests.chain.ledger_kit import KEYS, start_swarm
+from tests.chain.test_queries import until_evicted
 
 
 def test_disputes_come_first_with_what_was_measured_and_who_voted() -> None:
@@ -32,3 +36,9 @@ def test_what_is_owed_is_counted() -> None:
     owed = [audit_counts(swarm.state, key.account)["owed"] for key in KEYS]
     assert sum(owed) == audit_counts(swarm.state, KEYS[0].account)["open"] > 0
     assert {row["finding"] for row in recent_audits(swarm.state)} == {"–"}
+
+
+@pytest.mark.parametrize("reason", ["faulted", "withheld"])
+def test_an_eviction_without_slash_names_its_reason(reason: str) -> None:
+    (row,) = evictions(until_evicted(reason).state)
+    assert (row["reason"], row["slashed"]) == (reason, "0")
