@@ -10,7 +10,7 @@ An optimiser's step that is left out is reckoned as a cell, of which it is a par
 import math
 from dataclasses import dataclass
 
-from chain.ledger.tasks import BASIS, least_bond, step_rate
+from chain.ledger.tasks import BASIS, forgotten_after, least_bond, step_rate
 from chain.params import Params
 
 CERTAINTY = 1e-6
@@ -131,10 +131,14 @@ def _withholding_once(params: Params, terms: Terms) -> Cheat:
 
 
 def _withholding(params: Params, terms: Terms, bond: int) -> Cheat:
-    """Do it again: each further occasion costs what makes it a loss, and the limit's costs the seat."""
+    """Do it again: each further occasion costs what makes it a loss, and the limit's costs the seat.
+
+    To be good until an occasion is forgotten saves the seat, never the charge.
+    """
     p = _rarest(params, terms)
     fine = least_bond(params, terms.price, terms.audit_rate, 0)
-    note = f"each time after the first; the seat is lost with the {params.withheld_limit}. time"
+    span = forgotten_after(params, terms.audit_rate)
+    note = f"each time after the first; the seat is lost with the {params.withheld_limit}., one in {span} cells forgotten"
     return Cheat("refuse to open again", p, *_cells(p), _paid(terms.price, p), min(fine, bond), note)
 
 

@@ -158,6 +158,7 @@ class Worker(Record, frozen=True):
     settled_cells: Uint = 0
     flagged_until: Uint = 0
     withholdings: Uint = 0
+    """Occasions on which it withheld data or erred, less what was forgotten; see `tasks.occasions_left`."""
     engaged: Uint = 0
     """How many of its claims are unsettled, and audits of them open."""
     watched_until: Uint = 0

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from chain.ledger.book import Book, name, step_key
+from chain.ledger.tasks import occasions_left
 from chain.records import (
     Audit,
     AuditStatus,
@@ -135,7 +136,8 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
         worker = book.worker(task.id, record.worker)
         if worker is None or worker.state is WorkerStatus.EVICTED:
             continue
-        book.set_worker(worker, settled_cells=worker.settled_cells + paid)
+        left = occasions_left(book.params, task, worker, paid)
+        book.set_worker(worker, settled_cells=worker.settled_cells + paid, withholdings=left)
         _pay(book, book.task(task.id), record.worker, paid * task.price)
     settled = book.set_task(book.task(task.id), settled=task.settled + 1, roots=progress.after)
     book.draft.delete(Table.STEPS, key)

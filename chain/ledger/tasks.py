@@ -5,7 +5,7 @@ from chain.hashing import digest
 from chain.ledger.book import Book, name, place_at
 from chain.params import Params
 from chain.reasons import Reason, Refused
-from chain.records import Task, TaskStatus, WorkerStatus, status_of
+from chain.records import Task, TaskStatus, Worker, WorkerStatus, status_of
 from chain.state import Marker, Table
 from chain.transactions import CloseTask, PostTask, TopUp
 
@@ -13,6 +13,8 @@ BASIS = 10_000
 MAX_CELLS = 16_384
 """Cells of a task in one step: micro-batches times stages times redundancy."""
 MAX_SEATS = 1024
+FORGETTING = 20
+"""How many times the cells that the charge for withholding is worth have to settle until an occasion is forgotten."""
 
 
 def post(book: Book, sender: bytes, payload: PostTask) -> None:
@@ -94,6 +96,25 @@ def least_bond(params: Params, price: int, audit_rate: int, in_flight: int) -> i
 def step_rate(params: Params, audit_rate: int) -> int:
     """Return the rate, in basis points, at which the optimiser's steps of a worker are audited whose cells are so."""
     return audit_rate if audit_rate == BASIS else max(audit_rate * params.step_share // BASIS, params.floor_rate)
+
+
+def forgotten_after(params: Params, audit_rate: int) -> int:
+    """Return after how many settled cells an occasion of withholding, or of small deviations, is forgotten.
+
+    Small deviations cost no charge. Who errs on purpose until an audit finds it can do so once in so many cells: in
+    a twentieth of its cells at the lowest audit rate, and in fewer at others.
+    """
+    return FORGETTING * least_bond(params, 1, audit_rate, 0)
+
+
+def occasions_left(params: Params, task: Task, worker: Worker, cells: int) -> int:
+    """Return how many of a worker's occasions are remembered once so many more of its cells have settled.
+
+    The first is never forgotten: it was cheap, and who could have another cheap one would cheat before each.
+    """
+    span = forgotten_after(params, task.audit_rate)
+    forgotten = (worker.settled_cells + cells) // span - worker.settled_cells // span
+    return max(min(worker.withholdings, 1), worker.withholdings - forgotten)
 
 
 def top_up(book: Book, sender: bytes, payload: TopUp) -> None:

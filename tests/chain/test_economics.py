@@ -5,7 +5,7 @@ import random
 import pytest
 
 from chain.economics import Terms, detection, economics
-from chain.ledger.tasks import least_bond, step_rate
+from chain.ledger.tasks import forgotten_after, least_bond, step_rate
 from chain.params import Params
 
 PARAMS = Params()
@@ -65,6 +65,17 @@ def test_what_looks_like_a_crash_pays_once_and_never_again() -> None:
     once, again = economics(PARAMS, Terms()).cheats[3:5]
     assert (once.is_once, once.gain, once.loss) == (True, pytest.approx(19_000), 1000)
     assert again.profit < 0
+
+
+@pytest.mark.parametrize("rate", [500, 1000, 2500, 5000, 9999])
+def test_being_good_until_an_occasion_is_forgotten_makes_no_way_to_cheat_pay(rate: int) -> None:
+    """Cheat, withhold what is drawn, be good until it is forgotten, again: the charge stays, with or without a partner."""
+    for colluding in (0, PARAMS.colluding_share):
+        found = {one.name: one for one in economics(PARAMS, Terms(audit_rate=rate, colluding=colluding)).cheats}
+        again = found["refuse to open again"]
+        assert again.loss == least_bond(PARAMS, 1000, rate, 0) > again.gain
+    erring = 1 / detection(rate, PARAMS.colluding_share)
+    assert erring < forgotten_after(PARAMS, rate) * 0.055
 
 
 def test_the_mean_is_that_of_cheats_who_are_drawn() -> None:
