@@ -138,7 +138,9 @@ def _withholding(params: Params, terms: Terms, bond: int) -> Cheat:
     p = _rarest(params, terms)
     fine = least_bond(params, terms.price, terms.audit_rate, 0)
     span = forgotten_after(params, terms.audit_rate)
-    note = f"each time after the first; the seat is lost with the {params.withheld_limit}., one in {span} cells forgotten"
+    note = (
+        f"each time after the first; the seat is lost with the {params.withheld_limit}., one in {span} cells forgotten"
+    )
     return Cheat("refuse to open again", p, *_cells(p), _paid(terms.price, p), min(fine, bond), note)
 
 

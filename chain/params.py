@@ -48,7 +48,7 @@ class Params(Record, frozen=True):
     """Basis points of the cells' audit rate at which optimiser's steps are drawn, for each of which all gradients of a
     worker travel; never under `floor_rate`, in full where the rate is, and where two claims differ."""
     withheld_limit: Count = 3
-    """Occasions of withheld data or small deviations that cost the seat; `tasks.FORGETTING` says when one is forgotten."""
+    """Occasions of withheld data or small deviations that cost the seat; see `tasks.FORGETTING`."""
     tau: tuple[Uint, Uint, Uint] = (2500, 27_000, 35_000)
     """Thresholds of y, gx and gw in units of 1e-9 (relative L2)."""
     fraud_factor: Count = 100

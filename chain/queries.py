@@ -20,7 +20,16 @@ from chain.replay import replay
 from chain.state import State, Table, holdings
 from chain.store import Store
 from chain.transactions import Transaction
-from chain.views import block_line, grounds, plain, standing_votes, task_line, transaction_line, validator_line, worker_line
+from chain.views import (
+    block_line,
+    grounds,
+    plain,
+    standing_votes,
+    task_line,
+    transaction_line,
+    validator_line,
+    worker_line,
+)
 
 __all__ = ["BadQuery", "NotFound", "QueryError", "Reader", "answer", "open_reader"]
 

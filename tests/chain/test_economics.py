@@ -69,7 +69,7 @@ def test_what_looks_like_a_crash_pays_once_and_never_again() -> None:
 
 @pytest.mark.parametrize("rate", [500, 1000, 2500, 5000, 9999])
 def test_being_good_until_an_occasion_is_forgotten_makes_no_way_to_cheat_pay(rate: int) -> None:
-    """Cheat, withhold what is drawn, be good until it is forgotten, again: the charge stays, with or without a partner."""
+    """Cheat, withhold what is drawn, be good until it is forgotten, again: the charge stays, partner or no."""
     for colluding in (0, PARAMS.colluding_share):
         found = {one.name: one for one in economics(PARAMS, Terms(audit_rate=rate, colluding=colluding)).cheats}
         again = found["refuse to open again"]

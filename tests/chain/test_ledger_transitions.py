@@ -238,7 +238,9 @@ def test_an_opening_of_a_step_must_be_under_the_claim(change: str) -> None:
 
 
 @pytest.mark.parametrize(("share", "rate"), [(0, 5000), (2500, 1000), (2500, 4000), (10_000, 4000), (0, 10_000)])
-def test_steps_are_drawn_at_their_share_of_the_rate_no_less_than_the_floor_and_always_where_all_is(share: int, rate: int) -> None:
+def test_steps_are_drawn_at_their_share_of_the_rate_no_less_than_the_floor_and_always_where_all_is(
+    share: int, rate: int
+) -> None:
     genesis = genesis_of(step_share=share, newcomer_rate=1)
     drawn = claims = 0
     swarm = start_swarm(Ledger(genesis), audit_rate=rate, steps=100)
