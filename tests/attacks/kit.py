@@ -303,6 +303,8 @@ class Figures:
     """Cheated cells up to the first that was disputed, by run."""
     claimed: list[int] = field(default_factory=list)
     """Cheated cells claimed by the time of the eviction, those in flight included."""
+    settled: list[int] = field(default_factory=list)
+    """Cheated cells in steps that had settled before the eviction: they stay, and no rollback undoes them."""
     honest_evictions: int = 0
     honest_charges: int = 0
     executions: int = 0
@@ -375,6 +377,7 @@ def note(swarm: RealSwarm, cheat: bytes, figures: Figures) -> None:
     if first is not None:
         figures.cells.append(first)
     figures.claimed.append(len(order))
+    figures.settled.append(sum(1 for step, _, _ in order if step <= swarm.settled))
     figures.executions += swarm.executions
     figures.paid += len(swarm.claimed_as)
     for kind in ("passed", "convicted", "faulted", "undecided", "withheld", "acquitted", "void"):
