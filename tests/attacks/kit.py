@@ -264,10 +264,7 @@ def state_root_of(step: int, stage: int) -> bytes:
 
 
 def swarm_of(run: str, rate: int = 1000, **params: object) -> RealSwarm:
-    """Return a running swarm of 3 stages with 2 workers each, 10 validators, and no newcomers' audits.
-
-    Runs of other names have other draws.
-    """
+    """Return a running swarm of 3 stages × 2 workers, 10 validators, no newcomers' audits; other names, other draws."""
     return swarm_of_keys(run, KEYS[: STAGES * REPLICAS], rate, **params)
 
 
@@ -288,6 +285,11 @@ def auditors_of(swarm: RealSwarm, worker: bytes) -> list[bytes]:
     assert own is not None
     beside = {w.account for w in swarm.state.workers(swarm.task) if abs(w.stage - own.stage) <= 1}
     return [a for a in swarm.state.validators().powers if a not in beside]
+
+
+def outsiders(swarm: RealSwarm) -> list[bytes]:
+    """Return the validators without a seat, who may be drawn for the cells of every stage."""
+    return sorted(set(swarm.state.validators().powers) - {w.account for w in swarm.state.workers(swarm.task)})
 
 
 @dataclass
