@@ -4,12 +4,13 @@ Amounts are base units, chances are shares of 1. A cheated cell that is paid bri
 work saved all of it. h = p·(1−f) is the chance that a cheated cell is audited by somebody who does not collude; the
 number of cheated cells before the first of those is geometric with mean (1−h)/h. Cells claimed and not yet settled
 are void after a conviction: they bring nothing, but `post task` demands a bond that outweighs them as well.
+An optimiser's step that is left out is reckoned as a cell, of which it is a part only.
 """
 
 import math
 from dataclasses import dataclass
 
-from chain.ledger.tasks import BASIS, bond_for
+from chain.ledger.tasks import BASIS, forgotten_after, least_bond, step_rate
 from chain.params import Params
 
 CERTAINTY = 1e-6
@@ -68,12 +69,13 @@ def economics(params: Params, terms: Terms) -> Economics:
         raise ValueError("the audit rate is above 0 and at most 1, the colluding share below 1")
     if terms.price < 0 or terms.in_flight < 0 or terms.bond < 0:
         raise ValueError("price, bond and cells in flight are not negative")
-    least = bond_for(terms.price, terms.audit_rate, params.colluding_share, terms.in_flight)
+    least = least_bond(params, terms.price, terms.audit_rate, terms.in_flight)
     bond = terms.bond or least
     known = (
         _always(terms, bond),
+        _false_steps(params, terms, bond),
         _own_auditor(params, terms, bond),
-        _withholding_once(terms),
+        _withholding_once(params, terms),
         _withholding(params, terms, bond),
         _newcomer(params, terms),
     )
@@ -96,6 +98,18 @@ def _always(terms: Terms, bond: int) -> Cheat:
     return Cheat("cheat and hope", h, *_cells(h), _paid(terms.price, h), bond, note)
 
 
+def _false_steps(params: Params, terms: Terms, bond: int) -> Cheat:
+    """Compute every cell and make up the state that follows."""
+    h = detection(step_rate(params, terms.audit_rate), terms.colluding)
+    note = "where its whole stage agrees; states that differ are all audited"
+    return Cheat("leave out optimiser's steps", h, *_cells(h), _paid(terms.price, h), bond, note)
+
+
+def _rarest(params: Params, terms: Terms) -> float:
+    """Return the chance that a false cell, or a false step where that is less, is drawn at all."""
+    return min(detection(rate, 0) for rate in (terms.audit_rate, step_rate(params, terms.audit_rate)))
+
+
 def _paid(price: int, chance: float) -> float:
     """Return the pay of the cheated cells before the first that is found."""
     return price * (1 - chance) / chance
@@ -109,18 +123,24 @@ def _own_auditor(params: Params, terms: Terms, bond: int) -> Cheat:
     return Cheat("be denounced by a partner", p, *_cells(p), _paid(terms.price, p), bond - back, note)
 
 
-def _withholding_once(terms: Terms) -> Cheat:
+def _withholding_once(params: Params, terms: Terms) -> Cheat:
     """Cheat, and do not open the first cell that is drawn, as if after a crash."""
-    p = detection(terms.audit_rate, 0)
+    p = _rarest(params, terms)
     note = "once a worker and task: it cannot be told from a crash; every cell is audited for a while after it"
     return Cheat("refuse to open once", p, *_cells(p), _paid(terms.price, p), terms.price, note, is_once=True)
 
 
 def _withholding(params: Params, terms: Terms, bond: int) -> Cheat:
-    """Do it again: each further occasion costs what makes it a loss, and the limit's costs the seat."""
-    p = detection(terms.audit_rate, 0)
-    fine = max(bond_for(terms.price, terms.audit_rate, params.colluding_share, 0), terms.price)
-    note = f"each time after the first; the seat is lost with the {params.withheld_limit}. time"
+    """Do it again: each further occasion costs what makes it a loss, and the limit's costs the seat.
+
+    To be good until an occasion is forgotten saves the seat, never the charge.
+    """
+    p = _rarest(params, terms)
+    fine = least_bond(params, terms.price, terms.audit_rate, 0)
+    span = forgotten_after(params, terms.audit_rate)
+    note = (
+        f"each time after the first; the seat is lost with the {params.withheld_limit}., one in {span} cells forgotten"
+    )
     return Cheat("refuse to open again", p, *_cells(p), _paid(terms.price, p), min(fine, bond), note)
 
 

@@ -46,8 +46,9 @@ class Params(Record, frozen=True):
     floor_rate: Uint = 500
     step_share: Annotated[int, Meta(ge=0, le=10_000)] = 2500
     """Basis points of the cells' audit rate at which optimiser's steps are drawn, for each of which all gradients of a
-    worker travel; in full where the rate is, and where two claims differ."""
+    worker travel; never under `floor_rate`, in full where the rate is, and where two claims differ."""
     withheld_limit: Count = 3
+    """Occasions of withheld data or small deviations that cost the seat; see `tasks.FORGETTING`."""
     tau: tuple[Uint, Uint, Uint] = (2500, 27_000, 35_000)
     """Thresholds of y, gx and gw in units of 1e-9 (relative L2)."""
     fraud_factor: Count = 100

@@ -20,7 +20,16 @@ from chain.replay import replay
 from chain.state import State, Table, holdings
 from chain.store import Store
 from chain.transactions import Transaction
-from chain.views import block_line, plain, standing_votes, task_line, transaction_line, validator_line, worker_line
+from chain.views import (
+    block_line,
+    grounds,
+    plain,
+    standing_votes,
+    task_line,
+    transaction_line,
+    validator_line,
+    worker_line,
+)
 
 __all__ = ["BadQuery", "NotFound", "QueryError", "Reader", "answer", "open_reader"]
 
@@ -274,17 +283,16 @@ def _audit(reader: Reader, arguments: Arguments) -> Any:
 
 def _evidence(reader: Reader, arguments: Arguments) -> Any:
     table: dict[bytes, Conviction] = reader.state.tables[Table.CONVICTIONS]
-    kinds = ("verdict", "equivocation", "withheld", "silent")
     if "id" not in arguments:
         rows = sorted(table.values(), key=lambda c: c.height)
-        return [{**plain(c), "kind": kinds[c.kind]} for c in rows]
+        return [{**plain(c), "kind": grounds(c, reader.audit(c.subject))} for c in rows]
     wanted = _bytes(arguments)
     for conviction in table.values():
         if wanted in (conviction.id, conviction.subject):
             audit = reader.audit(conviction.subject)
             story = audit_story(reader, audit) if audit else None
             votes = [_vote(data) for data in (conviction.first, conviction.second) if data]
-            return {**plain(conviction), "kind": kinds[conviction.kind], "audit": story, "votes": votes}
+            return {**plain(conviction), "kind": grounds(conviction, audit), "audit": story, "votes": votes}
     raise NotFound(f"There is no evidence {wanted.hex()}.", "see evidence without an id")
 
 

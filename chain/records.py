@@ -158,6 +158,7 @@ class Worker(Record, frozen=True):
     settled_cells: Uint = 0
     flagged_until: Uint = 0
     withholdings: Uint = 0
+    """Occasions on which it withheld data or erred, less what was forgotten; see `tasks.occasions_left`."""
     engaged: Uint = 0
     """How many of its claims are unsettled, and audits of them open."""
     watched_until: Uint = 0
@@ -313,7 +314,8 @@ class Conviction(Record, frozen=True):
 
     id: Hash
     kind: Uint
-    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults; 3: silence."""
+    """0: a verdict on an audit; 1: two conflicting consensus votes; 2: repeated withholding, or faults, of which the
+    subject, an audit, says which; 3: silence."""
     account: AccountId
     task: Hash | None
     height: Uint

@@ -6,8 +6,9 @@ from chain.blocks import Block, Certificate
 from chain.bounds import changes
 from chain.codec import Record, encode
 from chain.keys import peer_id
+from chain.ledger.evictions import SILENT
 from chain.params import Params
-from chain.records import Task, Worker
+from chain.records import Audit, Conviction, Task, Worker
 from chain.state import State
 from chain.transactions import Transaction
 
@@ -33,6 +34,15 @@ def plain(value: Any, name: str = "") -> Any:
             return [plain(item, name) for item in value]
         case _:
             raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def grounds(conviction: Conviction, audit: Audit | None) -> str:
+    """Return what a conviction rests on: two votes, a verdict, silence, or how the last of too many audits ended."""
+    if conviction.kind == SILENT:
+        return "silent"
+    if audit is None:
+        return "equivocation"
+    return "verdict" if conviction.kind == 0 else str(audit.state)
 
 
 def block_line(block: Block, certificate: Certificate) -> dict[str, Any]:

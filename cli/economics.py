@@ -36,7 +36,7 @@ def worth(answer: dict[str, Any], asked: Economics) -> dict[str, Any]:
     from chain.economics import Terms, economics
     from chain.params import Params
 
-    names = ("newcomer_rate", "colluding_share", "reporter_share", "withheld_limit")
+    names = ("newcomer_rate", "floor_rate", "step_share", "colluding_share", "reporter_share", "withheld_limit")
     params = replace(Params(), **{name: int(answer[name]) for name in names})
     terms = Terms(asked.price, _basis(asked.audit_rate), asked.cells_in_flight, _basis(asked.colluding), asked.bond)
     try:

@@ -5,10 +5,19 @@ from typing import Any
 from cli.render import paint, short, table
 
 Answer = dict[str, Any]
+_TABLES = (
+    ("seats", "seats", ("task", "stage", "bond", "settled_cells", "lease_until")),
+    (
+        "latest audits",
+        "recent_audits",
+        ("audit", "status", "step", "stage", "cell", "worker", "auditor", "off", "votes"),
+    ),
+    ("evictions", "evictions", ("peer", "step", "reason", "slashed", "height", "evidence")),
+)
 
 
 def status(data: Answer) -> str:
-    """Return a peer's status in a dozen lines."""
+    """Return a peer's status: a dozen lines, then its seats, the latest audits and evictions, and warnings."""
     finality, reach = data.get("finality") or {}, data.get("reachability") or {}
     lines = [
         _line("peer", data["peer"], data.get("name")),
@@ -22,14 +31,16 @@ def status(data: Answer) -> str:
     ]
     if any((data.get("audits") or {}).values()):
         lines.insert(-1, _line("audits", *(f"{count} {name}" for name, count in data["audits"].items() if count)))
-    if data.get("seats"):
-        columns = ("task", "stage", "bond", "settled_cells", "lease_until")
-        lines.append("seats\n" + "\n".join("  " + line for line in table(data["seats"], columns).splitlines()))
+    lines += [_table(title, data.get(name) or [], columns) for title, name, columns in _TABLES]
     lines += [f"declined task {short(one['task'])}: {one['reason']}" for one in data.get("declined") or []]
     for warning in data.get("warnings") or []:
         lines.append(paint(f"warning: {warning['message']}", "yellow"))
         lines += [f"  hint: {warning['hint']}"] if warning.get("hint") else []
     return "\n".join(line for line in lines if line)
+
+
+def _table(title: str, rows: list[Answer], columns: tuple[str, ...]) -> str:
+    return "\n  ".join([title, *table(rows, columns).splitlines()]) if rows else ""
 
 
 def _line(name: str, *values: object) -> str:

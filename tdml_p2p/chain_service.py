@@ -41,6 +41,8 @@ AUDIT_EVENTS = frozenset(
         "opened",
         "passed",
         "disputed",
+        "opinion",
+        "ballot",
         "convicted",
         "acquitted",
         "faulted",
@@ -48,8 +50,16 @@ AUDIT_EVENTS = frozenset(
         "withheld",
         "absent",
         "void",
+        "unaudited",
+        "reopened",
+        "refuted",
+        "charged",
+        "watched",
+        "evicted",
+        "slashed",
     ]
 )
+"""What the metric of audits counts: every audit, vote, fault and eviction."""
 
 
 class NetworkAdapter:

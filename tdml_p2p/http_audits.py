@@ -1,6 +1,7 @@
-"""What status and page tell of audits: how many are open, what is owed here, and how the newest ones went."""
+"""What status and page tell of audits: how many are open or owed here, how the newest went, and who was evicted."""
 
 from collections import Counter
+from heapq import nsmallest
 from typing import Any
 
 from chain.keys import peer_id
@@ -9,6 +10,9 @@ from chain.state import State, Table
 from chain.verdicts import TENSORS, deviations, finding, limits_for
 
 SHOWN = 20
+"""Audits on the page."""
+IN_STATUS = 8
+"""Audits and evictions in the status, which is asked for often."""
 _NOT_YET = "–"
 
 
@@ -18,10 +22,38 @@ def audit_counts(state: State, account: bytes) -> dict[str, int]:
     return {"open": len(state.tables[Table.ACTIVE]), "owed": len(state.duties(account)), **ended}
 
 
-def recent_audits(state: State) -> list[dict[str, Any]]:
+def audit_rows(state: State, account: bytes) -> dict[str, Any]:
+    """Return what the status of `account`'s peer says of audits and evictions."""
+    return {
+        "audits": audit_counts(state, account),
+        "recent_audits": recent_audits(state, IN_STATUS),
+        "evictions": evictions(state)[:IN_STATUS],
+    }
+
+
+def evictions(state: State) -> list[dict[str, Any]]:
+    """Return who was evicted or slashed, with the evidence, newest first."""
+    found = []
+    for conviction in state.tables[Table.CONVICTIONS].values():
+        audit = state.audit(conviction.subject)
+        found.append(
+            {
+                "peer": peer_id(conviction.account),
+                "task": conviction.task.hex() if conviction.task else None,
+                "step": audit.step if audit else None,
+                "reason": "equivocation" if audit is None else str(audit.state),
+                "evidence": conviction.subject.hex(),
+                "slashed": str(conviction.slashed),
+                "height": conviction.height,
+            }
+        )
+    return sorted(found, key=lambda line: -int(line["height"] or 0))
+
+
+def recent_audits(state: State, most: int = SHOWN) -> list[dict[str, Any]]:
     """Return the newest audits: first those in dispute or ended by a verdict, last what came to nothing."""
     found: list[Audit] = list(state.tables[Table.AUDITS].values())
-    newest = sorted(found, key=lambda audit: (_rank(audit), -audit.drawn_at, audit.id))[:SHOWN]
+    newest = nsmallest(most, found, key=lambda audit: (_rank(audit), -audit.drawn_at, audit.id))
     return [_row(state, audit) for audit in newest]
 
 

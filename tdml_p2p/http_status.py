@@ -10,7 +10,7 @@ from chain.keys import peer_id
 from chain.records import Task, Worker
 from chain.state import State, Table
 from tdml_p2p.health import Vitals, Warn, warnings
-from tdml_p2p.http_audits import audit_counts, recent_audits
+from tdml_p2p.http_audits import audit_rows, evictions, recent_audits
 from tdml_p2p.listen import inbound
 from tdml_p2p.reachability import Reachability, judge
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 LOSS_POINTS = 400
 CLOSED_TASKS = 4
 MAX_METRICS_BYTES = 8 << 20
-CONVICTION_REASONS = ("convicted", "equivocation", "withheld", "silent")
 
 
 def build_status(peer: "Peer") -> dict[str, Any]:
@@ -46,7 +45,7 @@ def build_status(peer: "Peer") -> dict[str, Any]:
         "peers": list(connected),
         "seats": seats,
         "declined": _declined(peer),
-        "audits": audit_counts(state, peer.key.account),
+        **audit_rows(state, peer.key.account),
         **_funds(peer, state, workers),
         "reachability": {
             "verdict": str(reach.verdict),
@@ -106,25 +105,6 @@ def own_workers(state: State, account: bytes) -> list[Worker]:
     """Return the seats and applications of `account` in every task."""
     found = (state.worker(task, account) for task in state.tables[Table.TASKS])
     return [worker for worker in found if worker is not None]
-
-
-def evictions(state: State) -> list[dict[str, Any]]:
-    """Return who was evicted or slashed, with the evidence, newest first."""
-    found = []
-    for conviction in state.tables[Table.CONVICTIONS].values():
-        audit = state.audit(conviction.subject)
-        found.append(
-            {
-                "peer": peer_id(conviction.account),
-                "task": conviction.task.hex() if conviction.task else None,
-                "step": audit.step if audit else None,
-                "reason": CONVICTION_REASONS[conviction.kind],
-                "evidence": conviction.subject.hex(),
-                "slashed": str(conviction.slashed),
-                "height": conviction.height,
-            }
-        )
-    return sorted(found, key=lambda line: -int(line["height"] or 0))
 
 
 def loss_curve(path: Path) -> list[tuple[int, float]]:

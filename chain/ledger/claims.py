@@ -6,14 +6,13 @@ from chain.hashing import digest
 from chain.ledger.book import Book, audit_id, name, step_key
 from chain.ledger.pools import Pools
 from chain.ledger.silence import half_time
+from chain.ledger.tasks import BASIS, step_rate
 from chain.ledger.transitions import audited_leaves, check_state, is_in_question, with_claim
 from chain.randomness import chance
 from chain.reasons import Reason, Refused
 from chain.records import Audit, ClaimRecord, StepProgress, Task, TaskStatus, Worker
 from chain.state import Marker, Table
 from chain.transactions import Claim, SubmitClaims
-
-BASIS = 10_000
 
 
 def submit(book: Book, sender: bytes, payload: SubmitClaims) -> None:
@@ -115,10 +114,10 @@ def _draw(book: Book, record: ClaimRecord, pools: Pools) -> None:
     assert worker is not None  # a claim is only taken from a worker
     rate, is_disputed = audit_rate(book, task, worker), is_in_question(book, record)
     count = 0
-    step_rate = rate if rate == BASIS else rate * book.params.step_share // BASIS
+    rate_of_step = step_rate(book.params, rate)
     for cell in audited_leaves(task, record):
         identity, is_step = audit_id(record, cell), cell == task.transition
-        if (is_disputed and is_step) or chance(book.seed, identity, step_rate if is_step else rate):
+        if (is_disputed and is_step) or chance(book.seed, identity, rate_of_step if is_step else rate):
             count += start_audit(pools, record, cell, identity)
     book.set_claim(record, drawn=True, open_audits=record.open_audits + count)
     book.engage(claim.task, record.worker, count)

@@ -48,7 +48,7 @@ class Pools:
         self.book = book
         self.cost = 0
         """Rows of workers looked through so far."""
-        self._far: dict[tuple[bytes, int, bool], Pool] = {}
+        self._away: dict[tuple[bytes, int, tuple[int, ...]], Pool] = {}
 
     @cached_property
     def _validators(self) -> list[tuple[bytes, int]]:
@@ -74,24 +74,29 @@ class Pools:
         self.cost += len(workers)
         return {worker.account: worker.stage for worker in workers if worker.is_seated}
 
-    def draw(self, record: ClaimRecord, cell: int, seed: bytes, excluded: tuple[bytes, ...]) -> bytes | None:
-        """Return who re-executes a cell: not the worker, nor, if others can, its neighbours in the pipeline.
+    def _pool_away(self, claim: Claim, near: tuple[int, ...]) -> Pool:
+        """Return the pool without those whose stage is one of these distances from the claim's."""
+        place = claim.task, claim.stage, near
+        if place not in self._away:
+            seated = self._seated(claim.task)
+            beside = {account for account, stage in seated.items() if abs(stage - claim.stage) in near}
+            self._away[place] = self._pool(seated, beside)
+        return self._away[place]
 
-        A partial sum of one cell is the cell's weight gradient: if others can, those who receive it are left out, too.
+    def draw(self, record: ClaimRecord, cell: int, seed: bytes, excluded: tuple[bytes, ...]) -> bytes | None:
+        """Return who re-executes a cell: not the worker, nor, if others can, who works beside it.
+
+        Replicas of a stage may be of one owner, and hold the same state: they audit each other only where nobody
+        outside the stage and its neighbours can. Of a claim of one cell they would even know the weight gradient, which
+        is its partial sum: there they come no sooner than the neighbours whose claims do not cover the cell.
         """
         claim = record.claim
-        is_alone = len(claim.cells) == 1
-        far = self._far.get((claim.task, claim.stage, is_alone))
-        if far is None:
-            seated = self._seated(claim.task)
-            near = (0, 1) if is_alone else (1,)
-            beside = {account for account, stage in seated.items() if abs(stage - claim.stage) in near}
-            far = self._pool(seated, beside)
-            self._far[claim.task, claim.stage, is_alone] = far
         left_out = (*excluded, record.worker)
-        drawn = far.draw(seed, left_out)
-        if drawn is not None:
-            return drawn
+        circles = ((0, 1),) if len(claim.cells) == 1 else ((0, 1), (1,))
+        for near in circles:
+            drawn = self._pool_away(claim, near).draw(seed, left_out)
+            if drawn is not None:
+                return drawn
         touching = _touching(self.book, claim, cell)
         return self._pool(self._seated(claim.task), set()).draw(seed, (*left_out, *touching))
 

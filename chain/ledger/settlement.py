@@ -2,6 +2,7 @@
 
 from chain.ledger.book import Book, name, step_key
 from chain.ledger.silence import count_silent, speaks, uncovered
+from chain.ledger.tasks import occasions_left
 from chain.records import (
     Audit,
     AuditStatus,
@@ -122,7 +123,8 @@ def _settle(book: Book, task: Task, progress: StepProgress, key: bytes) -> None:
         if worker is None or worker.state is WorkerStatus.EVICTED:
             continue
         worker = speaks(book, worker, record.height)
-        book.set_worker(worker, settled_cells=worker.settled_cells + paid)
+        left = occasions_left(book.params, task, worker, paid)
+        book.set_worker(worker, settled_cells=worker.settled_cells + paid, withholdings=left)
         _pay(book, book.task(task.id), record.worker, paid * task.price)
     settled = book.set_task(book.task(task.id), settled=task.settled + 1, roots=progress.after)
     book.draft.delete(Table.STEPS, key)

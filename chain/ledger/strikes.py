@@ -3,7 +3,7 @@
 from chain.ledger.book import Book
 from chain.ledger.evictions import WITHHELD, evict_without_slash
 from chain.ledger.settlement import end_audit, flag
-from chain.ledger.tasks import bond_for
+from chain.ledger.tasks import least_bond
 from chain.records import Audit, AuditStatus
 
 
@@ -27,7 +27,7 @@ def withhold(book: Book, audit: Audit) -> None:
     task, worker = book.task(audit.task), book.worker(audit.task, audit.worker)
     assert worker is not None  # audits are of workers' claims only
     is_again = is_new_occasion(book, audit) and worker.withholdings > 0 and worker.flagged_until <= book.height
-    fine = bond_for(task.price, task.audit_rate, book.params.colluding_share, 0) if is_again else 0
+    fine = least_bond(book.params, task.price, task.audit_rate, 0) if is_again else 0
     charge = min(max(fine, task.price), worker.bond + worker.withheld)
     bond, kept = min(worker.bond, charge), min(task.price, charge)
     book.set_worker(worker, bond=worker.bond - bond, withheld=worker.withheld - charge + bond)

@@ -5,7 +5,7 @@ from chain.hashing import digest
 from chain.ledger.book import Book, name, place_at
 from chain.params import Params
 from chain.reasons import Reason, Refused
-from chain.records import Task, TaskStatus, WorkerStatus, status_of
+from chain.records import Task, TaskStatus, Worker, WorkerStatus, status_of
 from chain.state import Marker, Table
 from chain.transactions import CloseTask, PostTask, TopUp
 
@@ -13,6 +13,8 @@ BASIS = 10_000
 MAX_CELLS = 16_384
 """Cells of a task in one step: micro-batches times stages times redundancy."""
 MAX_SEATS = 1024
+FORGETTING = 20
+"""How many times the cells that the charge for withholding is worth have to settle until an occasion is forgotten."""
 
 
 def post(book: Book, sender: bytes, payload: PostTask) -> None:
@@ -70,7 +72,7 @@ def _check(params: Params, payload: PostTask) -> None:
     if payload.audit_rate < params.floor_rate:
         raise Refused(Reason.RATE_TOO_SMALL)
     in_flight = payload.depth * payload.microbatches
-    if payload.worker_bond < bond_for(payload.price, payload.audit_rate, params.colluding_share, in_flight):
+    if payload.worker_bond < least_bond(params, payload.price, payload.audit_rate, in_flight):
         raise Refused(Reason.BOND_TOO_SMALL)
 
 
@@ -83,6 +85,36 @@ def bond_for(price: int, audit_rate: int, colluding_share: int, in_flight: int) 
     h = max(1, audit_rate) * (BASIS - colluding_share)
     odds = -(-(BASIS * BASIS - h) // h)
     return price * (odds + in_flight)
+
+
+def least_bond(params: Params, price: int, audit_rate: int, in_flight: int) -> int:
+    """Return the least bond at which neither false cells nor false optimiser's steps pay; a step counts as a cell."""
+    steps = bond_for(price, step_rate(params, audit_rate), params.colluding_share, 0)
+    return max(bond_for(price, audit_rate, params.colluding_share, in_flight), steps)
+
+
+def step_rate(params: Params, audit_rate: int) -> int:
+    """Return the rate, in basis points, at which the optimiser's steps of a worker are audited whose cells are so."""
+    return audit_rate if audit_rate == BASIS else max(audit_rate * params.step_share // BASIS, params.floor_rate)
+
+
+def forgotten_after(params: Params, audit_rate: int) -> int:
+    """Return after how many settled cells an occasion of withholding, or of small deviations, is forgotten.
+
+    Small deviations cost no charge. Who errs on purpose until an audit finds it can do so once in so many cells: in
+    a twentieth of its cells at the lowest audit rate, and in fewer at others.
+    """
+    return FORGETTING * least_bond(params, 1, audit_rate, 0)
+
+
+def occasions_left(params: Params, task: Task, worker: Worker, cells: int) -> int:
+    """Return how many of a worker's occasions are remembered once so many more of its cells have settled.
+
+    The first is never forgotten: it was cheap, and who could have another cheap one would cheat before each.
+    """
+    span = forgotten_after(params, task.audit_rate)
+    forgotten = (worker.settled_cells + cells) // span - worker.settled_cells // span
+    return max(min(worker.withholdings, 1), worker.withholdings - forgotten)
 
 
 def top_up(book: Book, sender: bytes, payload: TopUp) -> None:

@@ -11,7 +11,7 @@ import trio
 from msgspec import structs
 
 from chain.engine import SubmitRefused, TransactionExpired
-from chain.ledger.tasks import bond_for, least_escrow
+from chain.ledger.tasks import least_bond, least_escrow
 from chain.state import Task
 from chain.transactions import MAX_PATIENCE, CloseTask, Faucet, Payload, PostTask
 from tdml_p2p.errors import UserError
@@ -193,7 +193,7 @@ class Poster:
             microbatches=manifest.microbatches,
             price=self._price,
             escrow=0,
-            worker_bond=bond_for(self._price, rate, params.colluding_share, DEPTH * manifest.microbatches),
+            worker_bond=least_bond(params, self._price, rate, DEPTH * manifest.microbatches),
             audit_rate=rate,
             depth=DEPTH,
             lifetime=LIFETIME_BLOCKS,

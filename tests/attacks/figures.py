@@ -29,6 +29,8 @@ class Figures:
     """Cheated cells up to the first that was disputed or withheld, by run."""
     claimed: list[int] = field(default_factory=list)
     """Cheated cells claimed by the time of the eviction, those in flight included."""
+    settled: list[int] = field(default_factory=list)
+    """Cheated cells in steps that had settled before the eviction: they stay, and no rollback undoes them."""
     honest_evictions: int = 0
     honest_charges: int = 0
     executions: int = 0
@@ -80,7 +82,7 @@ def measure(
         swarm = swarm_of(f"{attack} {run}", rate, **params)
         cheat = swarm.seated(stage)[run % REPLICAS]
         pool = auditors_of(swarm, cheat)
-        friends = [a for a in pool if a not in swarm.seated(stage)][:colluding]
+        friends = pool[:colluding]
         swarm.characters |= {friend: Character(judges=agree) for friend in friends}
         prepare(swarm, cheat)
         friendly = sum(swarm.character(account).judges is agree for account in pool)
@@ -132,6 +134,7 @@ def note(swarm: RealSwarm, cheat: bytes, figures: Figures) -> None:
     if first is not None:
         figures.cells.append(first)
     figures.claimed.append(len(order))
+    figures.settled.append(sum(1 for place in order if place.step <= swarm.settled))
     figures.executions += swarm.executions
     figures.paid += len(swarm.claimed_as)
     figures.ends.update({kind: len(ledger.happened(kind)) for kind in ENDS})

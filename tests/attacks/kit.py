@@ -259,11 +259,16 @@ def swarm_of_keys(
 
 
 def auditors_of(swarm: RealSwarm, worker: bytes) -> list[bytes]:
-    """Return who may be drawn for the cells of a worker: all have the same stake."""
+    """Return who may be drawn for the cells of a worker: all have the same stake, and none is beside it."""
     own = swarm.state.worker(swarm.task, worker)
     assert own is not None
-    beside = {w.account for w in swarm.state.workers(swarm.task) if abs(w.stage - own.stage) == 1}
-    return [a for a in swarm.state.validators().powers if a != worker and a not in beside]
+    beside = {w.account for w in swarm.state.workers(swarm.task) if abs(w.stage - own.stage) <= 1}
+    return [a for a in swarm.state.validators().powers if a not in beside]
+
+
+def outsiders(swarm: RealSwarm) -> list[bytes]:
+    """Return the validators without a seat, who may be drawn for the cells of every stage."""
+    return sorted(set(swarm.state.validators().powers) - {w.account for w in swarm.state.workers(swarm.task)})
 
 
 def agree(swarm: RealSwarm, audit: Audit, round_: int) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from chain.keys import peer_id
-from tests.attacks.kit import Character, RealSwarm, swarm_of
+from tests.attacks.kit import Character, RealSwarm, outsiders, swarm_of
 
 WAYS = {
     "guesses": "random gradients",
@@ -36,7 +36,7 @@ def measure_lazy(way: str, runs: int) -> Found:
     found = Found()
     for run in range(runs):
         swarm = swarm_of(f"lazy {way} {run}", _RATE)
-        outside = sorted(set(swarm.state.validators().powers) - {w.account for w in swarm.state.workers(swarm.task)})
+        outside = outsiders(swarm)
         lazy = outside[run % len(outside)]
         swarm.characters[lazy] = Character(judges=lambda _, __, ___: WAYS[way])
         _follow(swarm, peer_id(lazy), found)

@@ -19,9 +19,8 @@ def evaded(name: str, evader: Evader, friends: int = 0, away: int = 0) -> Figure
         swarm = swarm_of(f"{name} {run}", RATE, newcomer_cells=50)
         cheat = swarm.seated(1)[run % 2]
         pool = auditors_of(swarm, cheat)
-        outside = [account for account in pool if account not in swarm.seated(1)]
-        swarm.silent |= {(account, "commit") for account in outside[friends : friends + away]}
-        swarm.characters |= {account: Character(judges=agree) for account in outside[:friends]}
+        swarm.silent |= {(account, "commit") for account in pool[friends : friends + away]}
+        swarm.characters |= {account: Character(judges=agree) for account in pool[:friends]}
         figures.theory = RATE / 10_000 * (1 - friends / (len(pool) - away))
         swarm.characters[cheat] = Character(attack="gw x 1.01", is_cheating=evader(swarm, cheat))
         follow(swarm, cheat, figures, BLOCKS)

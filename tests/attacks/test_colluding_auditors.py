@@ -11,8 +11,7 @@ def ring(run: int, repeated: int) -> tuple[RealSwarm, bytes, set[bytes]]:
     """Return a swarm with a cheat of one cell in eight and auditors who find what it claims."""
     swarm = swarm_of(f"ring {run}", 4000, reaudit_rate=repeated)
     cheat = swarm.seated(1)[run % 2]
-    friends = {a for a in auditors_of(swarm, cheat) if a not in swarm.seated(1)}
-    friends = set(sorted(friends)[:FRIENDS])
+    friends = set(sorted(auditors_of(swarm, cheat))[:FRIENDS])
     swarm.characters |= {friend: Character(judges=agree) for friend in friends}
 
     def sometimes(_: RealSwarm, place: Place) -> bool:

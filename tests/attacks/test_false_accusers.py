@@ -4,7 +4,7 @@ import pytest
 
 from chain.keys import peer_id
 from chain.records import Audit
-from tests.attacks.kit import Character, RealSwarm, swarm_of
+from tests.attacks.kit import Character, RealSwarm, outsiders, swarm_of
 
 
 def says(result: str) -> Character:
@@ -14,7 +14,7 @@ def says(result: str) -> Character:
 @pytest.mark.parametrize("result", ["sign flip", "replayed cell", "y x 1.001"])
 def test_an_auditor_that_claims_another_result_is_charged_each_time(result: str) -> None:
     swarm = swarm_of(f"accuser {result}", 2000)
-    liar = sorted(swarm.state.validators().powers)[-1]
+    liar = outsiders(swarm)[-1]
     swarm.characters[liar] = says(result)
     for _ in range(40):
         swarm.work(1)
@@ -36,7 +36,7 @@ def test_a_juror_that_always_condemns_convicts_nobody() -> None:
         return "sign flip" if round_ else "same kernels"
 
     swarm.characters |= {one: Character(judges=condemn), two: Character(judges=condemn)}
-    accuser = sorted(swarm.state.validators().powers)[0]
+    accuser = outsiders(swarm)[0]
     swarm.characters[accuser] = says("sign flip")
     for _ in range(40):
         swarm.work(1)
@@ -47,7 +47,7 @@ def test_a_juror_that_always_condemns_convicts_nobody() -> None:
 
 def test_a_contradiction_that_nobody_else_finds_costs_the_accuser_its_draws_and_the_worker_nothing() -> None:
     swarm = swarm_of("flags", 2000)
-    *_, liar = sorted(swarm.state.validators().powers)
+    *_, liar = outsiders(swarm)
     swarm.characters[liar] = Character(accuses=True)
     while not swarm.ledger.happened("acquitted"):
         swarm.work(1)

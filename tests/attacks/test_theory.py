@@ -6,7 +6,7 @@ from tests.attacks.figures import cheating, measure
 from tests.attacks.judged import assert_nobody_else_suffers
 
 
-@pytest.mark.parametrize(("colluding", "h"), [(0, 0.10), (2, 0.06)])
+@pytest.mark.parametrize(("colluding", "h"), [(0, 0.10), (2, 0.05)])
 def test_the_mean_is_that_of_theory(colluding: int, h: float) -> None:
     figures = measure("theory", cheating("gw x 1.01"), 25, colluding=colluding)
     assert figures.theory == pytest.approx(h)

@@ -3,7 +3,7 @@
 from chain.keys import peer_id
 from tests.attacks.figures import Figures, follow
 from tests.attacks.judged import assert_nobody_else_suffers
-from tests.attacks.kit import USUAL, Character, RealSwarm, agree, swarm_of
+from tests.attacks.kit import USUAL, Character, RealSwarm, agree, outsiders, swarm_of
 
 GW = frozenset({"gw"})
 
@@ -38,7 +38,7 @@ def test_the_same_tensor_given_to_those_who_ask_convicts() -> None:
 
 def test_friends_who_say_that_all_is_there_do_not_help() -> None:
     swarm, cheat = swarm_with(Character(attack="gw skipped", opens=USUAL, withholds=GW), "friends")
-    friend = next(account for account in swarm.seated(1) if account != cheat)
+    friend = outsiders(swarm)[0]
     swarm.characters[friend] = Character(judges=agree)
     follow(swarm, cheat, Figures("friends", 0.2))
     assert cheat not in swarm.seated(1)
@@ -46,7 +46,7 @@ def test_friends_who_say_that_all_is_there_do_not_help() -> None:
 
 def test_who_says_that_data_is_missing_which_is_there_costs_nobody_anything() -> None:
     swarm = swarm_of("nothing missing", 2000)
-    *_, liar = sorted(swarm.state.validators().powers)
+    *_, liar = outsiders(swarm)
     swarm.characters[liar] = Character(misses=True)
     for _ in range(40):
         swarm.work(1)

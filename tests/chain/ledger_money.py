@@ -140,8 +140,13 @@ def _fine(block: Block, task: Any, worker: Any, audit: Any) -> int:
     claim, params = rows(block.before, T.CLAIMS)[audit.claim], rows(block.before, T.PARAMS)[b""]
     if claim.height + params.absence_blocks <= worker.flagged_until:
         return task.price
-    h = max(1, task.audit_rate) * (10_000 - params.colluding_share)
-    return task.price * max(1, math.ceil(Fraction(10**8, h) - 1))
+    return task.price * max(1, *(math.ceil(Fraction(10**8, h) - 1) for h in _found(params, task.audit_rate)))
+
+
+def _found(params: Any, rate: int) -> tuple[int, int]:
+    """Return in units of 1e-8 how likely a false cell, and a false optimiser's step, is found."""
+    steps = rate if rate == 10_000 else max(params.floor_rate, rate * params.step_share // 10_000)
+    return max(1, rate) * (10_000 - params.colluding_share), max(1, steps) * (10_000 - params.colluding_share)
 
 
 def _made_good(block: Block, task: bytes, most: int) -> int:

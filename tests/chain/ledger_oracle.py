@@ -82,13 +82,9 @@ def _may_be_drawn(block: Block, audit: Any) -> None:
 
 
 def _is_beside(state: State, audit: Any, account: bytes) -> bool:
-    """Whether an account is in the next stage, or in this one where a partial sum may be the cell's gradient."""
+    """Whether an account is of this stage or of a next one."""
     worker = rows(state, T.WORKERS).get(audit.task + account)
-    if worker is None or not worker.is_seated:
-        return False
-    claim = rows(state, T.CLAIMS).get(audit.claim)
-    is_bare = claim is not None and len(claim.claim.cells) == 1
-    return abs(worker.stage - audit.stage) == 1 or (is_bare and worker.stage == audit.stage)
+    return worker is not None and worker.is_seated and abs(worker.stage - audit.stage) <= 1
 
 
 def _others(block: Block, audit: Any) -> list[bytes]:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from chain.economics import Terms, detection, economics
-from chain.ledger.tasks import bond_for
+from chain.ledger.tasks import forgotten_after, least_bond, step_rate
 from chain.params import Params
 
 PARAMS = Params()
@@ -28,13 +28,28 @@ def test_the_figures_of_the_design() -> None:
 @pytest.mark.parametrize("in_flight", [0, 32, 512])
 def test_the_least_bond_makes_every_way_a_loss_or_worth_nothing(rate: int, in_flight: int) -> None:
     found = economics(PARAMS, Terms(audit_rate=rate, in_flight=in_flight))
-    assert found.bond == found.least_bond == bond_for(1000, rate, 2500, in_flight)
+    assert found.bond == found.least_bond == least_bond(PARAMS, 1000, rate, in_flight)
     assert found.is_sound
     assert not economics(PARAMS, Terms(audit_rate=rate, in_flight=in_flight, bond=1)).is_sound
 
 
+def test_false_steps_are_drawn_no_more_rarely_than_the_floor_and_the_bond_outweighs_them() -> None:
+    found = {one.name: one for one in economics(PARAMS, Terms(in_flight=0)).cheats}
+    steps = found["leave out optimiser's steps"]
+    assert (steps.chance, steps.cells_for_certainty) == (pytest.approx(0.05 * 0.75), 362)
+    assert (steps.gain, steps.loss) == (pytest.approx(25_667, abs=1), 26_000)
+    assert steps.chance < found["cheat and hope"].chance
+    full = {one.name: one for one in economics(PARAMS, Terms(audit_rate=10_000)).cheats}
+    assert full["leave out optimiser's steps"].chance == full["cheat and hope"].chance
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(500, 500), (1000, 500), (2000, 500), (4000, 1000), (10_000, 10_000)])
+def test_the_rate_of_steps(rate: int, steps: int) -> None:
+    assert step_rate(PARAMS, rate) == steps
+
+
 def test_a_partner_that_reports_is_worth_its_share_and_ends_it_sooner() -> None:
-    always, reported, *_ = economics(PARAMS, Terms()).cheats
+    always, _, reported, *_ = economics(PARAMS, Terms()).cheats
     assert reported.loss == always.loss * (1 - 0.25 * 0.25)
     assert reported.mean_cells == 10.0 < always.mean_cells
     assert reported.profit < 0
@@ -47,9 +62,20 @@ def test_a_larger_colluding_share_than_the_network_reckons_with_pays() -> None:
 
 
 def test_what_looks_like_a_crash_pays_once_and_never_again() -> None:
-    once, again = economics(PARAMS, Terms()).cheats[2:4]
-    assert (once.is_once, once.gain, once.loss) == (True, 9000, 1000)
+    once, again = economics(PARAMS, Terms()).cheats[3:5]
+    assert (once.is_once, once.gain, once.loss) == (True, pytest.approx(19_000), 1000)
     assert again.profit < 0
+
+
+@pytest.mark.parametrize("rate", [500, 1000, 2500, 5000, 9999])
+def test_being_good_until_an_occasion_is_forgotten_makes_no_way_to_cheat_pay(rate: int) -> None:
+    """Cheat, withhold what is drawn, be good until it is forgotten, again: the charge stays, partner or no."""
+    for colluding in (0, PARAMS.colluding_share):
+        found = {one.name: one for one in economics(PARAMS, Terms(audit_rate=rate, colluding=colluding)).cheats}
+        again = found["refuse to open again"]
+        assert again.loss == least_bond(PARAMS, 1000, rate, 0) > again.gain
+    erring = 1 / detection(rate, PARAMS.colluding_share)
+    assert erring < forgotten_after(PARAMS, rate) * 0.055
 
 
 def test_the_mean_is_that_of_cheats_who_are_drawn() -> None:

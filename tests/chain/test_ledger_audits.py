@@ -73,14 +73,17 @@ def test_the_draw_comes_two_blocks_after_the_claim_with_the_seed_of_that_block()
         assert audit.auditor != audit.worker
 
 
-@pytest.mark.parametrize(("microbatches", "is_spared"), [(2, True), (4, False)])
-def test_who_receives_a_cell_s_gradient_as_a_partial_sum_does_not_audit_it(microbatches: int, is_spared: bool) -> None:
-    swarm = start_swarm(Ledger(genesis_of(8, 2)), microbatches=microbatches)
+@pytest.mark.parametrize(("validators", "microbatches", "stages"), [(8, 2, {None}), (8, 4, {None}), (4, 4, {0})])
+def test_replicas_of_a_stage_audit_each_other_only_where_nobody_outside_can(
+    validators: int, microbatches: int, stages: set[int | None]
+) -> None:
+    swarm = start_swarm(Ledger(genesis_of(validators, 2)), microbatches=microbatches)
     swarm.work(20)
     seats = {peer_id(w.account): w.stage for w in swarm.state.workers(swarm.task)}
-    drawn = swarm.ledger.happened("drawn")
-    assert len(drawn) > 20
-    assert is_spared == all(seats.get(str(event["auditor"])) != event["stage"] for event in drawn)
+    drawn = [event for event in swarm.ledger.happened("drawn") if event["stage"] == 0]
+    assert len(drawn) > 10
+    assert {seats.get(str(event["auditor"])) for event in drawn} == stages
+    assert swarm.settled > 2
 
 
 def convicted_swarm() -> tuple[Swarm, bytes]:

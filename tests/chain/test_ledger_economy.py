@@ -5,9 +5,9 @@ from msgspec import structs
 from chain.hashing import ZERO
 from chain.ledger.book import Book
 from chain.ledger.claims import audit_rate
-from chain.ledger.tasks import bond_for
+from chain.ledger.tasks import forgotten_after, least_bond, occasions_left
 from chain.reasons import Reason
-from chain.records import AuditStatus, WorkerStatus
+from chain.records import AuditStatus, Worker, WorkerStatus
 from chain.state import Draft, State, Table
 from chain.transactions import LeaveSeat, RenewLease, TakeSeat, Unbond
 from tests.chain.ledger_kit import BALANCE, KEYS, STAKE, Ledger, Swarm, by_account, genesis_of, post_task, start_swarm
@@ -95,7 +95,7 @@ def test_withholding_again_and_again_costs_what_cheating_gains() -> None:
     before, first = bond_of(swarm, worker), len(swarm.ledger.happened("withheld"))
     while len(swarm.ledger.happened("withheld")) == first:
         swarm.work(1)
-    assert swarm.state.chain.burned == bond_for(10, 1000, 2500, 0) - 10 == 120
+    assert swarm.state.chain.burned == least_bond(swarm.state.params, 10, 1000, 0) - 10 == 250
     assert bond_of(swarm, worker) < before
 
 
@@ -141,3 +141,62 @@ def test_rollbacks_cost_the_cheat_and_not_the_client() -> None:
     assert task.reserved == task.audit_pay == 0
     audited = sum(record.is_settled for record in swarm.state.tables[Table.CLAIMS].values())
     assert task.escrow == 10 * (8 * 2 * 2 - audited)  # a stage that has lost a worker has fewer steps to audit
+
+
+def fragile_swarm() -> tuple[Swarm, bytes, int]:
+    """Return a swarm with a worker, and after how many of its settled cells an occasion is forgotten."""
+    quiet = genesis_of(newcomer_cells=0, absence_blocks=5, lease_blocks=100_000)
+    terms: dict[str, object] = {"audit_rate": 5000, "worker_bond": 10_000, "microbatches": 16, "steps": 400}
+    swarm = start_swarm(Ledger(quiet), **terms, lifetime=100_000)
+    return swarm, swarm.seated(0)[0], forgotten_after(swarm.state.params, 5000)
+
+
+def crash(swarm: Swarm, worker: bytes) -> None:
+    """Have a worker give nothing until an audit of it has ended for that, and be back once it is no more flagged."""
+    before = len(swarm.ledger.happened("withheld"))
+    swarm.silent.add((worker, "open"))
+    while len(swarm.ledger.happened("withheld")) == before:
+        swarm.work(1)
+    swarm.silent.discard((worker, "open"))
+    swarm.work(swarm.state.params.absence_blocks + 1)
+
+
+def record_of(swarm: Swarm, worker: bytes) -> Worker:
+    found = swarm.state.worker(swarm.task, worker)
+    assert found is not None
+    return found
+
+
+def test_a_worker_that_crashes_now_and_then_keeps_its_seat_and_is_charged_each_time_but_the_first() -> None:
+    swarm, worker, span = fragile_swarm()
+    limit = swarm.state.params.withheld_limit
+    for _ in range(limit + 1):
+        burned = swarm.state.chain.burned
+        is_first = record_of(swarm, worker).withholdings == 0
+        crash(swarm, worker)
+        assert (swarm.state.chain.burned == burned) == is_first
+        until = record_of(swarm, worker).settled_cells + span
+        while record_of(swarm, worker).settled_cells < until:
+            swarm.work(1)
+        assert record_of(swarm, worker).is_seated
+        assert record_of(swarm, worker).withholdings == 1
+    assert not swarm.ledger.happened("evicted")
+
+
+def test_a_worker_that_crashes_again_before_that_is_forgotten_loses_its_seat() -> None:
+    swarm, worker, _ = fragile_swarm()
+    for count in range(swarm.state.params.withheld_limit):
+        assert record_of(swarm, worker).withholdings == count
+        crash(swarm, worker)
+    assert not record_of(swarm, worker).is_seated
+
+
+def test_what_is_forgotten_and_when() -> None:
+    swarm, worker, span = fragile_swarm()
+    task = swarm.state.task(swarm.task)
+    assert task is not None
+    known = structs.replace(record_of(swarm, worker), withholdings=3, settled_cells=span - 1)
+    left = [occasions_left(swarm.state.params, task, known, cells) for cells in (0, 1, span, span + 1, 9 * span)]
+    assert left == [3, 2, 2, 1, 1]
+    clean = structs.replace(known, withholdings=0)
+    assert occasions_left(swarm.state.params, task, clean, 5 * span) == 0

@@ -171,9 +171,10 @@ def test_a_peer_that_answers_nonsense(run: Run, daemon: FakeDaemon) -> None:
 def test_what_cheating_is_worth(run: Run, ask: Any, database: Path) -> None:
     found = ask("params", "--economics", "--price", "10", "--cells-in-flight", "0")
     assert found["is_sound"] is True
-    assert found["bond"] == found["least_bond"] == 130
+    assert found["bond"] == found["least_bond"] == 260
     cheats = {row["cheat"]: row for row in found["cheats"]}
     assert cheats["cheat and hope"]["cells_for_certainty"] == 178
+    assert cheats["leave out optimiser's steps"]["cells_for_certainty"] == 362
     cheap = ask("params", "--economics", "--price", "10", "--bond", "5")
     assert cheap["is_sound"] is False
     said = run("tdml-chain", "params", "--economics", "--db", database).out

@@ -180,6 +180,22 @@ def test_status(run: Run, daemon: FakeDaemon) -> None:
     }
 
 
+def test_status_shows_the_latest_audits_and_evictions(run: Run, daemon: FakeDaemon) -> None:
+    audit = {"audit": "ab" * 32, "status": "convicted", "task": "cd" * 32, "step": 5, "stage": 1, "cell": "optimiser",
+             "worker": OTHER, "auditor": PEER, "votes": 3, "finding": "fraud", "off": "gw 4e+03 τ"}  # fmt: skip
+    evicted = {"peer": OTHER, "task": "cd" * 32, "step": 5, "reason": "faulted", "evidence": "ef" * 32,
+               "slashed": "0", "height": 77}  # fmt: skip
+    daemon.reply("/status.json", STATUS | {"recent_audits": [audit], "evictions": [evicted]})
+    lines = run("tdml-peer", "status", "--home", daemon.home).out.splitlines()
+    shown = [" ".join(line.split()) for line in lines]
+    at = shown.index("latest audits")
+    assert shown[at + 1] == "audit status step stage cell worker auditor off votes"
+    assert shown[at + 2] == f"abababababab convicted 5 1 optimiser …{OTHER[-8:]} …{PEER[-8:]} gw 4e+03 τ 3"
+    at = shown.index("evictions")
+    assert shown[at + 2] == f"…{OTHER[-8:]} 5 faulted 0 77 efefefefefef"
+    assert shown[-1] == "hint: bond more"
+
+
 def test_status_of_a_peer_that_has_just_started(run: Run, daemon: FakeDaemon) -> None:
     empty = {"p50": None, "p99": None, "block_age": None}
     young = STATUS | {"finality": empty, "seats": [], "warnings": [], "name": "", "status_url": None, "syncing": True}

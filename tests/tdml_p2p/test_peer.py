@@ -86,6 +86,7 @@ async def test_one_peer_answers_on_both_ports_and_leaves_nothing(tmp_path: Path)
         assert status["is_validator"]
         assert "one-owner" in [warn["code"] for warn in status["warnings"]]
         assert status["reachability"]["verdict"] == "local"
+        assert (status["recent_audits"], status["evictions"]) == ([], [])
         async with httpx.AsyncClient() as tcp:
             page = (await tcp.get(f"{status['status_url']}page.json")).json()
             metrics = (await tcp.get(f"{status['status_url']}metrics")).text

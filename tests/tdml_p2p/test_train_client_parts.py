@@ -149,7 +149,7 @@ class FakeChain:
     sent: list[Payload] = field(default_factory=list)
     params: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(
-            floor_rate=500, colluding_share=2500, faucet_grant=0, block_interval_ms=1000
+            floor_rate=500, step_share=2500, colluding_share=2500, faucet_grant=0, block_interval_ms=1000
         )
     )
 
