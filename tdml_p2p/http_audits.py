@@ -8,6 +8,7 @@ from chain.keys import peer_id
 from chain.records import Audit, AuditStatus
 from chain.state import State, Table
 from chain.verdicts import TENSORS, deviations, finding, limits_for
+from chain.views import grounds
 
 SHOWN = 20
 """Audits on the page."""
@@ -41,7 +42,7 @@ def evictions(state: State) -> list[dict[str, Any]]:
                 "peer": peer_id(conviction.account),
                 "task": conviction.task.hex() if conviction.task else None,
                 "step": audit.step if audit else None,
-                "reason": "equivocation" if audit is None else str(audit.state),
+                "reason": "convicted" if (why := grounds(conviction, audit)) == "verdict" else why,
                 "evidence": conviction.subject.hex(),
                 "slashed": str(conviction.slashed),
                 "height": conviction.height,
