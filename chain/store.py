@@ -211,13 +211,14 @@ class Store:
         with damage_named(self._path):
             return decode(ValidatorSet, rows[0][0]) if rows else None
 
-    def raw_blocks(self, first: int, last: int, most: float = float("inf")) -> list[tuple[bytes, bytes]]:
+    def raw_blocks(
+        self, first: int, last: int, most: float = float("inf"), *, newest_first: bool = False
+    ) -> list[tuple[bytes, bytes]]:
         """Return the encoded blocks and certificates of a range of heights, none beyond the first `most` bytes."""
         found: list[tuple[bytes, bytes]] = []
+        select = "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height"
         with damage_named(self._path):
-            for block, certificate in self._db.execute(
-                "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height", (first, last)
-            ):
+            for block, certificate in self._db.execute(select + " DESC" * newest_first, (first, last)):
                 found.append((block, certificate))
                 most -= len(block) + len(certificate)
                 if most <= 0:
