@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from chain.blocks import Block, Refused, VerifiedSignatures
-from chain.engine_blocks import assemble, check_proposal, follow
-from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, KeepJob, ValidateJob
+from chain.engine_blocks import assemble, check_proposal, follow, is_heavy
+from chain.engine_core import BuildJob, CommitJob, CompareJob, Core, CoreConfig, Job, KeepJob, ValidateJob
 from chain.engine_feed import Feed
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
@@ -68,8 +68,6 @@ T = TypeVar("T")
 _log = logging.getLogger("tdml.chain")
 
 NEW_PEERS_SECONDS = 1.0
-LARGE_BLOCK = 32
-"""Transactions from which a block is checked and executed in a thread."""
 
 
 class ChainEngine:
@@ -107,7 +105,9 @@ class ChainEngine:
     def _loops_that_fetch(self, genesis: Genesis) -> tuple[CatchUp, Join]:
         core, config, peers, threads, verify = self._core, self._config, self._peers, self._threads, self._verify
         suspect, commit, trust, every = core.suspect, self._commit_synced, config.trust, config.sync_interval
-        catching_up = CatchUpConfig(peers, lambda: core.tip, commit, suspect, threads, verify, self._path, every)
+        catching_up = CatchUpConfig(
+            peers, lambda: core.tip, commit, suspect, core.witness, threads, verify, self._path, every
+        )
         joining = JoinConfig(peers, genesis, trust, verify, threads, config.clock_ms, core.witness, core.is_at_genesis)
         return CatchUp(catching_up), Join(joining)
 
@@ -289,6 +289,8 @@ class ChainEngine:
                 self._core.validated(job, executed, trio.current_time())
             case KeepJob(cases):
                 await self._threads.disk(partial(self._files.store.keep_cases, cases))
+            case CompareJob(foreign):
+                self._core.compare(job, await self._threads.disk(partial(self._files.decided, foreign.height)))
             case CommitJob(block, certificate):
                 try:
                     await self._commit([FinalBlock(block, certificate)])
@@ -349,7 +351,7 @@ class ChainEngine:
 
     async def _commit(self, finals: Sequence[FinalBlock]) -> None:
         core = self._core
-        is_large = len(finals) > 1 or len(finals[0].block.transactions) >= LARGE_BLOCK
+        is_large = len(finals) > 1 or is_heavy(core.tip.state, finals[0].block.transactions)
         work = partial(follow, core.tip, finals, core.executed, self._verify, self._path)
         steps, refusal = await self._threads.compute(work, is_large=is_large)
         if steps:
@@ -394,4 +396,4 @@ class ChainEngine:
             self._sending.ring()
 
     async def _compute(self, transactions: Sequence[Transaction], work: Callable[[], T]) -> T:
-        return await self._threads.compute(work, is_large=len(transactions) >= LARGE_BLOCK)
+        return await self._threads.compute(work, is_large=is_heavy(self.state, transactions))

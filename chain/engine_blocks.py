@@ -23,10 +23,13 @@ from chain.engine_seam import ChainBroken
 from chain.hashing import ZERO
 from chain.ledger import Executed, InvalidBlock, execute
 from chain.randomness import next_seed
-from chain.state import State
+from chain.state import PREFIX, State, Table
 from chain.sync import FinalBlock, check_final
 from chain.transactions import Transaction
 from chain.trusted_path import TrustedPath
+
+LARGE_BLOCK = 32
+"""Transactions from which a block is checked and executed in a thread."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class Draft:
     view: int
     timestamp: int
     reveal: bytes
+
+
+def is_heavy(state: State, transactions: Sequence[Transaction]) -> bool:
+    """Whether a block after `state` may take long to execute: its transactions are many, or hooks have work."""
+    due = state.tables[Table.WAKE].groups.get((state.height + 1).to_bytes(PREFIX, "big"))
+    return len(transactions) >= LARGE_BLOCK or bool(due) or state.is_busy()
 
 
 def assemble(tip: Tip, draft: Draft, transactions: Sequence[Transaction]) -> tuple[Block, Executed]:

@@ -98,12 +98,20 @@ class Files:
         newest = self.store.tip()
         height = newest[0].height if newest else 0
         found: list[tuple[ValidatorSet, Certificate]] = []
-        for block, certificate in self.store.raw_blocks(height - RECENT + 1, height):
+        for at in range(max(1, height - RECENT + 1), height + 1):
+            decided = self.decided(at)
+            if decided is not None:
+                found.append(decided)
+        return found
+
+    def decided(self, height: int) -> tuple[ValidatorSet, Certificate] | None:
+        """Return who decided a height and by which certificate, None where that is not kept."""
+        for block, certificate in self.store.raw_blocks(height, height):
             opened: _Opened = decode(_Opened, block)
             validators = self.store.validators(opened.header.validators_hash)
             if validators is not None:
-                found.append((validators, decode(Certificate, certificate)))
-        return found
+                return validators, decode(Certificate, certificate)
+        return None
 
     def check(self, path: TrustedPath | None) -> TrustedPath | None:
         """Return `path` unless the trusted block lies below what is kept here, where it vouches for nothing.

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import trio
 
-from chain.blocks import Reason, Refused, ValidatorSet, Verifier
+from chain.blocks import Certificate, Reason, Refused, ValidatorSet, Verifier
 from chain.codec import DecodeError
 from chain.engine_blocks import Tip
 from chain.engine_peers import Peers
@@ -68,8 +68,8 @@ class JoinConfig:
     verify: Verifier
     threads: Threads
     clock_ms: Callable[[], int]
-    witness: Callable[[LightBlock], None]
-    """Look for evidence in a light block that was refused."""
+    witness: Callable[[Certificate], None]
+    """Look for evidence in the certificate of a light block that was refused."""
     is_needed: Callable[[], bool]
 
 
@@ -210,7 +210,7 @@ class Join:
                     "What this peer trusts is older than the trusting period: start with --trust HEIGHT:HASH "
                     "of a recent block that somebody vouches for."
                 ) from None
-            self._config.witness(block)
+            self._config.witness(block.certificate)
             raise
         return block
 

@@ -55,7 +55,7 @@ def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: fl
     """Return height, view, validators, sync and, when the chain waits for absent validators, why."""
     tip, machine = core.tip, core.machine
     validators = core.validators
-    stalled = now - max(core.pace.due, core.began) > STALLED_SECONDS
+    stalled = now - max(core.pace.due, core.began)
     own = core.account
     return {
         "chain_id": tip.chain_id.hex(),
@@ -71,6 +71,6 @@ def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: fl
         "own_power": str(validators.power(own)) if own else "0",
         "is_validator": machine.is_voter,
         "follows_because": follows_because,
-        "halted": halted_reason(core.gate, validators, own, now) if stalled else None,
+        "halted": halted_reason(core.gate, validators, own, now, stalled) if stalled > STALLED_SECONDS else None,
         "messages": dict(sorted(core.gate.counts.items())),
     }

@@ -11,7 +11,7 @@ from functools import partial
 
 import trio
 
-from chain.blocks import Reason, Refused, ValidatorSet, Verifier, verify_certificate
+from chain.blocks import Certificate, Reason, Refused, ValidatorSet, Verifier, verify_certificate
 from chain.codec import DecodeError
 from chain.engine_blocks import Tip
 from chain.engine_peers import Peers
@@ -56,6 +56,8 @@ class CatchUpConfig:
     """Execute and store consecutive blocks; raises `Refused` when one does not follow."""
     suspect: Callable[[FinalBlock], None]
     """Look for evidence in a block that is not the chain's."""
+    witness: Callable[[Certificate], None]
+    """Look for evidence in a certificate that is not the chain's."""
     threads: Threads
     verify: Verifier
     path: TrustedPath | None = None
@@ -166,7 +168,9 @@ class CatchUp:
         if data is None or data == NOTHING:
             return False
         try:
-            if decode_light_block(data).header.hash != trust.block_hash:
+            light = decode_light_block(data)
+            if light.header.hash != trust.block_hash:
+                self._config.witness(light.certificate)
                 raise Refused(Reason.WRONG_BLOCK, f"not the trusted block {trust}")
         except (DecodeError, Refused) as error:
             self._blame(name, error)
