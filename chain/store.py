@@ -236,6 +236,11 @@ class Store:
             raise corrupt(self._path, "the state does not hash to the newest header")
         return state
 
+    def oldest_state(self, newest: State) -> int:
+        """Return the lowest height, `newest`'s at most, that `state_at` can go back to."""
+        oldest = self._rows("SELECT MIN(height) FROM undo")[0][0]
+        return newest.height if oldest is None else max(self.base, oldest - 1)
+
     def state_at(self, height: int, newest: State) -> State:
         """Return the state after block `height`, its root checked; raise `LookupError` where it is not kept.
 
