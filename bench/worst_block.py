@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.support.shapes import SHAPES, Shape
+from bench.support.shape import Shape
+from bench.support.shapes import SHAPES
 from chain.blocks import Block, Certificate, Header, VoteKind, transactions_root
 from chain.codec import encode
 from chain.hashing import ZERO

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from chain.blocks import Block, Refused, VerifiedSignatures
-from chain.engine_blocks import assemble, check_proposal, follow
-from chain.engine_core import BuildJob, CommitJob, Core, CoreConfig, Job, KeepJob, ValidateJob
+from chain.engine_blocks import assemble, check_proposal, follow, is_heavy
+from chain.engine_core import BuildJob, CommitJob, CompareJob, Core, CoreConfig, Job, KeepJob, ValidateJob
 from chain.engine_feed import Feed
 from chain.engine_files import Files
 from chain.engine_gate import ACCEPTED, FUTURE, Action, Disposition, rejected
@@ -45,6 +45,7 @@ from chain.queries import Reader
 from chain.state import State
 from chain.sync import FinalBlock, StatusRequest, decode_request
 from chain.transactions import Payload, Transaction
+from chain.trusted_path import TrustedPath
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus
@@ -67,8 +68,6 @@ T = TypeVar("T")
 _log = logging.getLogger("tdml.chain")
 
 NEW_PEERS_SECONDS = 1.0
-LARGE_BLOCK = 32
-"""Transactions from which a block is checked and executed in a thread."""
 
 
 class ChainEngine:
@@ -93,6 +92,8 @@ class ChainEngine:
         self._core = Core(core, tip)
         self._transactions = Transactions(key, tip.chain_id)
         self._threads = Threads(offload=self._config.offload)
+        trust = self._config.trust
+        self._path = TrustedPath(trust, tip.chain_id) if trust is not None else None
         self._peers = Peers(network, self._config.sync_timeout)
         self._server = Server(self._files, self._threads, lambda: self._core.tip)
         self._catch_up, self._join = self._loops_that_fetch(genesis)
@@ -104,7 +105,9 @@ class ChainEngine:
     def _loops_that_fetch(self, genesis: Genesis) -> tuple[CatchUp, Join]:
         core, config, peers, threads, verify = self._core, self._config, self._peers, self._threads, self._verify
         suspect, commit, trust, every = core.suspect, self._commit_synced, config.trust, config.sync_interval
-        catching_up = CatchUpConfig(peers, lambda: core.tip, commit, suspect, threads, verify, trust, every)
+        catching_up = CatchUpConfig(
+            peers, lambda: core.tip, commit, suspect, core.witness, threads, verify, self._path, every
+        )
         joining = JoinConfig(peers, genesis, trust, verify, threads, config.clock_ms, core.witness, core.is_at_genesis)
         return CatchUp(catching_up), Join(joining)
 
@@ -131,8 +134,7 @@ class ChainEngine:
         )
         try:
             async with trio.open_nursery() as nursery:
-                if self._config.trust is not None:
-                    self._files.check(self._config.trust)
+                self._path = self._files.check(self._path)
                 self._core.remember(self._files.recent())
                 restored = self._files.restored(self._core.tip.height + 1)
                 self._core.begin(trio.current_time(), restored, self._is_pending())
@@ -216,7 +218,7 @@ class ChainEngine:
         said = {"mempool": len(self._transactions.mempool), "joining": self._join.said}
         now_ms = self._config.clock_ms()
         said |= {"clock_behind_ms": max(0, self._core.tip.timestamp - now_ms)}
-        return report | said | {"warning": warning(self._core, self._config.trust, now_ms)}
+        return report | said | {"warning": warning(self._core, self._path, now_ms)}
 
     # Loops.
 
@@ -287,11 +289,13 @@ class ChainEngine:
                 self._core.validated(job, executed, trio.current_time())
             case KeepJob(cases):
                 await self._threads.disk(partial(self._files.store.keep_cases, cases))
+            case CompareJob(foreign):
+                self._core.compare(job, await self._threads.disk(partial(self._files.decided, foreign.height)))
             case CommitJob(block, certificate):
                 try:
                     await self._commit([FinalBlock(block, certificate)])
-                except Refused as refusal:
-                    raise Distrusted(f"The validators made block {block.height} final: {refusal}") from None
+                except Refused as refusal:  # keys of validators that have left can do that: sync knows better
+                    _log.error("block %d is final by its votes and not taken: %s", block.height, refusal)
 
     async def _build(self, job: BuildJob) -> None:
         if job.machine is not self._core.machine or job.view != job.machine.view:
@@ -347,8 +351,8 @@ class ChainEngine:
 
     async def _commit(self, finals: Sequence[FinalBlock]) -> None:
         core = self._core
-        is_large = len(finals) > 1 or len(finals[0].block.transactions) >= LARGE_BLOCK
-        work = partial(follow, core.tip, finals, core.executed, self._verify, self._config.trust)
+        is_large = len(finals) > 1 or is_heavy(core.tip.state, finals[0].block.transactions)
+        work = partial(follow, core.tip, finals, core.executed, self._verify, self._path)
         steps, refusal = await self._threads.compute(work, is_large=is_large)
         if steps:
             restored = await self._threads.disk(partial(self._files.commit, steps))
@@ -392,4 +396,4 @@ class ChainEngine:
             self._sending.ring()
 
     async def _compute(self, transactions: Sequence[Transaction], work: Callable[[], T]) -> T:
-        return await self._threads.compute(work, is_large=len(transactions) >= LARGE_BLOCK)
+        return await self._threads.compute(work, is_large=is_heavy(self.state, transactions))

@@ -22,11 +22,14 @@ from chain.blocks import (
 from chain.engine_seam import ChainBroken
 from chain.hashing import ZERO
 from chain.ledger import Executed, InvalidBlock, execute
-from chain.light import Trust
 from chain.randomness import next_seed
-from chain.state import State
+from chain.state import PREFIX, State, Table
 from chain.sync import FinalBlock, check_final
 from chain.transactions import Transaction
+from chain.trusted_path import TrustedPath
+
+LARGE_BLOCK = 32
+"""Transactions from which a block is checked and executed in a thread."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class Draft:
     view: int
     timestamp: int
     reveal: bytes
+
+
+def is_heavy(state: State, transactions: Sequence[Transaction]) -> bool:
+    """Whether a block after `state` may take long to execute: its transactions are many, or hooks have work."""
+    due = state.tables[Table.WAKE].groups.get((state.height + 1).to_bytes(PREFIX, "big"))
+    return len(transactions) >= LARGE_BLOCK or bool(due) or state.is_busy()
 
 
 def assemble(tip: Tip, draft: Draft, transactions: Sequence[Transaction]) -> tuple[Block, Executed]:
@@ -146,11 +155,11 @@ def follow(
     finals: Sequence[FinalBlock],
     known: Mapping[bytes, Executed],
     verify: Verifier,
-    trust: Trust | None = None,
+    path: TrustedPath | None = None,
 ) -> tuple[list[Step], Refused | None]:
     """Return what the final blocks beyond `tip` do, up to the first that does not follow, and why it does not.
 
-    `known` are blocks executed before, by hash; `trust` must not be contradicted. Raises `ChainBroken`
+    `known` are blocks executed before, by hash; `path` must allow each. Raises `ChainBroken`
     for a final block that does not execute to what its validators signed.
     """
     steps: list[Step] = []
@@ -159,11 +168,11 @@ def follow(
         if block.height <= tip.height:
             continue
         try:
+            if path is not None and not path.allows(block.height, block.hash):
+                raise Refused(Reason.WRONG_BLOCK, f"not on the way to the trusted block {path.trust}")
             check_final(final, tip.header, tip.state.validators(), verify)
             if block.header.chain_id != tip.chain_id:
                 raise Refused(Reason.WRONG_CHAIN)
-            if trust is not None and not trust.allows(block.height, block.hash):
-                raise Refused(Reason.WRONG_BLOCK, f"not the trusted block {trust}")
         except Refused as refusal:
             return steps, refusal
         executed = known.get(block.hash)

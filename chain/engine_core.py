@@ -41,13 +41,14 @@ from chain.engine_pace import Pace
 from chain.evidence import RECENT, Watch
 from chain.keys import PrivateKey
 from chain.ledger import Executed
-from chain.light import LightBlock
 from chain.randomness import onion_of
 from chain.sync import FinalBlock
 from chain.transactions import Evidence
 
 MAX_EXECUTED = 8
 """Executed candidates of one height that are kept."""
+MAX_FOREIGN = 16
+"""Certificates of heights not reached here that are kept of servers that were refused."""
 PATIENCE = 0.25
 """Seconds for which a notarized block that is proposed again is held back: its finalization is usually under way."""
 MAX_UNPUBLISHED = 2048
@@ -85,7 +86,14 @@ class KeepJob:
     cases: tuple[Evidence, ...]
 
 
-Job = BuildJob | ValidateJob | CommitJob | KeepJob
+@dataclass(frozen=True)
+class CompareJob:
+    """Compare a served certificate with the stored one of its height, too old for the watch to cover."""
+
+    foreign: Certificate
+
+
+Job = BuildJob | ValidateJob | CommitJob | KeepJob | CompareJob
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ class Core:
         self.jobs: deque[Job] = deque()
         self.began = 0.0
         """When the height under decision began."""
+        self._foreign: deque[Certificate] = deque(maxlen=MAX_FOREIGN)
         self._waiting: BuildJob | None = None
         self._held: tuple[float, Proposal] | None = None
         self.machine = self._machine(Restored())
@@ -165,13 +174,25 @@ class Core:
         """Look for evidence in the certificates of a served block that does not follow the tip."""
         for certificate in (final.certificate, final.block.parent_certificate):
             if certificate is not None:
-                with suppress(Refused):
-                    self.watch.examine(certificate)
+                self.witness(certificate)
 
-    def witness(self, block: LightBlock) -> None:
-        """Look for evidence in a served light block that was refused."""
-        with suppress(Refused):
-            self.watch.examine(block.certificate)
+    def witness(self, certificate: Certificate) -> None:
+        """Look for evidence in a served certificate that was refused, at once or when its height is final here."""
+        if certificate.chain_id != self.tip.chain_id:
+            return
+        if self.watch.covers(certificate.height):
+            with suppress(Refused):
+                self.watch.examine(certificate)
+        elif certificate.height > self.tip.height:
+            self._foreign.append(certificate)
+        else:
+            self.jobs.append(CompareJob(certificate))
+
+    def compare(self, job: CompareJob, decided: tuple[ValidatorSet, Certificate] | None) -> None:
+        """Look for evidence in a served certificate, given who made its height final and how, if that is kept."""
+        if decided is not None:
+            with suppress(Refused):
+                self.watch.compare(*decided, job.foreign)
 
     def begin(self, now: float, restored: Restored, pending: bool) -> None:
         """Start the height after the tip."""
@@ -197,6 +218,10 @@ class Core:
         for block in blocks[-RECENT:]:
             if block.parent_certificate is not None:
                 self.watch.examine(block.parent_certificate, is_verified=True)
+        foreign = list(self._foreign)
+        self._foreign.clear()
+        for certificate in foreign:
+            self.witness(certificate)
 
     def deliver(self, data: bytes, now: float) -> Disposition:
         """Take one gossiped consensus message."""

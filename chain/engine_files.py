@@ -16,10 +16,10 @@ from chain.evidence import RECENT
 from chain.genesis import Genesis
 from chain.keys import PrivateKey
 from chain.ledger import Receipt
-from chain.light import Trust
 from chain.signing import Conflict, RecordMissing, SigningRecord
 from chain.store import Store
-from chain.sync import NOTHING, RANGE_BYTES, pack_range
+from chain.sync import NOTHING, RANGE_BYTES, HeadersReply, pack_range
+from chain.trusted_path import TrustedPath
 
 KEPT_SIGNED_HEIGHTS = 64
 """Heights below the tip whose signing record is kept."""
@@ -98,20 +98,35 @@ class Files:
         newest = self.store.tip()
         height = newest[0].height if newest else 0
         found: list[tuple[ValidatorSet, Certificate]] = []
-        for block, certificate in self.store.raw_blocks(height - RECENT + 1, height):
+        for at in range(max(1, height - RECENT + 1), height + 1):
+            decided = self.decided(at)
+            if decided is not None:
+                found.append(decided)
+        return found
+
+    def decided(self, height: int) -> tuple[ValidatorSet, Certificate] | None:
+        """Return who decided a height and by which certificate, None where that is not kept."""
+        for block, certificate in self.store.raw_blocks(height, height):
             opened: _Opened = decode(_Opened, block)
             validators = self.store.validators(opened.header.validators_hash)
             if validators is not None:
-                found.append((validators, decode(Certificate, certificate)))
-        return found
+                return validators, decode(Certificate, certificate)
+        return None
 
-    def check(self, trust: Trust) -> None:
-        """Raise `Distrusted` when the stored chain contradicts the trusted block."""
-        found = self.store.block(trust.height)
-        if found is not None and found[0].hash != trust.block_hash:
+    def check(self, path: TrustedPath | None) -> TrustedPath | None:
+        """Return `path` unless the trusted block lies below what is kept here, where it vouches for nothing.
+
+        Raises `Distrusted` when another block is in its place.
+        """
+        trust = path.trust if path is not None else None
+        found = self.store.block(trust.height) if trust is not None else None
+        if trust is None or found is None:
+            return path if trust is not None and self.store.base <= trust.height else None
+        if found[0].hash != trust.block_hash:
             raise Distrusted(
                 f"Block {trust.height} of this peer is {found[0].hash.hex()}, not the trusted {trust.block_hash.hex()}"
             )
+        return path
 
     def restored(self, height: int) -> Restored:
         """Return what this peer has signed at `height`."""
@@ -168,6 +183,16 @@ class Files:
     def range(self, first: int, last: int) -> bytes:
         """Return the sync reply with these heights."""
         return pack_range(self.store.raw_blocks(first, last, RANGE_BYTES))
+
+    def headers(self, first: int, last: int) -> bytes:
+        """Return the sync reply with the headers up to `last`, fewer where their blocks are large."""
+        found: list[Header] = []
+        for block, _ in self.store.raw_blocks(first, last, RANGE_BYTES, newest_first=True):
+            opened: _Opened = decode(_Opened, block)
+            found.append(opened.header)
+        if not found or found[0].height != last:
+            return encode(HeadersReply(()))
+        return encode(HeadersReply(tuple(reversed(found))))
 
     def light(self, height: int) -> bytes:
         """Return the encoded `chain.light.LightBlock` of a height, `NOTHING` if it is not here."""

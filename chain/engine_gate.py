@@ -1,7 +1,6 @@
 """What a gossip validator answers about chain messages, and what they tell about the others. Pure."""
 
 from collections import Counter, deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -32,6 +31,8 @@ MAX_BYTES_OF_ONE = 2 * 1024 * 1024 + 64 * 1024
 MAX_AHEAD = 2
 """Heights beyond the one under decision whose messages are kept."""
 SILENCE_SECONDS = 12.0
+UNEXPLAINED_SECONDS = 90.0
+"""How long a height may stand still although a quorum is heard before that is said."""
 
 
 class Action(StrEnum):
@@ -119,8 +120,7 @@ class Gate:
         if chain_id != self.chain_id:
             return Taken(rejected(Reason.WRONG_CHAIN))
         if height > current:
-            self._keep_early(message, machine, len(data))
-            return Taken(FUTURE)
+            return Taken(self._keep_early(message, machine, len(data)))
         if height < current and (previous is None or height != current - 1):
             return Taken(self._look_back(message))
         return self._feed(message, machine if height == current else previous or machine, now)
@@ -139,13 +139,21 @@ class Gate:
                 self._keep(message, size)
         return taken
 
-    def _keep_early(self, message: ConsensusMessage, machine: Consensus, size: int) -> None:
-        """Keep a message of one of the next heights if a member, as far as is known, signed it."""
+    def _keep_early(self, message: ConsensusMessage, machine: Consensus, size: int) -> Disposition:
+        """Keep a message of one of the next heights if a member, as far as is known, signed it.
+
+        What is false under any set of validators is refused by name: else it would cost nothing but our checks.
+        """
         if chain_of(message)[1] > machine.config.height + MAX_AHEAD or _view(message) > HORIZON:
-            return
-        with suppress(Refused):
+            return FUTURE
+        try:
             verify_message(message, machine.config.validators, self.check)
-            self._keep(message, size)
+        except Refused as refusal:
+            is_forged = refusal.reason is Reason.BAD_SIGNATURE and not isinstance(message, Certificate)
+            is_false = is_forged or refusal.reason in (Reason.WRONG_KIND, Reason.WRONG_BLOCK)
+            return rejected(refusal.reason) if is_false else FUTURE
+        self._keep(message, size)
+        return FUTURE
 
     def _keep(self, message: ConsensusMessage, size: int) -> None:
         signer = _signer(message)
@@ -228,11 +236,20 @@ def power_heard(gate: Gate, validators: ValidatorSet, own: bytes | None, now: fl
     )
 
 
-def halted_reason(gate: Gate, validators: ValidatorSet, own: bytes | None, now: float) -> str | None:
-    """Return in a sentence why no block can become final now, or None when a quorum is heard."""
+def halted_reason(gate: Gate, validators: ValidatorSet, own: bytes | None, now: float, stalled: float) -> str | None:
+    """Return in a sentence why no block has become final for `stalled` seconds, None while that is no wonder.
+
+    Validators that wait say the same again and again, and anybody can repeat it for one that is gone: hearing
+    a quorum explains a short wait only.
+    """
     power = power_heard(gate, validators, own, now)
     if power >= validators.quorum:
-        return None
+        if stalled < UNEXPLAINED_SECONDS:
+            return None
+        return (
+            f"The chain waits: no block has become final for {stalled:.0f} seconds although validators with enough "
+            "stake are heard. Some of them cannot reach each other, or others repeat what they said."
+        )
     silent = [
         peer_id(account)
         for account, _ in validators.members

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import trio
 
-from chain.blocks import Reason, Refused, ValidatorSet, Verifier
+from chain.blocks import Certificate, Reason, Refused, ValidatorSet, Verifier
 from chain.codec import DecodeError
 from chain.engine_blocks import Tip
 from chain.engine_peers import Peers
@@ -48,6 +48,7 @@ PATIENCE_SECONDS = 30.0
 LONGEST_SECONDS = 600.0
 """How long offers that come to nothing, or servers that drip, may go on before that."""
 ASKED_PEERS = 16
+MAX_EARLY = 1024
 CHUNK_PEERS = 4
 MAX_STEPS = 4096
 """Light blocks on the way to one header."""
@@ -68,8 +69,8 @@ class JoinConfig:
     verify: Verifier
     threads: Threads
     clock_ms: Callable[[], int]
-    witness: Callable[[LightBlock], None]
-    """Look for evidence in a light block that was refused."""
+    witness: Callable[[Certificate], None]
+    """Look for evidence in the certificate of a light block that was refused."""
     is_needed: Callable[[], bool]
 
 
@@ -105,27 +106,40 @@ class Join:
         self._chain_id = config.genesis.chain_id
         self.said: str | None = None
         """How far it is, or why it cannot go on, in words."""
+        self._early: set[str] = set()
+        """Who served a header from the future of this machine's clock."""
 
     async def fetch(self) -> Joined | None:
         """Return the newest snapshot that can be verified; None when there is none for a while."""
         began = heard = trio.current_time()
         while self._config.is_needed() and trio.current_time() < min(heard + PATIENCE_SECONDS, began + LONGEST_SECONDS):
-            offers = await self._offers()
-            if offers or not self._peers.connected():
-                heard = trio.current_time()
-            began = began if self._peers.connected() else heard
+            offers: dict[_Offer, list[str]] = {}
             try:
                 with trio.move_on_at(began + LONGEST_SECONDS):
-                    for offer in sorted(offers, key=lambda offer: (-len(offers[offer]), -offer.height)):
-                        joined = await self._take(offer, offers[offer])
-                        if joined is not None:
-                            self.said = None
-                            return joined
+                    offers = await self._offers()
+                    if offers or not self._peers.connected():
+                        heard = trio.current_time()
+                    began = began if self._peers.connected() else heard
+                    joined = await self._best(offers)
+                    if joined is not None:
+                        self.said = None
+                        return joined
             except _Expired as error:
                 self.said = str(error)
                 return None
+            servers = {name for names in offers.values() for name in names}
+            if servers and servers <= self._early:
+                return None  # trying again would not set the clock; `said` tells
             await trio.sleep(1)
         self.said = None
+        return None
+
+    async def _best(self, offers: dict[_Offer, list[str]]) -> Joined | None:
+        """Return the snapshot that most offer, or the next one that can be had."""
+        for offer in sorted(offers, key=lambda offer: (-len(offers[offer]), -offer.height)):
+            joined = await self._take(offer, offers[offer])
+            if joined is not None:
+                return joined
         return None
 
     async def _offers(self) -> dict[_Offer, list[str]]:
@@ -173,6 +187,8 @@ class Join:
             try:
                 return await self._config.threads.compute(partial(take, data))
             except (DecodeError, Refused) as error:
+                if isinstance(error, Refused) and error.reason is Reason.WRONG_TIME and len(self._early) < MAX_EARLY:
+                    self._early.add(name)
                 self._peers.blame(name, error)
         return None
 
@@ -210,7 +226,13 @@ class Join:
                     "What this peer trusts is older than the trusting period: start with --trust HEIGHT:HASH "
                     "of a recent block that somebody vouches for."
                 ) from None
-            self._config.witness(block)
+            ahead_ms = block.header.timestamp - self._config.clock_ms()
+            if refusal.reason is Reason.WRONG_TIME and ahead_ms > 0:
+                self.said = (
+                    f"Header {wanted} is {ahead_ms // 1000} seconds ahead of this machine's clock: no snapshot can be "
+                    "verified before the clock is right. The chain is fetched block by block instead."
+                )
+            self._config.witness(block.certificate)
             raise
         return block
 

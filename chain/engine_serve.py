@@ -12,6 +12,7 @@ from chain.state import State
 from chain.sync import (
     NOTHING,
     ChunkRequest,
+    HeadersRequest,
     LightRequest,
     RangeRequest,
     SnapshotInfo,
@@ -58,6 +59,8 @@ class Server:
             case RangeRequest(_, first, count):
                 last = min(self._tip().height, first + count - 1)
                 return await self._threads.disk(partial(self._files.range, first, last))
+            case HeadersRequest(_, last, count):
+                return await self._threads.disk(partial(self._files.headers, max(1, last - count + 1), last))
             case LightRequest(_, height):
                 return await self._threads.disk(partial(self._files.light, height))
             case SnapshotRequest():

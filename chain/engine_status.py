@@ -6,24 +6,33 @@ from chain.engine_core import Core
 from chain.engine_gate import halted_reason
 from chain.engine_sync import CatchUp
 from chain.keys import peer_id
-from chain.light import Trust, trusting_ms
+from chain.light import trusting_ms
 from chain.query_votes import Deciding
+from chain.trusted_path import TrustedPath
 
 STALLED_SECONDS = 15.0
 """How long a due block may fail to appear before the status says why."""
 
 
-def warning(core: Core, trust: Trust | None, now_ms: int) -> str | None:
-    """Return in a sentence that nothing known here is recent enough to tell a true chain from a false one."""
+def warning(core: Core, path: TrustedPath | None, now_ms: int) -> str | None:
+    """Return in a sentence why nothing known here tells a true chain from a false one.
+
+    `path` leads to a block that the owner trusts, unless that lies below what is kept here.
+    """
     tip, validators = core.tip, core.validators
     period, age = trusting_ms(tip.state.params), now_ms - tip.timestamp
     decides_alone = core.account is not None and validators.power(core.account) >= validators.quorum
-    if trust is not None or age <= period or decides_alone:
+    if path is not None and tip.height < path.lowest:
+        return (
+            f"The trusted block {path.trust} is not here, and no peer has shown yet what leads to it: "
+            f"until one does, nothing beyond block {tip.height} is taken."
+        )
+    if path is not None or age <= period or decides_alone:
         return None
     return (
         f"The newest block here is {_duration(age)} old, more than the trusting period of {_duration(period)}: "
         "validators that have left since could show a false chain unpunished. "
-        "To be sure, start with --trust HEIGHT:HASH."
+        "To be sure, start with --trust HEIGHT:HASH of a newer block."
     )
 
 
@@ -46,7 +55,7 @@ def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: fl
     """Return height, view, validators, sync and, when the chain waits for absent validators, why."""
     tip, machine = core.tip, core.machine
     validators = core.validators
-    stalled = now - max(core.pace.due, core.began) > STALLED_SECONDS
+    stalled = now - max(core.pace.due, core.began)
     own = core.account
     return {
         "chain_id": tip.chain_id.hex(),
@@ -62,6 +71,6 @@ def describe(core: Core, catch_up: CatchUp, follows_because: str | None, now: fl
         "own_power": str(validators.power(own)) if own else "0",
         "is_validator": machine.is_voter,
         "follows_because": follows_because,
-        "halted": halted_reason(core.gate, validators, own, now) if stalled else None,
+        "halted": halted_reason(core.gate, validators, own, now, stalled) if stalled > STALLED_SECONDS else None,
         "messages": dict(sorted(core.gate.counts.items())),
     }

@@ -11,7 +11,7 @@ from functools import partial
 
 import trio
 
-from chain.blocks import Reason, Refused, ValidatorSet, Verifier, verify_certificate
+from chain.blocks import Certificate, Reason, Refused, ValidatorSet, Verifier, verify_certificate
 from chain.codec import DecodeError
 from chain.engine_blocks import Tip
 from chain.engine_peers import Peers
@@ -21,13 +21,16 @@ from chain.light import Trust, decode_light_block
 from chain.sync import (
     NOTHING,
     FinalBlock,
+    HeadersRequest,
     LightRequest,
     RangeRequest,
     StatusRequest,
     check_range,
+    decode_headers,
     decode_range,
     decode_status,
 )
+from chain.trusted_path import TrustedPath
 
 SYNC_PEERS = 4
 """Peers that ranges are fetched from at once."""
@@ -53,9 +56,12 @@ class CatchUpConfig:
     """Execute and store consecutive blocks; raises `Refused` when one does not follow."""
     suspect: Callable[[FinalBlock], None]
     """Look for evidence in a block that is not the chain's."""
+    witness: Callable[[Certificate], None]
+    """Look for evidence in a certificate that is not the chain's."""
     threads: Threads
     verify: Verifier
-    trust: Trust | None = None
+    path: TrustedPath | None = None
+    """What leads to the block that the owner trusts."""
     interval: float = 5.0
 
 
@@ -68,6 +74,8 @@ class CatchUp:
         self._ahead: set[str] = set()
         self._ranges: Ranges | None = None
         self._idle = 0
+        self._speeds: dict[str, float] = {}
+        """Headers a second, of each peer's last answer."""
         self._changed, self._arrival = trio.Event(), Bell()
         self._answered = trio.Event()
 
@@ -78,10 +86,16 @@ class CatchUp:
 
     @property
     def is_behind(self) -> bool:
-        """Whether a peer is ahead by more than the block under way, or peers are there and none has answered."""
+        """Whether a peer is ahead by more than the block under way, the trusted block is, or none has answered yet."""
         connected = self._peers.connected().values()
         unheard = bool(connected) and all(peer.asked == float("-inf") for peer in connected)
-        return unheard or self.target > self._config.tip().height + 1
+        return unheard or self._trust is not None or self.target > self._config.tip().height + 1
+
+    @property
+    def _trust(self) -> Trust | None:
+        """The trusted block while the chain here is below it."""
+        path = self._config.path
+        return path.trust if path is not None and self._config.tip().height < path.trust.height else None
 
     async def settle_in(self) -> None:
         """Wait until a peer has told its height and no peer is ahead, within bounds."""
@@ -99,10 +113,9 @@ class CatchUp:
     async def follow(self, *, everyone: bool) -> None:
         """Ask peers for their height, those that are new or spoke of more or all, and fetch what is missing."""
         await self._ask_heights(everyone=everyone)
-        tip = self._config.tip()
-        if self.target <= tip.height:
+        if self.target <= self._config.tip().height or not await self._walk():
             return
-        self._ranges = Ranges(tip.height + 1)
+        self._ranges = Ranges(self._config.tip().height + 1)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._refresh)
@@ -140,8 +153,8 @@ class CatchUp:
         except DecodeError as error:
             self._blame(name, error)
             return
-        tip, trust = self._config.tip(), self._config.trust
-        if trust is not None and tip.height < trust.height <= status.height and not await self._is_trusty(name, trust):
+        tip, trust = self._config.tip(), self._trust
+        if trust is not None and (status.height < trust.height or not await self._is_trusty(name, trust)):
             return
         peer.height, peer.base = status.height, status.base
         self._answered.set()
@@ -155,7 +168,9 @@ class CatchUp:
         if data is None or data == NOTHING:
             return False
         try:
-            if decode_light_block(data).header.hash != trust.block_hash:
+            light = decode_light_block(data)
+            if light.header.hash != trust.block_hash:
+                self._config.witness(light.certificate)
                 raise Refused(Reason.WRONG_BLOCK, f"not the trusted block {trust}")
         except (DecodeError, Refused) as error:
             self._blame(name, error)
@@ -187,6 +202,44 @@ class CatchUp:
         while True:
             await trio.sleep(self._config.interval)
             await self._ask_heights(everyone=True)
+
+    # The way down from the trusted block.
+
+    async def _walk(self) -> bool:
+        """Follow parents from the trusted block down to the tip; whether all are known. Raises `Distrusted`."""
+        path, tip = self._config.path, self._config.tip()
+        if path is None:
+            return True
+        if self._trust is None:
+            path.forget()
+            return True
+        while (request := path.wanted(tip.height)) is not None:
+            name = self._guide(request)
+            if name is None:
+                return False
+            await self._take_headers(name, request, path)
+        path.check(tip.height, tip.hash)
+        return True
+
+    def _guide(self, request: HeadersRequest) -> str | None:
+        """Return who has these headers: everybody once, then whoever was fastest, so that nobody drips for long."""
+        able = {n for n, p in self._peers.usable().items() if p.base <= request.last <= p.height}
+        return max(sorted(able), key=lambda name: self._speeds.get(name, float("inf")), default=None)
+
+    async def _take_headers(self, name: str, request: HeadersRequest, path: TrustedPath) -> None:
+        began = trio.current_time()
+        data = await self._peers.ask(name, request)
+        if data is None:
+            return
+        try:
+            headers = await self._config.threads.compute(partial(decode_headers, data, request))
+            await self._config.threads.compute(partial(path.extend, headers))
+        except (DecodeError, Refused) as error:
+            self._blame(name, error)
+            return
+        if len(self._speeds) >= MAX_AHEAD:
+            self._speeds.clear()
+        self._speeds[name] = len(headers) / max(trio.current_time() - began, 1e-3)
 
     # Ranges.
 

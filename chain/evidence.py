@@ -140,6 +140,18 @@ class Watch:
             del votes[next(iter(votes))]
         return rival is not None and self.accuse(rival, vote)
 
+    def compare(self, validators: ValidatorSet, final: Certificate, foreign: Certificate) -> None:
+        """Open cases against who signed both, the certificate that is final here and another of its height.
+
+        Raises `Refused` for a vote in `foreign` that nobody signed.
+        """
+        theirs = {vote.validator: vote for vote in _votes_in(foreign, validators)}
+        for vote in _votes_in(final, validators):
+            other = theirs.get(vote.validator)
+            if other is not None and is_conflict(vote, other):
+                verify_vote(other, validators, self._check)
+                self.accuse(vote, other)
+
     def accuse(self, first: Vote, second: Vote) -> bool:
         """Open a case on two authentic, conflicting votes; whether it is a new one."""
         culprit = first.validator

@@ -59,10 +59,6 @@ class Trust:
     def __str__(self) -> str:
         return f"{self.height}:{self.block_hash.hex()}"
 
-    def allows(self, height: int, block_hash: bytes) -> bool:
-        """Whether a block of this height and hash can stand beside the trusted one."""
-        return height != self.height or block_hash == self.block_hash
-
 
 @dataclass(frozen=True)
 class Anchor:

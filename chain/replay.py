@@ -15,8 +15,8 @@ from chain.blocks import (
 )
 from chain.engine_blocks import Tip, check
 from chain.ledger import Executed, InvalidBlock
-from chain.state import genesis_state, holdings
-from chain.store import Store
+from chain.state import State, genesis_state, holdings
+from chain.store import Store, StoreCorrupt
 
 
 class _Problem(Exception):
@@ -26,8 +26,9 @@ class _Problem(Exception):
 def replay(store: Store) -> dict[str, Any]:
     """Return {"ok", "from", "height", "problem"}: the first thing that is wrong, if any.
 
-    A store that begins above height 1 (pruned, or joined by a snapshot) cannot be executed again: from
-    its first block on links, validators and certificates are checked, and the stored state against the tip.
+    A store that begins above height 1 (pruned, or joined by a snapshot) has no genesis to begin with: from its
+    first block on links, validators and certificates are checked, and what follows the oldest state that the
+    undo journal leads back to is executed again.
     """
     with store.snapshot():
         base = store.base
@@ -37,13 +38,27 @@ def replay(store: Store) -> dict[str, Any]:
 
 def _follow(store: Store, base: int) -> dict[str, Any]:
     signatures, parent, height = VerifiedSignatures(), None, base
-    last = store.load_state().height
+    newest = store.load_state()
     try:
-        for height in range(base, last + 1):
+        for height in range(base, newest.height + 1):
             parent = _linked(store, height, parent, signatures)
     except (Refused, _Problem) as error:
         return {"ok": False, "height": height, "problem": f"block {height}: {error}"}
-    return {"ok": True, "height": last, "problem": None}
+    try:
+        oldest = _oldest(store, newest)
+    except StoreCorrupt as error:
+        return {"ok": False, "height": newest.height, "problem": str(error)}
+    return _execute(store, oldest, signatures)
+
+
+def _oldest(store: Store, newest: State) -> Tip:
+    """Return the oldest tip whose state can be rebuilt; raise `StoreCorrupt`."""
+    height = store.oldest_state(newest)
+    pair = store.block(height)
+    assert pair is not None
+    block, certificate = pair
+    state, signers = store.state_at(height, newest), store.validators(block.header.validators_hash)
+    return Tip(store.genesis.chain_id, state, block.header, certificate, signers)
 
 
 def _linked(store: Store, height: int, parent: Header | None, signatures: Verifier) -> Header:
@@ -67,11 +82,13 @@ def _linked(store: Store, height: int, parent: Header | None, signatures: Verifi
 
 
 def _replay(store: Store) -> dict[str, Any]:
-    signatures = VerifiedSignatures()
+    return _execute(store, Tip(store.genesis.chain_id, genesis_state(store.genesis)), VerifiedSignatures())
+
+
+def _execute(store: Store, tip: Tip, signatures: VerifiedSignatures) -> dict[str, Any]:
     newest = store.tip()
     last = newest[0].height if newest else 0
-    tip = Tip(store.genesis.chain_id, genesis_state(store.genesis))
-    for height in range(1, last + 1):
+    for height in range(tip.height + 1, last + 1):
         try:
             tip = _next(store, tip, signatures)
         except (Refused, InvalidBlock, _Problem, AssertionError) as error:

@@ -211,13 +211,14 @@ class Store:
         with damage_named(self._path):
             return decode(ValidatorSet, rows[0][0]) if rows else None
 
-    def raw_blocks(self, first: int, last: int, most: float = float("inf")) -> list[tuple[bytes, bytes]]:
+    def raw_blocks(
+        self, first: int, last: int, most: float = float("inf"), *, newest_first: bool = False
+    ) -> list[tuple[bytes, bytes]]:
         """Return the encoded blocks and certificates of a range of heights, none beyond the first `most` bytes."""
         found: list[tuple[bytes, bytes]] = []
+        select = "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height"
         with damage_named(self._path):
-            for block, certificate in self._db.execute(
-                "SELECT block, certificate FROM blocks WHERE height BETWEEN ? AND ? ORDER BY height", (first, last)
-            ):
+            for block, certificate in self._db.execute(select + " DESC" * newest_first, (first, last)):
                 found.append((block, certificate))
                 most -= len(block) + len(certificate)
                 if most <= 0:
@@ -234,6 +235,11 @@ class Store:
         if state.root != tip[0].header.state_root:
             raise corrupt(self._path, "the state does not hash to the newest header")
         return state
+
+    def oldest_state(self, newest: State) -> int:
+        """Return the lowest height, `newest`'s at most, that `state_at` can go back to."""
+        oldest = self._rows("SELECT MIN(height) FROM undo")[0][0]
+        return newest.height if oldest is None else max(self.base, oldest - 1)
 
     def state_at(self, height: int, newest: State) -> State:
         """Return the state after block `height`, its root checked; raise `LookupError` where it is not kept.

@@ -21,6 +21,7 @@ from chain.snapshots import MAX_DEPTH
 
 MAX_REQUEST_BYTES = 256
 MAX_RANGE = 256
+MAX_HEADERS = 1024
 NOTHING = encode(())
 """The answer to a request for a light block or a chunk that is not here."""
 RANGE_BYTES = 3 * 1024 * 1024
@@ -64,7 +65,15 @@ class ChunkRequest(Record, frozen=True, tag=5):
     index: Annotated[int, Meta(ge=0, lt=2**MAX_DEPTH)]
 
 
-SyncRequest = StatusRequest | RangeRequest | LightRequest | SnapshotRequest | ChunkRequest
+class HeadersRequest(Record, frozen=True, tag=6):
+    """Ask for the headers of the `count` heights that end with `last`."""
+
+    chain_id: Hash
+    last: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    count: Annotated[int, Meta(ge=1, le=MAX_HEADERS)]
+
+
+SyncRequest = StatusRequest | RangeRequest | LightRequest | SnapshotRequest | ChunkRequest | HeadersRequest
 
 
 class SnapshotInfo(Record, frozen=True):
@@ -95,6 +104,12 @@ class RangeReply(Record, frozen=True):
     blocks: Annotated[tuple[FinalBlock, ...], Meta(max_length=MAX_RANGE)]
 
 
+class HeadersReply(Record, frozen=True):
+    """Consecutive headers in ascending order up to the last one asked for, possibly fewer than asked for."""
+
+    headers: Annotated[tuple[Header, ...], Meta(max_length=MAX_HEADERS)]
+
+
 def decode_request(data: bytes, chain_id: bytes) -> SyncRequest:
     """Return the request in `data`; raise `DecodeError`, or `Refused` for another network."""
     request: SyncRequest = decode(SyncRequest, data, MAX_REQUEST_BYTES)
@@ -117,6 +132,16 @@ def decode_range(data: bytes) -> tuple[FinalBlock, ...]:
     """Return the blocks of a range reply; raise `DecodeError`."""
     reply: RangeReply = decode(RangeReply, data, MAX_OBJECT_BYTES)
     return reply.blocks
+
+
+def decode_headers(data: bytes, request: HeadersRequest) -> tuple[Header, ...]:
+    """Return the headers of a reply; raise `DecodeError`, or `Refused` for none or too many."""
+    reply: HeadersReply = decode(HeadersReply, data, MAX_OBJECT_BYTES)
+    if not reply.headers:
+        raise Refused(Reason.EMPTY_ANSWER, f"no header {request.last}")
+    if len(reply.headers) > request.count:
+        raise Refused(Reason.TOO_MANY_BLOCKS, f"{len(reply.headers)} for {request.count}")
+    return reply.headers
 
 
 def check_range(finals: tuple[FinalBlock, ...], first: int, count: int) -> None:

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from tdml_p2p.blob_store import BlobStore, DiskFull, Source
 from tdml_p2p.limits import Offence, PeerLimits
-from tdml_p2p.requests import Refused, RequestFailed, Requests
+from tdml_p2p.requests import Refused, RequestFailed, RequestReason, Requests
 from trainer.content import CHUNK_BYTES, MAX_BLOB_BYTES, Address, BlobIndex
 
 log = structlog.get_logger(__name__)
@@ -284,7 +284,7 @@ class _Transfer:
         try:
             return await self._requests.ask(peer, PROTOCOL, _encoder.encode(want), limit=limit, timeout=_SECONDS)
         except RequestFailed as error:
-            self._faults[peer] += error.reason != ABSENT
+            self._faults[peer] += error.reason not in (ABSENT, RequestReason.BUSY)
             self._lacks[peer] += error.reason == ABSENT
             self._complaints[peer] = error.reason
             return None

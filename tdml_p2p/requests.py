@@ -25,6 +25,9 @@ Handler = Callable[[str, bytes], Awaitable[bytes]]
 READ_SECONDS = 10.0
 SERVE_SECONDS = 60.0
 MAX_REASON_BYTES = 256
+MAX_FLYING_BYTES = 128 << 20
+MAX_FLYING_BYTES_OF_ONE = 16 << 20
+"""Reply bytes that wait to be read: of all peers, and of one. Who has none on its way is always answered."""
 _OK, _REFUSED = 0, 1
 
 
@@ -70,6 +73,8 @@ class Requests:
         self._limits = limits
         self._served: dict[str, _Served] = {}
         self._running: Counter[str] = Counter()
+        self.flying: Counter[str] = Counter()
+        """Reply bytes on their way, by peer."""
 
     def serve(self, protocol: str, handler: Handler, limit: int) -> None:
         """Answer requests of up to `limit` bytes with what `handler(sender, data)` returns."""
@@ -132,7 +137,22 @@ class Requests:
             await _answer(stream, _REFUSED, RequestReason.REQUEST_TOO_LARGE.encode())
             return
         status, answer = await self._run_handler(served.handler, sender, data)
-        await _answer(stream, status, answer)
+        if not self._has_room(sender, len(answer)):
+            self.refused[RequestReason.BUSY] += 1
+            status, answer = _REFUSED, RequestReason.BUSY.encode()
+        self.flying[sender] += len(answer)
+        try:
+            await _answer(stream, status, answer)
+        finally:
+            self.flying[sender] -= len(answer)
+            if not self.flying[sender]:
+                del self.flying[sender]
+
+    def _has_room(self, sender: str, size: int) -> bool:
+        """Whether a reply may wait to be read: a peer that does not read keeps no other from its answers."""
+        own = self.flying[sender]
+        fits = own + size <= MAX_FLYING_BYTES_OF_ONE and self.flying.total() + size <= MAX_FLYING_BYTES
+        return not own or fits
 
     async def _run_handler(self, handler: Handler, sender: str, data: bytes) -> tuple[int, bytes]:
         try:

@@ -15,8 +15,20 @@ from hypothesis import strategies as st
 from chain.blocks import Refused, decode_message
 from chain.codec import DecodeError, Record, decode, encode
 from chain.engine_transactions import Batch
+from chain.light import decode_light_block
+from chain.proofs import Proof
+from chain.signing import Exported
+from chain.snapshots import decode_chunk
 from chain.state import KINDS, Table, decode_record
-from chain.sync import decode_range, decode_request, decode_status
+from chain.sync import (
+    MAX_HEADERS,
+    HeadersRequest,
+    decode_headers,
+    decode_info,
+    decode_range,
+    decode_request,
+    decode_status,
+)
 from chain.transactions import Payload, decode_transaction
 from tests.chain.record_strategies import record_types, valid
 
@@ -29,6 +41,12 @@ ENTRANCES: dict[str, Callable[[bytes], Any]] = {
     "request": partial(decode_request, chain_id=CHAIN_ID),
     "status": decode_status,
     "range": decode_range,
+    "headers": partial(decode_headers, request=HeadersRequest(CHAIN_ID, 9, MAX_HEADERS)),
+    "snapshot": decode_info,
+    "light block": decode_light_block,
+    "chunk": decode_chunk,
+    "proof": partial(decode, Proof),
+    "exported record": partial(decode, Exported),
     "batch": partial(decode, Batch),
     "payload": partial(decode, Payload),
 }

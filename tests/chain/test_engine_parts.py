@@ -1,18 +1,23 @@
 """The engine's pure parts: pace, own transactions, gossip batches."""
 
+from typing import cast
+
 import pytest
 from msgspec import structs
 
+from chain.blocks import ValidatorSet
 from chain.codec import encode
-from chain.engine_gate import ACCEPTED, Action
+from chain.engine_blocks import LARGE_BLOCK, is_heavy
+from chain.engine_gate import ACCEPTED, SILENCE_SECONDS, UNEXPLAINED_SECONDS, Action, Gate, halted_reason
 from chain.engine_outbox import MAX_RENEWALS, REGOSSIP_SECONDS, VALIDITY_BLOCKS, Outbox, Position
 from chain.engine_pace import Pace
 from chain.engine_seam import SubmitRefused, TransactionExpired
 from chain.engine_transactions import BATCH, BATCH_BYTES, Transactions, pack
-from chain.keys import PrivateKey
+from chain.evidence import Watch
+from chain.keys import PrivateKey, verify
 from chain.ledger import Executed
-from chain.state import Table, genesis_state
-from chain.transactions import SubmitClaims, Transfer, sign
+from chain.state import Marker, Rows, State, Table, genesis_state
+from chain.transactions import SubmitClaims, Transaction, Transfer, sign
 from tests.chain.hub import genesis_of, keys, take
 
 KEY = PrivateKey(bytes([7]) * 32)
@@ -37,6 +42,32 @@ def test_pace_waits_for_the_heartbeat_or_the_interval() -> None:
     pace.proposed(1.2)
     pace.begin(1.4, pending=True)
     assert pace.due == 2.2
+
+
+def test_a_block_with_few_transactions_and_much_due_leaves_the_event_loop() -> None:
+    state = genesis_state(genesis_of(keys(4), []))
+    few, many = (cast("list[Transaction]", [None] * count) for count in (1, LARGE_BLOCK))
+    assert not is_heavy(state, few)
+    assert is_heavy(state, many)
+    for table, height, heavy in ((Table.WAKE, 1, True), (Table.WAKE, 2, False), (Table.QUEUE, 5, True)):
+        key = height.to_bytes(32, "big") + bytes(33)
+        due = State(state.tables | {table: Rows({key: Marker()})}, state.tree)
+        assert is_heavy(due, few) == heavy
+
+
+def test_a_wait_is_explained_by_silence_and_a_long_one_in_any_case() -> None:
+    """Validators that wait repeat themselves, so who repeats them for one that is gone cannot be told apart."""
+    members = [key.account for key in keys(4)]
+    validators = ValidatorSet.of((account, 1) for account in members)
+    gate = Gate(CHAIN, verify, Watch(verify))
+    gate.heard = dict.fromkeys(members, 100.0)
+    assert halted_reason(gate, validators, None, 100.0, 20.0) is None
+    said = halted_reason(gate, validators, None, 100.0, UNEXPLAINED_SECONDS)
+    assert said is not None
+    assert "no block has become final for 90 seconds although" in said
+    said = halted_reason(gate, validators, members[0], 100.0 + SILENCE_SECONDS, 20.0)
+    assert said is not None
+    assert "75 % of the stake are silent" in said
 
 
 def test_the_first_view_lasts_from_when_the_block_is_due() -> None:

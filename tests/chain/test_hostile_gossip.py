@@ -32,6 +32,7 @@ from chain.engine_gate import (
     Action,
     Disposition,
     Gate,
+    rejected,
 )
 from chain.engine_transactions import BATCH, Transactions
 from chain.evidence import MAX_VOTES, Watch
@@ -218,8 +219,9 @@ def test_the_next_heights_are_kept_only_of_members_and_only_so_much() -> None:
     desk = Desk()
     stranger = PrivateKey(bytes([99]) * 32)
     forged = structs.replace(vote(MEMBERS[0], at=(HEIGHT + 1, 1)), signature=bytes(64))
-    for message in (vote(stranger, at=(HEIGHT + 1, 1)), forged, vote(MEMBERS[0], at=(HEIGHT + 1, HORIZON + 1))):
+    for message in (vote(stranger, at=(HEIGHT + 1, 1)), vote(MEMBERS[0], at=(HEIGHT + 1, HORIZON + 1))):
         assert desk.take(message) == FUTURE
+    assert desk.take(forged) == rejected("bad-signature")
     assert desk.gate.buffered == (0, 0)
     for i in range(3 * MAX_BUFFERED_BY_ONE):
         desk.take(vote(MEMBERS[1], VoteKind.NOTARIZE, (HEIGHT + 1, 1), digest("block", bytes([i]))))
@@ -228,6 +230,33 @@ def test_the_next_heights_are_kept_only_of_members_and_only_so_much() -> None:
     assert desk.gate.buffered[0] == MAX_BUFFERED_BY_ONE + 1
     assert MAX_BUFFERED_BYTES <= 8 << 20
     assert MAX_BUFFERED <= 512
+
+
+def early_lies(desk: Desk) -> dict[str, ConsensusMessage]:
+    at = (HEIGHT + 1, 1)
+    good, offer = vote(MEMBERS[0], at=at), proposal(desk, height=HEIGHT + 1)
+    return {
+        "bad-signature": structs.replace(good, signature=bytes(64)),
+        "bad-signature ": structs.replace(offer, vote=structs.replace(offer.vote, signature=bytes(64))),
+        "wrong-block": structs.replace(good, block_hash=digest("block")),
+        "wrong-block ": structs.replace(offer, parent_view=1),
+        "wrong-block  ": structs.replace(notarization(MEMBERS, at), block_hash=ZERO),
+        "wrong-kind": offer.vote,
+    }
+
+
+@pytest.mark.parametrize("lie", early_lies(Desk()))
+def test_what_is_false_under_any_validators_is_refused_before_its_height(lie: str) -> None:
+    desk = Desk()
+    assert desk.take(early_lies(desk)[lie]) == rejected(lie.strip())
+    assert desk.gate.buffered == (0, 0)
+
+
+def test_what_later_validators_may_have_signed_is_not_held_against_its_sender() -> None:
+    desk, at = Desk(), (HEIGHT + 1, 1)
+    quorum = notarization(MEMBERS[:3], at)
+    for message in (notarization(MEMBERS[:1], at), structs.replace(quorum, signers=b"\x0e"), notarization(MEMBERS, at)):
+        assert desk.take(message) == FUTURE
 
 
 def test_large_proposals_of_one_member_leave_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

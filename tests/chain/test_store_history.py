@@ -101,6 +101,15 @@ SPOILT = {
         "UPDATE blocks SET block = (SELECT block FROM blocks WHERE height = 34) WHERE height = 36",
         "block 36: it belongs elsewhere",
     ),
+    "a receipt": ("UPDATE receipts SET reason = 'spoilt' WHERE height = 37", "block 37: the stored receipts differ"),
+    "an event": (
+        "INSERT INTO events VALUES (38, 99, 'spoilt', '{}')",
+        "block 38: the stored events differ",
+    ),
+    "the journal": (
+        "DELETE FROM undo WHERE height = 32",
+        "the journal does not lead to the state of height 31",
+    ),
     "the validators": ("DELETE FROM validator_sets", "block 31: its validators are missing"),
 }
 
@@ -109,7 +118,8 @@ SPOILT = {
 def test_what_is_wrong_above_the_base_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "PRUNE_EVERY", 1)
     ledger = Ledger(genesis_of(validators=1))
-    ledger.skip(40)
+    for _ in range(40):
+        ledger.block((KEYS[0], Transfer(BOB, 1)))
     spoil, problem = SPOILT[what]
     with closing(Store.open(tmp_path / "chain.db", ledger.genesis)) as store:
         store.keep = 10
@@ -117,7 +127,8 @@ def test_what_is_wrong_above_the_base_is_named(what: str, tmp_path: Path, monkey
             store.commit(*step)
         store._db.execute(spoil)
         found = replay(store)
-    assert (found["ok"], found["from"], found["problem"]) == (False, 31, problem)
+    assert (found["ok"], found["from"]) == (False, 31)
+    assert problem in found["problem"]
 
 
 def _older(path: Path) -> None:

@@ -203,9 +203,12 @@ class Follower:
         self.taken: list[FinalBlock] = []
         self.batches: list[int] = []
         self.suspects: list[FinalBlock] = []
+        self.foreign: list[Certificate] = []
         self.peers = Peers(net, 5.0)
         threads, suspect = Threads(offload=False), self.suspects.append
-        self.catch_up = CatchUp(CatchUpConfig(self.peers, self.tip, self.commit, suspect, threads, verify))
+        self.catch_up = CatchUp(
+            CatchUpConfig(self.peers, self.tip, self.commit, suspect, self.foreign.append, threads, verify)
+        )
 
     def tip(self) -> Tip:
         header = self.taken[-1].block.header if self.taken else None

@@ -1,6 +1,7 @@
 """Weak subjectivity: a chain without the trusted block is refused, and an old tip asks for one."""
 
-from contextlib import AsyncExitStack
+import sqlite3
+from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,13 +64,18 @@ async def test_an_own_store_without_the_trusted_block_ends_the_start(
             pass
 
 
-async def test_a_block_that_the_trust_forbids_is_not_made_final_here(
+async def test_validators_cannot_make_final_what_does_not_lead_to_the_trusted_block(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     hub = Hub(config=replace(CONFIG, trust=Trust(3, FALSE)))
-    with pytest.RaisesGroup(Distrusted, flatten_subgroups=True, allow_unwrapped=True):
-        async with running(hub, tmp_path / "0", genesis_of(MEMBERS[:1], []), MEMBERS[0]):
-            await trio.sleep_forever()
+    async with running(hub, tmp_path / "0", genesis_of(MEMBERS[:1], []), MEMBERS[0]) as engine:
+        await trio.sleep(60)
+        assert engine.state.height == 0
+        assert engine.status()["syncing"]
+        assert engine.status()["warning"] == (
+            f"The trusted block {Trust(3, FALSE)} is not here, and no peer has shown yet what leads to it: "
+            "until one does, nothing beyond block 0 is taken."
+        )
 
 
 async def test_a_clock_behind_the_chain_is_told(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
@@ -99,3 +105,25 @@ async def test_an_old_tip_asks_for_a_trusted_block(tmp_path: Path, autojump_cloc
         said = engines[0].status()["warning"]
         assert said.startswith("The newest block here is 5 minutes old, more than the trusting period of 3 minutes")
         assert "--trust HEIGHT:HASH" in said
+
+
+async def test_a_trusted_block_silences_the_warning_only_where_it_is_kept(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    hub = Hub()
+    genesis = genesis_of(MEMBERS[:2], [], unbonding_blocks=300)
+    async with AsyncExitStack() as stack:
+        for i, key in enumerate(MEMBERS[:2]):
+            engine = await stack.enter_async_context(running(hub, tmp_path / str(i), genesis, key))
+        await until_height(engine, 4)
+        kept = engine.reader.store.block(2)
+        assert kept is not None
+        trust = Trust(2, kept[0].hash)
+    await trio.sleep(300)
+    hub.config = replace(CONFIG, trust=trust)
+    async with running(hub, tmp_path / "0", genesis, MEMBERS[0], validate=False) as engine:
+        assert engine.status()["warning"] is None
+    with closing(sqlite3.connect(tmp_path / "0" / "chain.db")) as database, database:
+        database.execute("DELETE FROM blocks WHERE height < 4")
+    async with running(hub, tmp_path / "0", genesis, MEMBERS[0], validate=False) as engine:
+        assert "--trust HEIGHT:HASH of a newer block" in engine.status()["warning"]

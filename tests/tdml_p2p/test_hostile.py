@@ -1,7 +1,7 @@
 """Peers that flood, stall, lie about lengths or break off: each costs one stream or connection at most."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from tdml_p2p.host import Network
 from tdml_p2p.limits import LimitConfig, Offence
 from tdml_p2p.peers import ConnectFailed
 from tdml_p2p.requests import RequestFailed, RequestReason
+from tdml_p2p.streams import STREAM_ERRORS
 from tests.tdml_p2p.network_kit import CHAIN, QUICK, key, meshed, until
 
 ECHO = "/tdml/echo/1"
@@ -66,6 +67,45 @@ async def test_streams_of_one_peer_are_limited() -> None:
         for stream in held:
             await stream.reset()
         await until(lambda: victim.host._streams[attacker.peer] == before)
+
+
+async def test_a_request_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdml_p2p.requests.READ_SECONDS", 0.5)
+    async with attacked() as (victim, attacker):
+        stream = await attacker.host.new_stream(ID.from_string(victim.peer), [ECHO])
+        began = trio.current_time()
+        with suppress(*STREAM_ERRORS):
+            for piece in b"\x00\x00\x03\xe8" + bytes(996):
+                await stream.write(bytes([piece]))
+                await trio.sleep(0.1)
+        assert trio.current_time() - began < 5
+        assert victim.requests.refused == {RequestReason.BROKEN: 1}
+
+
+async def test_replies_that_nobody_reads_are_bounded_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, streams = 1 << 20, 6
+    monkeypatch.setattr("tdml_p2p.requests.SERVE_SECONDS", 2.0)
+    monkeypatch.setattr("tdml_p2p.requests.MAX_FLYING_BYTES_OF_ONE", 2 * size)
+    monkeypatch.setattr("tdml_p2p.requests.MAX_FLYING_BYTES", 2 * size)
+    most = 0
+
+    async def large(_sender: str, _data: bytes) -> bytes:
+        nonlocal most
+        await trio.lowlevel.checkpoint()
+        most = max(most, victim.requests.flying.total())
+        return bytes(size)
+
+    async with attacked() as (victim, attacker):
+        victim.on_request("/tdml/large/1", large, 10)
+        for _ in range(streams):
+            stream = await attacker.host.new_stream(ID.from_string(victim.peer), ["/tdml/large/1"])
+            await stream.write(bytes(4))
+        await until(lambda: victim.requests.refused[RequestReason.BUSY] == streams - 2)
+        assert most <= 2 * size + 100
+        async with Network.open(QUICK, key(5), CHAIN) as other:
+            await other.connect(victim.addresses[0])
+            assert len(await other.request(victim.peer, "/tdml/large/1", b"", limit=size, timeout=10)) == size
+        await until(lambda: not victim.requests.flying)
 
 
 async def test_noise_on_the_socket_costs_that_socket() -> None:

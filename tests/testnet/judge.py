@@ -23,12 +23,15 @@ SAMPLE = 5
 
 @dataclass(frozen=True)
 class Case:
-    """What is judged: databases and peer ids by name, who lies, who told a provable lie, and what was acknowledged."""
+    """What is judged: databases and peer ids by name, who lies, who told a provable lie, who joined by a snapshot,
+    and what was acknowledged.
+    """
 
     databases: dict[str, Path]
     accounts: dict[str, str]
     liars: frozenset[str]
     provable: frozenset[str]
+    snapshots: frozenset[str]
     blocks: int
     receipts: tuple[str, ...]
 
@@ -75,6 +78,7 @@ def _peer(case: Case, name: str, database: Path, seen: _Seen) -> None:
     assert blocks, "it has no block at all"
     heights = [block["height"] for block in blocks]
     assert heights == list(range(heights[0], heights[0] + len(heights))), "heights are missing"
+    assert name not in case.snapshots or heights[0] > 1, "it took every block instead of a snapshot"
     assert heights[-1] >= case.blocks, f"it reached height {heights[-1]} of {case.blocks}"
     _weigh(database, str(heights[-1]))
     _money(database)

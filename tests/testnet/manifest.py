@@ -26,6 +26,10 @@ import msgspec
 FAULTS = ("kill", "restart", "pause", "disconnect")
 ATTACKS = ("", "equivocate", "two-faced", "withhold", "invalid")
 MAX_PEERS = 20
+EPOCH_BLOCKS = 10
+FIRST_SNAPSHOT = EPOCH_BLOCKS + 2
+"""The height from which every peer serves a snapshot."""
+STAKES = (1_000_000, 1_500_000, 3_000_000)
 
 
 class ManifestError(ValueError):
@@ -88,6 +92,8 @@ def check(manifest: Manifest) -> None:
         raise ManifestError(f"faults are {', '.join(FAULTS)}, for more than 0 seconds")
     if any(plan.stake and plan.start for plan in plans):
         raise ManifestError("who starts late has no stake: the chain would wait for it")
+    if any(plan.snapshot and plan.start < FIRST_SNAPSHOT for plan in plans):
+        raise ManifestError(f"there is no snapshot before height {FIRST_SNAPSHOT}")
     lying = sum(plan.stake for plan in plans if plan.attack)
     if 3 * lying >= sum(plan.stake for plan in plans):
         raise ManifestError("liars with a third of the stake may stop the chain or fork it")
@@ -113,12 +119,13 @@ def drawn(seed: int, shape: Shape) -> Manifest:
         kind = rng.choice(FAULTS)
         faults.setdefault(victim, []).append(Fault(height, kind, rng.choice((1.0, 3.0, 8.0))))
         height += rng.randint(6, 12)
-    plans = [PeerPlan(faults=tuple(faults.get(index, ()))) for index in range(shape.validators - 1)]
-    plans.append(PeerPlan(attack=rng.choice(ATTACKS[1:])))
-    plans += [
-        PeerPlan(stake=0, start=rng.randint(1, shape.blocks // 2), snapshot=rng.random() < 0.5)
-        for _ in range(shape.others)
+    plans = [
+        PeerPlan(stake=rng.choice(STAKES), faults=tuple(faults.get(index, ()))) for index in range(shape.validators - 1)
     ]
+    plans.append(PeerPlan(attack=rng.choice(ATTACKS[1:])))
+    for _ in range(shape.others):
+        start, snapshot = rng.randint(1, shape.blocks // 2), rng.random() < 0.5
+        plans.append(PeerPlan(stake=0, start=max(start, FIRST_SNAPSHOT) if snapshot else start, snapshot=snapshot))
     manifest = Manifest(tuple(plans), shape.blocks, shape.deadline, rng.choice((0.5, 2.0, 5.0)), seed)
     check(manifest)
     return manifest

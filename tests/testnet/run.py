@@ -20,9 +20,9 @@ from tdml_p2p.demo.processes import Child, child
 from tdml_p2p.errors import UserError
 from tdml_p2p.home import Home
 from tests.testnet.judge import Case, judge
-from tests.testnet.manifest import Fault, Manifest, PeerPlan
+from tests.testnet.manifest import EPOCH_BLOCKS, Fault, Manifest, PeerPlan
 
-QUICK = Params(block_interval_ms=500, heartbeat_ms=1000, epoch_blocks=10, unbonding_blocks=10_000)
+QUICK = Params(block_interval_ms=500, heartbeat_ms=1000, epoch_blocks=EPOCH_BLOCKS, unbonding_blocks=10_000)
 FUNDS = 10**9
 READY_SECONDS = 60.0
 POLL_SECONDS = 0.4
@@ -59,6 +59,7 @@ class Testnet:
             accounts=dict(zip(names, self.accounts, strict=True)),
             liars=frozenset(name for name, plan in zip(names, plans, strict=True) if plan.attack),
             provable=frozenset(name for name, plan in zip(names, plans, strict=True) if plan.attack in PROVABLE),
+            snapshots=frozenset(name for name, plan in zip(names, plans, strict=True) if plan.snapshot),
             blocks=self.manifest.blocks,
             receipts=tuple(self.receipts),
         )

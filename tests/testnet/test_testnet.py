@@ -26,7 +26,7 @@ async def test_a_short_testnet_with_a_liar(tmp_path: Path) -> None:
     verdict = await run(load(SHORT), tmp_path / "net")
     assert verdict["faults"] == []
     assert verdict["transfers"] > 0
-    homes = [tmp_path / "net" / f"peer-{index}" for index in range(5)]
+    homes = [tmp_path / "net" / f"peer-{index}" for index in range(6)]
     assert_nothing_left(homes, killed=[homes[1]])
     case = replace(begin(load(SHORT), tmp_path / "other").case(), databases=_copies(homes, tmp_path / "copies"))
     _the_judge_sees_what_is_wrong(replace(case, accounts=verdict["accounts"]))
@@ -48,6 +48,7 @@ def _the_judge_sees_what_is_wrong(case: Case) -> None:
     assert "convicted without having lied" in " ".join(judge(replace(case, provable=frozenset())))
     assert "not convicted" in " ".join(judge(replace(case, provable=case.provable | {"peer-0"})))
     assert "it reached height" in " ".join(judge(replace(case, blocks=10**6)))
+    assert "instead of a snapshot" in " ".join(judge(replace(case, snapshots=frozenset({"peer-0"}))))
     assert "are missing" in " ".join(judge(replace(case, receipts=("00" * 32,))))
     victim = case.databases["peer-0"]
     for place, spoil in enumerate(SPOILT):
@@ -73,6 +74,7 @@ def _the_judge_sees_what_is_wrong(case: Case) -> None:
         ("[[peer]]\nfaults = [{at = 3, kind = 'flood'}]", "faults are"),
         ("[[peer]]\nfaults = [{at = 3, kind = 'kill', seconds = 0.0}]", "faults are"),
         ("[[peer]]\n[[peer]]\nstart = 5", "has no stake"),
+        ("[[peer]]\n[[peer]]\nstake = 0\nsnapshot = true", "no snapshot before"),
         ("[[peer]]\ncolour = 'red'", "no manifest"),
     ],
 )
@@ -89,4 +91,6 @@ def test_drawn_testnets_can_run_and_hold_every_kind_of_fault() -> None:
         check(net)
     assert drawn(3, Shape()) == nets[3]
     assert {fault.kind for net in nets for plan in net.peer for fault in plan.faults} == set(FAULTS)
+    assert len({plan.stake for net in nets for plan in net.peer}) == 4
+    assert {plan.snapshot for net in nets for plan in net.peer} == {False, True}
     assert len({plan.attack for net in nets for plan in net.peer}) == 5

@@ -14,6 +14,8 @@ from chain.commitment import claim_root, prove
 from chain.genesis import to_json
 from chain.hashing import ZERO, digest
 from chain.randomness import Onion, chance, leader, next_seed, uniform, weighted_draw
+from chain.records import Audit
+from chain.state import Table
 from chain.transactions import (
     Bond,
     Evidence,
@@ -190,8 +192,20 @@ def draws() -> Json:
         "leaders": [[height, view, leader(SET, SEED, height, view).hex()] for height in (1, 9) for view in range(1, 8)],
         "weighted": plain(weighted_draw(SET.members, SEED, 4)),
         "uniform": [[bound, uniform(digest("u", bytes([bound])), bound)] for bound in range(1, 30)],
+        "auditors": auditors(life()),
         "chance": [[points, [chance(SEED, bytes([i]), points) for i in range(16)]] for points in (500, 5000)],
     }
+
+
+def auditors(ledger: Ledger) -> Json:
+    """Return the audits that a ledger drew, in the order of their ids: [claim, cell, auditor, sketch key]."""
+    drawn: dict[bytes, Audit] = {}
+    for _, _, _, executed in final_blocks(ledger):
+        for key, audit in executed.changes.get(Table.AUDITS, {}).items():
+            if audit is not None and audit.redraws == 0:
+                drawn.setdefault(key, audit)
+    assert drawn
+    return [[a.claim.hex(), a.cell, a.auditor.hex(), a.key.hex()] for _, a in sorted(drawn.items())]
 
 
 def life() -> Ledger:
