@@ -63,11 +63,12 @@ def why_not(manifest: TaskManifest, limit: int, available: int | None) -> str | 
     """
     need = largest(manifest)
     if need.step > limit:
-        return f"the tensors of a step take {_size(need.step)}, more than the {_size(limit)} of --memory"
+        return f"the tensors of a step take {size_text(need.step)}, more than the {size_text(limit)} of --memory"
     if available is not None and need.total > available:
-        return f"a seat takes about {_size(need.total)} of memory, and {_size(available)} are free"
+        return f"a seat takes about {size_text(need.total)} of memory, and {size_text(available)} are free"
     return None
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

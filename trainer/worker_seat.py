@@ -248,6 +248,7 @@ class Seat:
         if cell is None:
             return
         if work.owns(cell.index):
+            cell.is_failed = False  # as when there was no memory for it a moment ago
             self._send_again(work, cell, message.stage)
         elif was_mine and cell.is_in_flight:
             cell.y = None

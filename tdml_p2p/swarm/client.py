@@ -28,7 +28,7 @@ from tdml_p2p.swarm.tracing import TraceCollector
 from tdml_p2p.swarm.transport import SwarmTransport
 from tdml_p2p.swarm.watching import Watcher
 from trainer.base_weights import base_layout
-from trainer.coordinator import Coordinator, StageLost, StepFailed
+from trainer.coordinator import Coordinator, StageFull, StageLost, StepFailed
 from trainer.coordinator_ports import (
     CoordinatorConfig,
     CoordinatorPorts,
@@ -38,6 +38,7 @@ from trainer.coordinator_ports import (
     patience_for,
 )
 from trainer.ends import with_ends
+from trainer.footprint import largest, size_text
 from trainer.state import StageState
 from trainer.trace import recording
 from trainer.worker_ports import StateUnavailable
@@ -219,15 +220,16 @@ class SwarmClient:
             return
         raise UserError(
             f"Too few peers took a seat: some stage has {'nobody' if manifest.quorum == 1 else 'no majority'}.",
-            f"start {len(manifest.seated) * manifest.quorum} peers or more with `tdml-peer start --join INVITE`",
+            f"start {len(manifest.seated) * manifest.quorum} peers or more with `tdml-peer start --join INVITE`; "
+            f"the largest seat takes about {self._need()} of memory",
         )
 
     # while it runs
 
     def _coordinator(self, links: Links, feed: ClientFeed) -> Coordinator:
         manifest = self._prepared.manifest
-        largest = max(base_layout(manifest, stage).total for stage in range(manifest.stages))
-        patience = replace(patience_for(largest, manifest.positions), vacant=_VACANT_SECONDS)
+        widest = max(base_layout(manifest, stage).total for stage in range(manifest.stages))
+        patience = replace(patience_for(widest, manifest.positions), vacant=_VACANT_SECONDS)
         config = CoordinatorConfig(manifest, patience, self._train.eval_every)
         ports = CoordinatorPorts(
             governor=links.governor,
@@ -265,7 +267,7 @@ class SwarmClient:
             if self._keeper is not None and self._keeper.states and isinstance(error, StateUnavailable):
                 return _MOVED
             raise UserError(f"The swarm was lost: {error}.", "continue with --resume when peers are back") from None
-        except StepFailed as error:
+        except (StepFailed, StageFull) as error:
             raise await self._stopped_by(error, coordinator, governor) from None
         await self._saver.save_end(states)
         await self._poster.close(self._task)
@@ -287,16 +289,28 @@ class SwarmClient:
                 except (NotReplayable, Unavailable) as error:
                     log.warning("evidence is not saved", audit=conviction.subject.hex(), reason=str(error))
 
-    async def _stopped_by(self, error: StepFailed, coordinator: Coordinator, governor: ChainGovernor) -> UserError:
+    async def _stopped_by(
+        self, error: StepFailed | StageFull, coordinator: Coordinator, governor: ChainGovernor
+    ) -> UserError:
         """Save the last good state of a run that cannot go on, and return what to tell its owner."""
         assert self._saver is not None
         if self._progress.has_stepped:
             await self._saver.save_interrupted(coordinator, governor)
         step = self._progress.of_training(error.step)
+        if isinstance(error, StageFull):
+            return UserError(
+                f"Training stopped: in step {step} nobody who holds stage {error.stage} has the memory for it.",
+                f"it takes about {self._need()}: continue with --resume when larger peers are there, or start again "
+                "with more --stages or a smaller --batch; the state before this step was saved",
+            )
         return UserError(
             f"Training stopped: in step {step}, stage {error.stage}, {error.what} is not finite, wherever computed.",
             "start again with a lower --learning-rate or with --clip; the state before this step was saved",
         )
+
+    def _need(self) -> str:
+        """Return in words how much memory the largest seat takes."""
+        return size_text(largest(self._prepared.manifest).total)
 
     def _report_done(self, steps: int) -> None:
         done = {"out": str(self._train.out), "task": self._task.hex(), "steps": steps}
