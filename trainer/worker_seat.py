@@ -12,6 +12,7 @@ from typing import TypeAlias, assert_never
 from torch import Tensor
 
 from trainer.content import address_of
+from trainer.faults import fault_of
 from trainer.joint import is_finite, other_end, tied_part
 from trainer.messages import (
     Activation,
@@ -39,7 +40,7 @@ from trainer.messages import (
     Tied,
     Tokens,
 )
-from trainer.payloads import MessageError, Reason, pack, unpack
+from trainer.payloads import MessageError, Reason, TensorPayload, pack, unpack
 from trainer.reduction import Part, Reduction
 from trainer.stage import Backward, Forward, stage_layout
 from trainer.state import StageState
@@ -71,7 +72,6 @@ class Seat:
         self._config = config
         self._client = config.client
         self._spec = config.stage.spec
-        self._wire = config.manifest.wire
         self._other_end = other_end(config.manifest, self._spec.index)
         tied = tied_part(config.manifest, self._spec.index)
         self._size, self._tied_size = stage_layout(config.manifest, self._spec.index).total, tied.stop - tied.start
@@ -105,12 +105,11 @@ class Seat:
             self._send_gradient(work, cell)
             self._tell_done(work, cell)
 
-    def summed(self, reduction: Reduction, total: Tensor) -> None:
+    def summed(self, reduction: Reduction, total: Tensor, payload: tuple[TensorPayload]) -> None:
         """Contribute this worker's partial sum."""
         reduction.is_summed = True
-        request, payload = reduction.request, pack(total, self._wire)
-        # what the replicas will add is what this worker adds, or their weights would part
-        reduction.add(self._me, unpack(payload) if payload[0].is_encoded else total)
+        request = reduction.request
+        reduction.add(self._me, total)
         partial = Partial(request.generation, request.step, request.attempt, self._spec.index, payload)
         for peer in reduction.others:
             self._post(peer, partial)
@@ -169,6 +168,16 @@ class Seat:
             self._handle(received)
         except MessageError as refusal:
             self.refused[refusal.reason] += 1
+        except (MemoryError, RuntimeError) as error:
+            self._lack(received.message, error)
+
+    def _lack(self, message: Message | Lost, error: Exception) -> None:
+        """Tell the client of what could not be taken for lack of memory: one of its cells, or all of the step."""
+        self.refused[fault_of(error)] += 1
+        if isinstance(message, Tokens | Labels | Activation | Gradient) and self.work is not None:
+            self.report(self.work.opened, fault_of(error))
+        elif self.current is not None:
+            self.lose_state()
 
     def _handle(self, received: Received) -> None:
         match message := received.message:
@@ -311,8 +320,7 @@ class Seat:
             return
         if message.attempt < reduction.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
-        size = self._tied_size if isinstance(message, Tied) else self._size
-        if message.payload[0].shape != (size,):
+        if message.payload[0].shape != (self._tied_size if isinstance(message, Tied) else self._size,):
             raise MessageError(Reason.TENSOR_SHAPE)
         if isinstance(message, Partial):
             check_wire(self._config.manifest, message)
@@ -361,8 +369,7 @@ class Seat:
             raise MessageError(Reason.STALE_GENERATION)
         if message.generation == self.generation and message.step < self._next_step:
             raise MessageError(Reason.STALE_STEP)
-        opened = self.work.opened if self.work is not None else None
-        return opened is None or (message.generation, message.step) != (opened.generation, opened.step)
+        return self.work is None or (message.generation, message.step) != (self.work.generation, self.work.step)
 
     # what goes out
 
@@ -373,17 +380,17 @@ class Seat:
         self._tell(Reduced(request.generation, request.step, request.attempt, state.root))
 
     def _send_output(self, work: StepWork, cell: Cell) -> None:
-        if cell.y is not None and not self._spec.is_last:
+        if cell.y is not None and cell.y_payload is not None and not self._spec.is_last:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            output = Activation(*at, pack(cell.y, self._wire))
+            output = Activation(*at, cell.y_payload)
             for peer in work.consumers(cell.index):
                 self._post(peer, output)
             self._tell(Passed(*at, address_of(output.payload[0].data) if work.quorum > 1 else b""))
 
     def _send_gradient(self, work: StepWork, cell: Cell) -> None:
-        if cell.gx is not None and not self._spec.is_first:
+        if cell.gx is not None and cell.gx_payload is not None and not self._spec.is_first:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            gradient = Gradient(*at, pack(cell.gx, self._wire))
+            gradient = Gradient(*at, cell.gx_payload)
             for peer in work.producers(cell.index):
                 self._post(peer, gradient)
 

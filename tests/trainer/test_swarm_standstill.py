@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 import trio
-from swarm_kit import Kit, in_virtual_time, manifest_of, trained
+from swarm_kit import Kit, assert_same_model, in_virtual_time, manifest_of, trained
 
 from trainer import messages as m
 from trainer.coordinator import StageFull, StageLost
 from trainer.coordinator_ports import StepDone, patience_for
+from trainer.payloads import Reason, TensorPayload, unpack
 from trainer.worker_ports import Compute, T
 
 MANIFEST = manifest_of(stages=2, steps=4)
@@ -120,3 +122,29 @@ def test_a_stage_whose_workers_all_lack_memory_ends_the_run_by_name(replicas: in
 def test_the_last_deadline_grows_with_the_model() -> None:
     assert patience_for(10**6, 1024).empty == 600
     assert patience_for(10**9, 2048).empty > 10_000
+
+
+@pytest.mark.parametrize("at", [3, 9, 14, 21])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")], ids=["python", "torch"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_lack_of_memory_for_what_comes_in_is_a_fault(
+    at: int, error: Exception, replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+
+    def scarce(payload: tuple[TensorPayload, ...]) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise error
+        return unpack(payload)
+
+    monkeypatch.setattr("trainer.worker_seat.unpack", scarce)
+    kit = Kit(MANIFEST, replicas=replicas)
+    states = trained(kit)
+    monkeypatch.undo()
+    assert_same_model(states, trained(Kit(MANIFEST, replicas=replicas)))
+    assert {message.reason for _, _, message in kit.hub.log if isinstance(message, m.Fault)} <= {
+        Reason.MEMORY_FULL,
+        Reason.NO_STATE,
+    }
