@@ -1,14 +1,15 @@
 """A swarm of any shape against one plain process: the same model, parameter by parameter.
 
 The reference is the uncut model of `transformers` with `torch.nn.utils.clip_grad_norm_` and `torch.optim.AdamW` in
-a plain loop; with dropout it draws the same masks. Prints a table, or one JSON line with --json; exits with 1 if a
-shape deviates.
+a plain loop; with dropout it draws the same masks. With --faults the shape is 2×2 and in each run something happens:
+a worker dies in one phase of a step, pauses for 10 s, or comes in the middle. Prints a table, or one JSON line with
+--json; exits with 1 if a run deviates.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.support.in_memory import train
+from bench.support.in_memory import QUIET, Trouble, train
 from trainer.checkpoint import whole_tensors
 from trainer.data import Batches
 from trainer.families import family_of
@@ -27,6 +28,7 @@ from trainer.families.base import Config
 from trainer.families.dropout import ATTENTION, EMBEDDING_LAYER, Masks, SeededDropout, seed_dropout
 from trainer.local import whole
 from trainer.manifest import OptimizerSettings, TaskManifest, complete
+from trainer.messages import Activation, Gradient, Partial, Reduced, Summed
 from trainer.optimizer import learning_rate
 from trainer.state import initial_state
 from trainer.transport import Faults
@@ -67,11 +69,12 @@ class Result:
     worst: str
     worst_distance: float
     repeats: bool
+    trouble: str = ""
 
     @property
     def is_equal(self) -> bool:
-        """Whether the model is the reference's, and the same each time."""
-        return self.distance <= BOUND and self.repeats
+        """Whether the model is the reference's and, where routes are, the same each time."""
+        return self.distance <= BOUND and (self.repeats or bool(self.trouble))
 
 
 @dataclass(frozen=True)
@@ -103,19 +106,33 @@ def manifest_of(case: Case, steps: int) -> TaskManifest:
     return complete(draft)
 
 
+def troubles(steps: int) -> dict[str, Trouble]:
+    """Return what may happen to a swarm of 2×2 in the middle of so many steps."""
+    middle = max(steps // 2, 1)
+    return {
+        "forward": Trouble(lambda: Faults().crash("s0r1", after=2 * middle, of=Activation)),
+        "backward": Trouble(lambda: Faults().crash("s1r1", after=2 * middle, of=Gradient)),
+        "reduction": Trouble(lambda: Faults().crash("s0r1", after=middle, of=Partial)),
+        "optimiser": Trouble(lambda: Faults().crash("s1r0", after=middle, of=Summed)),
+        "commit": Trouble(lambda: Faults().crash("s0r0", after=middle, of=Reduced)),
+        "pause": Trouble(pause=("s1r0", 8 * middle, 10.0)),
+        "joiner": Trouble(joiner=("s1r2", 1, middle)),
+    }
+
+
 def measure(
-    case: Case, steps: int, shapes: Iterable[tuple[int, int]] = SHAPES, faults: Callable[[], Faults] = Faults
+    case: Case, steps: int, shapes: Iterable[tuple[int, int]] = SHAPES, name: str = "", trouble: Trouble = QUIET
 ) -> list[Result]:
-    """Return how far each shape's parameters are from one plain process's; `faults` says who dies on the way."""
+    """Return how far each shape's parameters are from one plain process's, whatever happens on the way."""
     torch.set_num_threads(1)
     base = manifest_of(case, steps)
     expected = plain_training(base, _batches(base))
     results = []
     for stages, replicas in shapes:
         manifest = complete(msgspec.structs.replace(base, stages=stages, cuts=(), replicas=replicas))
-        runs = [whole_tensors(manifest, train(manifest, _batches(manifest), faults())) for _ in range(2)]
+        runs = [whole_tensors(manifest, train(manifest, _batches(manifest), trouble)) for _ in range(2)]
         found = runs[0]
-        farthest = max(expected, key=lambda name: _distance(found, expected, [name]))
+        farthest = max(expected, key=lambda tensor: _distance(found, expected, [tensor]))
         results.append(
             Result(
                 family=case.family,
@@ -126,7 +143,8 @@ def measure(
                 distance=_distance(found, expected, list(expected)),
                 worst=farthest,
                 worst_distance=_distance(found, expected, [farthest]),
-                repeats=all(torch.equal(runs[0][name], runs[1][name]) for name in expected),
+                repeats=all(torch.equal(runs[0][tensor], runs[1][tensor]) for tensor in expected),
+                trouble=name,
             )
         )
     return results
@@ -187,18 +205,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON line only")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--faults", action="store_true", help="let workers die, pause and come on the way")
     arguments = parser.parse_args()
     results: list[Result] = []
     if not arguments.json:
         print(f"{'family':7} {'tied':5} {'dropout':8} {'shape':6} {'distance':>9}  {'repeats':8} farthest tensor")
-    for case in CASES:
-        found = measure(case, arguments.steps)
+    for found in _faulty(arguments.steps) if arguments.faults else (measure(case, arguments.steps) for case in CASES):
         results.extend(found)
         if not arguments.json:
             _show(found)
     if arguments.json:
         print(json.dumps([asdict(result) for result in results]))
     sys.exit(not all(result.is_equal for result in results))
+
+
+def _faulty(steps: int) -> Iterable[list[Result]]:
+    """Return what comes of every trouble in turn, with dropout and without."""
+    for case in CASES[:2]:
+        for name, trouble in troubles(steps).items():
+            yield measure(case, steps, ((2, 2),), name, trouble)
 
 
 def _show(results: list[Result]) -> None:
@@ -208,7 +233,7 @@ def _show(results: list[Result]) -> None:
         line = (
             f"{each.family:7} {tied:5} {dropout:8} {shape:6} {each.distance:9.1e}  {'yes' if each.repeats else 'NO':8}"
         )
-        print(f"{line} {each.worst} {each.worst_distance:.1e}", flush=True)
+        print(f"{line} {each.worst} {each.worst_distance:.1e} {each.trouble}", flush=True)
 
 
 if __name__ == "__main__":

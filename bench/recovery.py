@@ -2,8 +2,9 @@
 
 `replica`: one of two replicas of a stage dies; the longest step afterwards against the usual one. `last`: the only
 worker of a stage dies while a peer waits for a seat; seconds until the next step, steps that are done again, and
-what the client spends on keeping verified states. In both, every step must be in the loss curve once at the end,
-with the losses of an undisturbed run. Prints a table, or one JSON object with --json.
+what the client spends on keeping verified states. `leave`: one of two replicas is told to stop with SIGTERM, which
+nobody should notice. In all, every step must be in the loss curve once at the end, with the losses of an undisturbed
+run. --seeds N repeats each with N seeds. Prints a table, or one JSON object with --json.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from trainer.local import train_locally
 Figures = dict[str, Any]
 Event = dict[str, Any]
 LOCAL = ("--listen", "/ip4/127.0.0.1/tcp/0", "--json")
+CASES = ("replica", "last", "leave")
 TARGET_SECONDS = 3.0
 TARGET_NEXT_STEP = 15.0
 
@@ -47,6 +49,7 @@ class Case:
     spares: int
     kill_after: int
     seed: int
+    signal: signal.Signals = signal.SIGKILL
 
     @property
     def steps(self) -> int:
@@ -97,7 +100,7 @@ async def _watch(client: Child, network: DemoNetwork, peers: list[Child], case: 
         if event["event"] == "step" and event["step"] >= case.kill_after and not killed_at:
             await trio.sleep(dice.random() * event["seconds"])
             victim = dice.choice(seats[-1])
-            peers[network.peers.index(victim)].process.send_signal(signal.SIGKILL)
+            peers[network.peers.index(victim)].process.send_signal(case.signal)
             killed_at = time.monotonic()
     return events, killed_at
 
@@ -163,18 +166,19 @@ def main() -> None:
     """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--model", default="llama-tiny")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--kill-after", type=int, default=24)
-    parser.add_argument("--only", nargs="+", choices=("replica", "last"), default=("replica", "last"))
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
     options = parser.parse_args()
     training = Training(options.model, batch=2, microbatches=4, warm_up=0, steps=options.steps)
     found: dict[str, list[Figures]] = {}
-    for seed in range(options.rounds):
+    for seed in range(options.seeds):
         cases = {
             "replica": Case(replace(training, replicas=2), 0, options.kill_after, seed),
             "last": Case(training, 1, options.kill_after, seed),
+            "leave": Case(replace(training, replicas=2), 0, options.kill_after, seed, signal.SIGTERM),
         }
         for name in options.only:
             found.setdefault(name, []).append(run(cases[name]))

@@ -18,7 +18,7 @@ class PeerConfig:
     listen: tuple[str, ...] = _option((), "Address to listen on, as a multiaddr; may be repeated.")
     device: str = _option("auto", "auto or cpu; accelerators are not supported yet.")
     threads: int = _option(1, "CPU threads for torch.")
-    memory: int = _option(0, "Bytes that the tensors of a step may take; 0 sets the usual bound.")
+    memory: int = _option(0, "Bytes that all seats of this peer may take, weights and states too; 0 sets no bound.")
     grace: int = _option(1800, "Seconds for which a seat is kept for a client that is silent.")
     recompute: bool = _option(False, "Keep no activations of cells under way: less memory, a third more computing.")
     work: bool = _option(True, "Serve stages of open tasks.")

@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 PROTOCOL = "/tdml/tensor/1"
 _MAX_CREDIT = 1 << 40
 _JOINED_BYTES = 60 * 1024
+_PROGRESS_BYTES = 64 * 1024
+"""Bytes that a link must take for its deadlines to begin again: a few at a time are no progress."""
 
 
 class PeerLost(Exception):
@@ -78,6 +80,8 @@ class _Link:
     refused: dict[bytes, RefusalReason] = field(default_factory=dict)
     lock: trio.Lock = field(default_factory=trio.Lock)
     changed: trio.Event = field(default_factory=trio.Event)
+    waiting: dict[trio.CancelScope, float] = field(default_factory=dict)
+    taken: int = 0
 
     def on_control(self, control: Control) -> None:
         if control.kind is ControlKind.GRANT:
@@ -91,6 +95,14 @@ class _Link:
             self.accepted.discard(control.session)
             self.refused[control.session] = control.reason
         self.wake()
+
+    def progress(self, count: int) -> None:
+        """Let everybody who waits for this link wait anew: it took bytes."""
+        self.taken += count
+        if self.taken >= _PROGRESS_BYTES:
+            self.taken = 0
+            for scope, seconds in self.waiting.items():
+                scope.deadline = trio.current_time() + seconds
 
     def wake(self) -> None:
         self.changed.set()
@@ -133,7 +145,7 @@ class TensorStreams:
     async def send(
         self, peer: str, session: bytes, header: bytes, tensors: Sequence[memoryview], deadline: float
     ) -> None:
-        """Hand one frame to `peer` within `deadline` seconds.
+        """Hand one frame to `peer`, whose link may make no progress for `deadline` seconds.
 
         Raises `SendRefused` when the peer has not opened the session or evicted us, `SendTimeout` after the
         deadline, `PeerLost` when the link broke, and `ValueError` for a frame beyond the bounds.
@@ -143,17 +155,25 @@ class TensorStreams:
         with trio.move_on_after(deadline) as scope:
             with span("link"):
                 link = await self._link(peer)
-                self._sessions.note(session, peer)
-                await self._enter(link, session)
-                await link.lock.acquire()
+            link.waiting[scope] = deadline
             try:
-                await self._write_frame(link, record, header, views)
+                await self._send_on(link, record, header, views)
             finally:
-                link.lock.release()
+                del link.waiting[scope]
             if session in link.refused:
                 raise SendRefused(peer, link.refused[session])
         if scope.cancelled_caught:
-            raise SendTimeout(peer, f"not sent within {deadline:g} s")
+            raise SendTimeout(peer, f"the link took nothing for {deadline:g} s")
+
+    async def _send_on(self, link: _Link, record: Record, header: bytes, views: list[memoryview]) -> None:
+        with span("link"):
+            self._sessions.note(record.session, link.peer)
+            await self._enter(link, record.session)
+            await link.lock.acquire()
+        try:
+            await self._write_frame(link, record, header, views)
+        finally:
+            link.lock.release()
 
     def _record(self, session: bytes, header: bytes, views: list[memoryview]) -> Record:
         total = sum(map(len, views))
@@ -235,6 +255,7 @@ class TensorStreams:
         try:
             with span("encrypt and write"):
                 await write(link.stream, data)
+            link.progress(len(data))
         except StreamEnded as error:
             await self._give_up(link)
             raise PeerLost(link.peer, str(error)) from None

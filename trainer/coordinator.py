@@ -21,7 +21,7 @@ from trainer.coordinator_ports import (
     StepDone,
 )
 from trainer.coordinator_probe import Evaluation
-from trainer.coordinator_repair import StageLost, StepFailed
+from trainer.coordinator_repair import StageFull, StageLost, StepFailed
 from trainer.coordinator_state import SwarmState
 from trainer.coordinator_swarm import Swarm
 from trainer.messages import Message
@@ -30,7 +30,7 @@ from trainer.state import StageState
 from trainer.transport import Transport
 from trainer.worker_mail import Outbox
 
-__all__ = ["Coordinator", "Governor", "Members", "StageLost", "StepFailed"]
+__all__ = ["Coordinator", "Governor", "Members", "StageFull", "StageLost", "StepFailed"]
 
 
 class _GenerationEndedError(Exception):
@@ -61,8 +61,8 @@ class Coordinator:
     async def run(self) -> tuple[StageState, ...]:
         """Train all steps that are left and return the final state of every stage.
 
-        Raises `StageLost` when a stage has had no worker for too long, `StepFailed` for a step that is not finite,
-        `StateUnavailable` when no holder gives a final state.
+        Raises `StageLost` when a stage has had no worker for too long, `StageFull` when nobody of one has the memory
+        for a cell, `StepFailed` for a step that is not finite, `StateUnavailable` when no holder gives a final state.
         """
         try:
             async with trio.open_nursery() as nursery:
@@ -86,13 +86,16 @@ class Coordinator:
 
     @property
     def empty_since(self) -> float | None:
-        """Since when some stage has had no worker, None while every stage has one."""
+        """Since when some stage has had no worker that gets on, None while every stage has one."""
         return self._swarm.repairs.empty_since
 
     @property
     def ready(self) -> tuple[tuple[str, ...], ...]:
-        """The workers that take part, by stage; none of the ends that a private run's client holds."""
-        return tuple(self._state.roster.ready(stage) for stage in self._config.manifest.seated)
+        """The workers that take part and get on, by stage; none of the ends that a private run's client holds."""
+        stuck = self._swarm.repairs.stuck_stages
+        return tuple(
+            () if stage in stuck else self._state.roster.ready(stage) for stage in self._config.manifest.seated
+        )
 
     async def fetch_states(self, step: int | None = None) -> tuple[StageState, ...]:
         """Return every stage's state after `step`, the last committed one by default, from those who hold it.

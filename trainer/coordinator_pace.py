@@ -8,6 +8,8 @@ from trainer.coordinator_ports import Patience, Settled
 _SMOOTHING = 0.3
 _FORGIVENESS = 0.1
 _SHORTEST = 1e-6
+_MOST_STRETCH = 8.0
+"""How many times longer than usual a step waits for its workers when they stalled one after the other."""
 
 
 _PRIOR = 8
@@ -69,8 +71,12 @@ class Pace:
     def penalise(self, peer: str, now: float) -> None:
         """Count the time that `peer` let the step wait as a cell's time, and wait longer for the next."""
         self._seconds[peer] = max(self._seconds.get(peer, 0.0), now - self._since.get(peer, now), _SHORTEST)
-        self._since.pop(peer, None)
-        self._stretch *= 2
+        self.postpone(peer, now)
+
+    def postpone(self, peer: str, now: float) -> None:
+        """Start the clock of a worker that is waited for on again, with a longer deadline."""
+        self._busy[peer] = self._busy.get(peer, 0.0) + now - self._since.pop(peer, now)
+        self._stretch = min(2 * self._stretch, _MOST_STRETCH)
 
     def weights(self, replicas: Iterable[str]) -> dict[str, float]:
         """Return verified cells per second of a stage's replicas: what the next cells are shared out by."""

@@ -202,7 +202,8 @@ def patience_for(parameters: int, tokens: int) -> Patience:
     """
     usual = Patience()
     first = max(usual.first, 6.0 * parameters * tokens / _SLOW_FLOPS)
-    return replace(usual, first=first, join=max(usual.join, 12.0 * parameters / _SLOW_LINK))
+    join = max(usual.join, 12.0 * parameters / _SLOW_LINK)
+    return replace(usual, first=first, join=join, empty=max(usual.empty, 10 * first, 10 * join))
 
 
 def no_source(step: int, stage: int) -> tuple[bytes, tuple[str, ...]]:

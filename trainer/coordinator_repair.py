@@ -6,6 +6,7 @@ from trainer.coordinator_book import StepBook
 from trainer.coordinator_ports import PeerLeft, Rerouted, StageEmpty
 from trainer.coordinator_roster import Member, Status
 from trainer.coordinator_round import Round
+from trainer.coordinator_standstill import Standstills
 from trainer.coordinator_state import SwarmState
 from trainer.messages import NotFinite, Reroute
 from trainer.monitors import Why
@@ -14,10 +15,19 @@ from trainer.schedule import substitute
 
 
 class StageLost(Exception):
-    """A stage has had no worker for longer than the task waits."""
+    """A stage has had no worker, or none that makes progress, for longer than the task waits."""
 
     def __init__(self, stage: int) -> None:
         super().__init__(f"stage {stage} has lost all its workers")
+        self.stage = stage
+
+
+class StageFull(Exception):
+    """Nobody of a stage has the memory for a cell."""
+
+    def __init__(self, step: int, stage: int) -> None:
+        super().__init__(f"step {step}, stage {stage}: no worker has enough memory")
+        self.step = step
         self.stage = stage
 
 
@@ -42,22 +52,34 @@ class Repairs:
         self._patience = swarm.config.patience
         self._reduce_seconds: float | None = None
         self._empty_since: dict[int, float] = {}
-        self._stuck_since: dict[str, float] = {}
+        self._standstills = Standstills()
         self._suspected: set[int] = set()
 
     @property
     def empty_since(self) -> float | None:
-        """Since when the stage that has been without a worker for longest has none."""
+        """Since when the stage that has been without a worker, or without one that gets on, for longest has none."""
         empty = self._swarm.roster.empty_stages()
-        return min((since for stage, since in self._empty_since.items() if stage in empty), default=None)
+        since = [since for stage, since in self._empty_since.items() if stage in empty]
+        return min((*since, *self._standstills.lost(self._swarm.now()).values()), default=None)
 
-    def heard(self, peer: str) -> None:
-        """Note that a worker made progress."""
-        self._stuck_since.pop(peer, None)
-        self._swarm.pace.heard(peer, self._swarm.now())
+    @property
+    def stuck_stages(self) -> frozenset[int]:
+        """The stages whose workers are connected and none of which gets on."""
+        return frozenset(self._standstills.lost(self._swarm.now()))
+
+    def heard(self, member: Member, is_done: bool) -> None:
+        """Note that a worker made progress, or has finished a cell."""
+        self.is_getting_on(member.stage)
+        if is_done:
+            self._standstills.finished(member.stage)
+        self._swarm.pace.heard(member.peer, self._swarm.now())
+
+    def is_getting_on(self, stage: int) -> None:
+        """Note that some worker of a stage answers, or is new."""
+        self._standstills.progress(stage)
 
     def tick(self) -> None:
-        """Act on every deadline that has passed; raise `StageLost`."""
+        """Act on every deadline that has passed; raise `StageLost`, `StageFull`."""
         now = self._swarm.now()
         for member in self._swarm.roster.of(Status.PREPARING):
             if now - member.asked_at > self._patience.join * 2 ** min(member.failures, 3):
@@ -69,6 +91,8 @@ class Repairs:
         book = self._swarm.book
         if book is None:
             return
+        for stage in self._standstills.older_than(self._patience.empty, now):
+            raise StageLost(stage)
         for member in self._swarm.roster.of(Status.READY):
             if self._swarm.pace.is_overdue(member.peer, self._swarm.roster.ready(member.stage), now):
                 self.stall(book, member, "slow")
@@ -92,11 +116,14 @@ class Repairs:
         if current.is_complete:
             return
         # each further attempt gets twice the time, so that slowness alone cannot keep a step from ending
-        stretch = 2 ** min(current.request.attempt - 1, 6)
-        if now - current.since <= max(self._patience.floor, self._patience.factor * usual) * stretch:
+        limit = max(self._patience.floor, self._patience.factor * usual) * 2 ** min(current.request.attempt - 1, 6)
+        if now - current.since <= limit:
             return
         suspects = current.suspects() if current.is_probed else ()
-        if not set(self._swarm.roster.ready(current.stage)) - set(suspects):
+        ready = self._swarm.roster.ready(current.stage)
+        if current.is_probed and current.silent.issuperset(ready):  # whoever only computes does answer a probe
+            self._standstills.note(current.stage, ready, ready, limit, now)
+        if not set(ready) - set(suspects):
             suspects = suspects[1:]  # the stage needs somebody
         if now - current.started > self._patience.empty:
             suspects = tuple(sorted(current.waiting))
@@ -145,24 +172,30 @@ class Repairs:
         self._swarm.watch(book)
 
     def stall(self, book: StepBook, member: Member, why: str) -> None:
-        """Take the unfinished cells from a worker that makes no progress."""
-        now = self._swarm.now()
+        """Take the unfinished cells from a worker that makes no progress; raise `StageFull`."""
+        now, replicas = self._swarm.now(), self._swarm.roster.ready(member.stage)
         cells = book.missing(member.stage, member.peer)
-        self._swarm.pace.penalise(member.peer, now)
-        if not set(self._swarm.roster.ready(member.stage)) - {member.peer}:
-            since = self._stuck_since.setdefault(member.peer, now)
-            if now - since > self._patience.empty:
-                raise StageLost(member.stage)
-            for cell in cells:
-                # naming the same owner again makes its neighbours repeat what it may have missed
-                self._swarm.broadcast(Reroute(book.generation, book.step, cell, member.stage, member.peer))
-                self._swarm.feed(book, member.stage, cell)
+        self._standstills.note(member.stage, (member.peer,), replicas, self._swarm.pace.deadline(replicas), now)
+        is_memory = why == Reason.MEMORY_FULL
+        if is_memory and self._standstills.is_full(member.stage, member.peer, replicas, len(cells)):
+            raise StageFull(book.step, member.stage)
+        if not set(replicas) - {member.peer}:
+            self._ask_again(book, member, cells)
             return
+        self._swarm.pace.penalise(member.peer, now)
         self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, cells, why))
         for cell in cells:
             if book.moves[member.stage, cell] > 1:
                 self._change_neighbour(book, member.stage, cell)
         self.reassign(book, member.stage, cells, (member.peer,))
+        self._swarm.watch(book)
+
+    def _ask_again(self, book: StepBook, member: Member, cells: Sequence[int]) -> None:
+        """Have a stage's only worker, and its neighbours, repeat what may have been missed."""
+        self._swarm.pace.postpone(member.peer, self._swarm.now())
+        for cell in cells:
+            self._swarm.broadcast(Reroute(book.generation, book.step, cell, member.stage, member.peer))
+            self._swarm.feed(book, member.stage, cell)
         self._swarm.watch(book)
 
     def _change_neighbour(self, book: StepBook, stage: int, cell: int) -> None:
@@ -174,8 +207,9 @@ class Repairs:
                 self.reassign(book, other, [cell], (owner,))
 
     def start_step(self) -> None:
-        """Forget what was not finite in the step before."""
+        """Forget what was not finite, and who stood still, in the step before."""
         self._suspected.clear()
+        self._standstills.clear()
 
     def not_finite(self, book: StepBook, member: Member, message: NotFinite) -> None:
         """Have a cell done by others once; raise `StepFailed` if it is not finite there either.

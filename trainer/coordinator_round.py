@@ -82,16 +82,20 @@ class Round:
         self._named.clear()
         return tuple(sorted(self.waiting))
 
+    @property
+    def silent(self) -> frozenset[str]:
+        """Who has not answered, not even that partial sums are missing."""
+        return frozenset(self.waiting.difference(self._named))
+
     def suspects(self) -> tuple[str, ...]:
         """Return who keeps the round waiting, as far as can be told; nobody while all are just computing.
 
         These are the silent ones. If all answer that partial sums are missing: those who miss them, once
         any replica has the sum, since that is cheapest; else those whose sums the others miss.
         """
-        silent = {peer for peer in self.waiting if peer not in self._named}
         named = {other for peer, others in self._named.items() for other in others if other != peer}
         missed = self.waiting if self.answers else named & set(self.replicas)
-        return tuple(sorted(silent or missed))
+        return tuple(sorted(self.silent or missed))
 
 
 def _value(answer: Reduced | Summed) -> bytes:

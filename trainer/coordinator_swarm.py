@@ -302,20 +302,25 @@ class Swarm:
             self.repairs.leave_out(member, Reason.STATE_MISMATCH)
             return
         self.state.ports.report(PeerJoined(self.state.step + 1, member.stage, sender))
+        self.repairs.is_getting_on(member.stage)
         if (book := self.state.book) is not None:
             self.state.post(sender, _opening(book))
             ready = self.state.roster.ready(member.stage)
-            owners = book.owners(member.stage)
-            self.repairs.reassign(book, member.stage, [c for c in book.cells if owners[c] not in ready], ())
+            owners, lost = book.owners(member.stage), book.missing(member.stage, sender)
+            cells = [cell for cell in book.cells if owners[cell] not in ready or cell in lost]
+            self.repairs.reassign(book, member.stage, cells, ())
             self.state.watch(book)
 
     def _on_cell(self, sender: str, message: Passed | CellDone) -> None:
         book = self._open_book(message)
+        is_new = True
         if isinstance(message, Passed):
+            is_new = not book.has_passed(message.stage, message.cell)
             book.note_passed(sender, message)
         else:
             book.note_done(sender, message)
-        self.repairs.heard(sender)
+        if is_new:  # what is only repeated is no progress
+            self.repairs.heard(self.state.roster.get(sender), isinstance(message, CellDone))
         if isinstance(message, CellDone):
             place, seconds = (book.step, message.stage, message.cell), self.state.pace.finished(sender)
             self.state.monitors.note_cell(place, sender, seconds, message.digest)
@@ -332,6 +337,7 @@ class Swarm:
             case Reason.PARTIAL_MISSING:
                 self._open_book(fault)
                 self._round_of(member.peer).note_missing(member.peer, fault)
+                self.repairs.is_getting_on(member.stage)
             case Reason.PEER_UNREACHABLE:
                 book = self._open_book(fault)
                 for peer in fault.peers:
@@ -353,6 +359,7 @@ class Swarm:
         if isinstance(message, Reduced) != (isinstance(current.request, Apply) or not self._is_joint):
             raise MessageError(Reason.UNEXPECTED, type(message).__name__)
         current.note(sender, message, self.state.now())
+        self.repairs.is_getting_on(current.stage)
         self.repairs.note_round(current)
 
     def _open_book(self, message: Passed | CellDone | NotFinite | Summed | Reduced | Fault) -> StepBook:

@@ -19,6 +19,7 @@ class ManifestReason(StrEnum):
     BAD_SIZE = "bad-size"
     SEQUENCE_TOO_LONG = "sequence-too-long"
     CELL_TOO_LARGE = "cell-too-large"
+    STAGE_TOO_LARGE = "stage-too-large"
     BAD_OPTIMIZER = "bad-optimizer"
     BAD_PRECISION = "bad-precision"
     BAD_COMPRESSION = "bad-compression"

@@ -10,6 +10,7 @@ from math import prod
 from trainer.families import family_of
 from trainer.manifest import TaskManifest
 from trainer.stage import stage_layout
+from trainer.worker_ports import DEFAULT_MEMORY_LIMIT
 
 _FLOAT = 4
 
@@ -56,18 +57,24 @@ def available_bytes() -> int | None:
         return None
 
 
-def why_not(manifest: TaskManifest, limit: int, available: int | None) -> str | None:
+def why_not(manifest: TaskManifest, memory: int, available: int | None, held: int = 0) -> str | None:
     """Return in a sentence why a machine does not hold every seat of a task, or None.
 
-    `limit` bounds the tensors of a step (`start --memory`), `available` is what the machine can still give.
+    `memory` bounds all that seats take (`start --memory`), of which `held` is taken; without it, 0, the tensors of a
+    step are bounded. `available` is what the machine can still give.
     """
     need = largest(manifest)
-    if need.step > limit:
-        return f"the tensors of a step take {_size(need.step)}, more than the {_size(limit)} of --memory"
+    if memory and need.total + held > memory:
+        other = f", and other seats {size_text(held)}" if held else ""
+        return f"a seat takes about {size_text(need.total)}{other}: more than the {size_text(memory)} of --memory"
+    if not memory and need.step > DEFAULT_MEMORY_LIMIT:
+        usual = size_text(DEFAULT_MEMORY_LIMIT)
+        return f"the tensors of a step take {size_text(need.step)}, more than the usual {usual}: start with --memory"
     if available is not None and need.total > available:
-        return f"a seat takes about {_size(need.total)} of memory, and {_size(available)} are free"
+        return f"a seat takes about {size_text(need.total)} of memory, and {size_text(available)} are free"
     return None
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

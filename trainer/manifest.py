@@ -14,6 +14,7 @@ from trainer.families import family_of
 from trainer.families.base import Config, Costs
 from trainer.image_settings import ImageSettings, check_kind, volume
 from trainer.layout import Layout, Shape, StageSpec
+from trainer.message_bounds import MAX_MESSAGE_BYTES, check_sums
 from trainer.payloads import WIRE, Dtype
 from trainer.precision import BF16, FP32
 from trainer.redundancy import check_redundancy, quorum_of
@@ -31,7 +32,6 @@ __all__ = [
 
 VERSION = 1
 MAX_MANIFEST_BYTES = 64 * 1024
-MAX_CELL_BYTES = 1 << 30
 MAX_PARAMETERS = 1 << 38
 BYTES_TOKENIZER = "bytes"
 
@@ -245,7 +245,9 @@ def complete(draft: TaskManifest) -> TaskManifest:
             f"The cuts must be {draft.stages} positive numbers of layers that add up to {layers}.",
         )
     lora = None if draft.lora is None else checked_lora(draft.lora, family, config)
-    return msgspec.structs.replace(draft, config=config, cuts=tuple(cuts), lora=lora)
+    manifest = msgspec.structs.replace(draft, config=config, cuts=tuple(cuts), lora=lora)
+    check_sums(manifest)
+    return manifest
 
 
 def _default_cuts(draft: TaskManifest, layers: int, costs: Costs) -> tuple[int, ...]:
@@ -322,7 +324,7 @@ def _check_fit(draft: TaskManifest, config: Config) -> None:
         )
     widest = max(volume(family.boundary(config, draft.example_size, done)) for done in range(layers + 1))
     widest = max(widest, volume(family.example(config, draft.example_size)), draft.sequence * family.vocabulary(config))
-    if 4 * draft.batch * widest > MAX_CELL_BYTES:
+    if 4 * draft.batch * widest > MAX_MESSAGE_BYTES:
         examples = f"{draft.sequence} tokens" if draft.images is None else f"{draft.images.size}² pixels"
         raise ManifestError(
             ManifestReason.CELL_TOO_LARGE,

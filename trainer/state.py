@@ -85,7 +85,7 @@ class StageState:
         return buffer_of(self.weights), buffer_of(self.m), buffer_of(self.v)
 
 
-def restored_state(manifest: StateManifest, size: int, fetch: Callable[[bytes], bytes]) -> StageState:
+def restored_state(manifest: StateManifest, size: int, fetch: Callable[[bytes], bytes | memoryview]) -> StageState:
     """Return the state that a verified `manifest` names, of `size` parameters.
 
     `fetch` returns the blob of an address; raise `StageError` when a blob is not the one named.

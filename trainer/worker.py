@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from trainer.faults import COMPUTE_ERRORS, fault_of
 from trainer.messages import Prepare
 from trainer.payloads import MessageError, Reason
 from trainer.reduction import Reduction
 from trainer.state import StageState
 from trainer.trace import lane, span
 from trainer.transport import Transport
-from trainer.worker_compute import COMPUTE_ERRORS, NotFiniteError, StageComputer, fault_of
+from trainer.worker_compute import NotFiniteError, StageComputer
 from trainer.worker_mail import Outbox
 from trainer.worker_ports import WorkerConfig, WorkerPorts
 from trainer.worker_probe import HeldProbe
@@ -113,9 +114,9 @@ class Worker:
         elif work is None or seat.current is None:
             return False
         elif reduction is not None and not reduction.is_summed:
-            total = await self._computer.own_sum(reduction, work)
+            total, payload = await self._computer.own_sum(reduction, work)
             if reduction is seat.reduction:
-                seat.summed(reduction, total)
+                seat.summed(reduction, total, payload)
         elif reduction is not None and await self._go_on(seat.current, reduction):
             pass
         elif (due := work.next()) is not None:

@@ -7,7 +7,7 @@ from trainer.content import address_of
 from trainer.errors import StageError
 from trainer.joint import is_finite
 from trainer.messages import Prepare
-from trainer.payloads import MessageError, Reason
+from trainer.payloads import Dtype, MessageError, Reason, TensorPayload, pack, unpack
 from trainer.reduction import Reduction
 from trainer.stage import Backward, CellKey, Forward
 from trainer.state import StageState, StateRing, initial_state
@@ -21,8 +21,6 @@ from trainer.worker_step import Cell, Half, StepWork
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMPUTE_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)
-
 
 class NotFiniteError(ArithmeticError):
     """What `stage` made of a cell is infinite or not a number."""
@@ -31,12 +29,6 @@ class NotFiniteError(ArithmeticError):
         super().__init__(f"not finite: {what} of stage {stage}")
         self.stage: int = stage
         self.what: Literal["output", "gradient"] = what
-
-
-def fault_of(error: Exception) -> Reason:
-    """Return what to tell the client of a computation that failed; torch names lack of memory in words only."""
-    is_full = isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
-    return Reason.MEMORY_FULL if is_full else Reason.COMPUTE_FAILED
 
 
 class StageComputer:
@@ -49,6 +41,7 @@ class StageComputer:
         self._manifest = config.manifest
         self._rule = StepRule(config.manifest, config.stage.spec.index)
         self._ports = ports
+        self._wire = config.manifest.wire
         self._dropped: list[CellKey] = []
 
     def forget(self, step: int) -> None:
@@ -99,11 +92,11 @@ class StageComputer:
         labels = probe.labels if self._stage.spec.is_last else None
         return await self._ports.compute(partial(self._stage.evaluate, probe.x, labels))
 
-    async def own_sum(self, reduction: Reduction, work: StepWork) -> "Tensor":
-        """Return the sum of the gradients that this worker contributes."""
+    async def own_sum(self, reduction: Reduction, work: StepWork) -> "tuple[Tensor, tuple[TensorPayload]]":
+        """Return the sum of the gradients that this worker contributes, as all replicas add it, and as it is sent."""
         gradients = {cell: work.cells[cell].gw for cell in reduction.own_cells}
         present = {cell: gw for cell, gw in gradients.items() if gw is not None}
-        return await self._ports.compute(partial(_own_sum, reduction, present, work.step))
+        return await self._ports.compute(partial(_own_sum, reduction, present, work.step, self._wire))
 
     async def mean(self, reduction: Reduction, step: int) -> "Tensor":
         """Return the stage's mean gradient."""
@@ -159,12 +152,16 @@ class StageComputer:
             with span("forward", key.step, key.cell):
                 forward = self._stage.forward(key, cell.x, cell.labels)
             self._check(key, "output", forward.y)
+            if not self._stage.spec.is_last:
+                cell.y_payload = pack(forward.y, self._wire)
         if half is not Half.FORWARD:
             if cell.gy is not None and not is_finite(cell.gy):
                 raise NotFiniteError(self._stage.spec.index + 1, "gradient")
             with span("backward", key.step, key.cell):
                 backward = self._stage.backward(key, cell.gy)
             self._check(key, "gradient", backward.gx, backward.gw)
+            if not self._stage.spec.is_first:
+                cell.gx_payload = pack(backward.gx, self._wire)
         return forward, backward
 
     def _check(self, key: CellKey, what: Literal["output", "gradient"], *results: "Tensor") -> None:
@@ -211,6 +208,11 @@ def _mean(reduction: Reduction, step: int) -> "Tensor":
         return reduction.mean()
 
 
-def _own_sum(reduction: Reduction, gradients: dict[int, "Tensor"], step: int) -> "Tensor":
+def _own_sum(
+    reduction: Reduction, gradients: dict[int, "Tensor"], step: int, wire: Dtype
+) -> "tuple[Tensor, tuple[TensorPayload]]":
     with span("sum", step):
-        return reduction.own_sum(gradients)
+        total = reduction.own_sum(gradients)
+        payload = pack(total, wire)
+        # what the replicas will add is what this worker adds, or their weights would part
+        return (unpack(payload) if payload[0].is_encoded else total), payload

@@ -1,8 +1,8 @@
 """A worker's part in the step without I/O: messages and results go in, messages go out through `post`.
 
-Life of a step here: prepared → open (cells come in and go out) → reducing → pending → committed. Where the
-stages' optimiser steps depend on each other, a replica with the mean gradient tells of it and awaits `Apply`.
-Everything is keyed by (generation, step, cell) and idempotent; what does not fit is refused by name.
+Life of a step here: prepared → open (cells come in and go out) → reducing → pending → committed; where the stages'
+optimiser steps depend on each other, a replica with the mean gradient tells of it and awaits `Apply`. Everything is
+keyed by (generation, step, cell) and idempotent; what does not fit is refused by name.
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from typing import TypeAlias, assert_never
 from torch import Tensor
 
 from trainer.content import address_of
+from trainer.faults import fault_of
 from trainer.joint import is_finite, other_end, tied_part
 from trainer.messages import (
     Activation,
@@ -39,7 +40,7 @@ from trainer.messages import (
     Tied,
     Tokens,
 )
-from trainer.payloads import MessageError, Reason, pack, unpack
+from trainer.payloads import MessageError, Reason, TensorPayload, pack, unpack
 from trainer.reduction import Part, Reduction
 from trainer.stage import Backward, Forward, stage_layout
 from trainer.state import StageState
@@ -72,7 +73,6 @@ class Seat:
         self._config = config
         self._client = config.client
         self._spec = config.stage.spec
-        self._wire = config.manifest.wire
         self._other_end = other_end(config.manifest, self._spec.index)
         tied = tied_part(config.manifest, self._spec.index)
         self._layout, self._tied_size = stage_layout(config.manifest, self._spec.index), tied.stop - tied.start
@@ -106,12 +106,10 @@ class Seat:
             self._send_gradient(work, cell)
             self._tell_done(work, cell)
 
-    def summed(self, reduction: Reduction, total: Tensor) -> None:
+    def summed(self, reduction: Reduction, total: Tensor, payload: tuple[TensorPayload]) -> None:
         """Contribute this worker's partial sum."""
-        reduction.is_summed = True
-        request, payload = reduction.request, pack(total, self._wire)
-        # what the replicas will add is what this worker adds, or their weights would part
-        reduction.add(self._me, unpack(payload) if payload[0].is_encoded else total)
+        reduction.is_summed, request = True, reduction.request
+        reduction.add(self._me, total)
         partial = Partial(request.generation, request.step, request.attempt, self._spec.index, payload)
         for peer in reduction.others:
             self._post(peer, partial)
@@ -126,11 +124,9 @@ class Seat:
 
     def averaged(self, reduction: Reduction, gradient: Tensor, tied: Tensor) -> None:
         """Keep the stage's mean gradient, and send its part of the tied tensor to the other end."""
-        reduction.gradient = gradient
-        request = reduction.request
+        reduction.gradient, request = gradient, reduction.request
         for peer in request.ends:
-            at = (request.generation, request.step, request.attempt, self._spec.index)
-            self._post(peer, Tied(*at, pack(tied)))
+            self._post(peer, Tied(request.generation, request.step, request.attempt, self._spec.index, pack(tied)))
 
     def joined(self, reduction: Reduction, squares: float, digest: bytes) -> None:
         """Tell the client of the gradient that the other stages' steps depend on."""
@@ -170,6 +166,16 @@ class Seat:
             self._handle(received)
         except MessageError as refusal:
             self.refused[refusal.reason] += 1
+        except (MemoryError, RuntimeError) as error:
+            self._lack(received.message, error)
+
+    def _lack(self, message: Message | Lost, error: Exception) -> None:
+        """Tell the client of what could not be taken for lack of memory: one of its cells, or all of the step."""
+        self.refused[fault_of(error)] += 1
+        if isinstance(message, CellData) and self.work is not None:
+            self.report(self.work.opened, fault_of(error))
+        elif self.current is not None:
+            self.lose_state()
 
     def _handle(self, received: Received) -> None:
         match message := received.message:
@@ -249,6 +255,7 @@ class Seat:
         if cell is None:
             return
         if work.owns(cell.index):
+            cell.is_failed = False  # as when there was no memory for it a moment ago
             self._send_again(work, cell, message.stage)
         elif was_mine and cell.is_in_flight:
             cell.y = None
@@ -303,16 +310,15 @@ class Seat:
 
     def _on_part(self, received: Received, message: Partial | Tied) -> None:
         """Take a replica's partial sum, or the other end's gradient of the tied tensor."""
-        reduction = None if self._is_ahead(message) else self.reduction
-        if message.stage != (self._other_end if isinstance(message, Tied) else self._spec.index):
+        reduction, is_sum = None if self._is_ahead(message) else self.reduction, isinstance(message, Partial)
+        if message.stage != (self._spec.index if is_sum else self._other_end):
             raise MessageError(Reason.WRONG_STAGE)
         if reduction is None or message.attempt > reduction.attempt:
             self._hold(received, message)
             return
         if message.attempt < reduction.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
-        size = self._tied_size if isinstance(message, Tied) else self._layout.total
-        if message.payload[0].shape != (size,):
+        if message.payload[0].shape != (self._layout.total if is_sum else self._tied_size,):
             raise MessageError(Reason.TENSOR_SHAPE)
         if isinstance(message, Partial):
             check_wire(self._config.manifest, message)
@@ -321,14 +327,10 @@ class Seat:
         if self._config.manifest.quorum == 1 and not is_finite(part):
             self.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
             raise MessageError(Reason.NOT_FINITE, f"a sum of {received.sender}")
-        if (
-            isinstance(message, Partial)
-            and self.current is not None
-            and are_odd(self._layout, part, self.current.weights)
-        ):
+        if is_sum and self.current is not None and are_odd(self._layout, part, self.current.weights):
             self.report(reduction.request, Reason.ODD_STATISTICS, (received.sender,))
         address = received.proof[0][0] if received.proof else b""
-        (reduction.add if isinstance(message, Partial) else reduction.add_far)(received.sender, part, address)
+        (reduction.add if is_sum else reduction.add_far)(received.sender, part, address)
         reduction.keep(Part(received.sender, message, received.proof))
 
     def _on_commit(self, message: Commit) -> None:
@@ -367,8 +369,7 @@ class Seat:
             raise MessageError(Reason.STALE_GENERATION)
         if message.generation == self.generation and message.step < self._next_step:
             raise MessageError(Reason.STALE_STEP)
-        opened = self.work.opened if self.work is not None else None
-        return opened is None or (message.generation, message.step) != (opened.generation, opened.step)
+        return self.work is None or (message.generation, message.step) != (self.work.generation, self.work.step)
 
     # what goes out
 
@@ -379,17 +380,17 @@ class Seat:
         self._tell(Reduced(request.generation, request.step, request.attempt, state.root))
 
     def _send_output(self, work: StepWork, cell: Cell) -> None:
-        if cell.y is not None and not self._spec.is_last:
+        if cell.y is not None and cell.y_payload is not None and not self._spec.is_last:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            output = Activation(*at, pack(cell.y, self._wire))
+            output = Activation(*at, cell.y_payload)
             for peer in work.consumers(cell.index):
                 self._post(peer, output)
             self._tell(Passed(*at, address_of(output.payload[0].data) if work.quorum > 1 else b""))
 
     def _send_gradient(self, work: StepWork, cell: Cell) -> None:
-        if cell.gx is not None and not self._spec.is_first:
+        if cell.gx is not None and cell.gx_payload is not None and not self._spec.is_first:
             at = (work.generation, work.step, cell.index, self._spec.index)
-            gradient = Gradient(*at, pack(cell.gx, self._wire))
+            gradient = Gradient(*at, cell.gx_payload)
             for peer in work.producers(cell.index):
                 self._post(peer, gradient)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, assert_never
 from trainer.content import address_of
 from trainer.layout import StageSpec
 from trainer.messages import Activation, Apply, Gradient, Labels, OpenStep, Reduce, Reroute, Tokens
-from trainer.payloads import MessageError, Reason
+from trainer.payloads import MessageError, Reason, TensorPayload
 from trainer.reduction import Part, Reduction
 from trainer.redundancy import Ballot
 from trainer.schedule import in_flight_limit
@@ -24,8 +24,9 @@ CellData: TypeAlias = Tokens | Labels | Activation | Gradient
 class Cell:
     """One cell's material as it comes in; x is tokens at the first stage, gy is absent at the last.
 
-    `x_sent` and `gy_sent` are the bytes that came, where they are an encoding. `ballots` hold what members of a
-    team sent until most sent the same; `digest` is that of the results' content addresses, where teams compare it.
+    `x_sent` and `gy_sent` are the bytes that came, where they are an encoding; `y_payload` and `gx_payload` what goes
+    out. `ballots` hold what members of a team sent until most sent the same; `digest` is that of the results' content
+    addresses, where teams compare it.
     """
 
     index: int
@@ -43,6 +44,8 @@ class Cell:
     gy_sent: memoryview | None = None
     gx: "Tensor | None" = None
     gw: "Tensor | None" = None
+    y_payload: tuple[TensorPayload] | None = None
+    gx_payload: tuple[TensorPayload] | None = None
     loss: float = 0.0
     seconds: float = 0.0
     is_failed: bool = False
@@ -60,6 +63,8 @@ class Cell:
         tensors = (self.x, self.labels, self.y, self.gy, self.gx, self.gw)
         encoded = sum(len(sent) for sent in (self.x_sent, self.gy_sent) if sent is not None)
         encoded += sum(ballot.size for ballot in self.ballots.values())
+        out = (payload for payload in (self.y_payload, self.gx_payload) if payload is not None)
+        encoded += sum(only.nbytes for (only,) in out if only.is_encoded)
         return encoded + sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -11,13 +11,9 @@ from bench.support.shape import HEIGHT, SKETCH, SPAN, TRACE, Shape, key_of, name
 from chain.blocks import Vote, VoteKind, vote_bytes
 from chain.codec import encode
 from chain.commitment import claim_root, leaf
+from chain.ledger.book import step_key
 from chain.ledger.claims import claim_id
-from chain.records import (
-    AuditStatus,
-    Unbonding,
-    Validator,
-    Voter,
-)
+from chain.records import AuditStatus, StepProgress, Unbonding, Validator, Voter
 from chain.state import Table
 from chain.transactions import (
     Claim,

@@ -9,23 +9,33 @@ from chain.engine import ChainEngine, SubmitRefused
 from chain.state import State, Task
 from chain.transactions import TakeSeat
 from tdml_p2p.swarm.admission import WrongAnswer
+from trainer.faults import COMPUTE_ERRORS, lacks_memory
 from trainer.manifest import TaskManifest
 from trainer.precision import BF16
-from trainer.worker_ports import DEFAULT_MEMORY_LIMIT, Compute
+from trainer.worker_ports import Compute
 
 log = structlog.get_logger(__name__)
 
 
 class Applicant:
-    """Applies once for a seat of every task that this machine can hold; `memory` bounds a step's tensors, 0 usually."""
+    """Applies once for a seat of every task that this machine can hold.
+
+    `memory` bounds what all seats take together, 0 sets no bound; `held` tells what those that it has take.
+    """
 
     def __init__(
-        self, engine: ChainEngine, compute: Compute, memory: int, prove: Callable[[Task], Awaitable[int]]
+        self,
+        engine: ChainEngine,
+        compute: Compute,
+        memory: int,
+        prove: Callable[[Task], Awaitable[int]],
+        held: Callable[[], int] = int,
     ) -> None:
         self._engine = engine
         self._compute = compute
-        self._memory = memory or DEFAULT_MEMORY_LIMIT
+        self._memory = memory
         self._prove = prove
+        self._held = held
         self._applied: set[bytes] = set()
         self.declined: dict[bytes, str] = {}
         """Why this peer does not apply, by task."""
@@ -43,12 +53,16 @@ class Applicant:
 
         What the chain refuses for now is tried again with a later block.
         """
-        kernel = await self._compute(partial(_kernel, manifest.precision))
-        problem = _unlike(task, manifest, kernel) or await self._compute(partial(_too_large, manifest, self._memory))
+        kernel = b""
         try:
+            kernel = await self._compute(partial(_kernel, manifest.precision))
+            too_large = partial(_too_large, manifest, self._memory, self._held())
+            problem = _unlike(task, manifest, kernel) or await self._compute(too_large)
             self.answers[task.id] = 0 if problem else await self._prove(task)
         except WrongAnswer as error:
             problem = f"this machine computes wrongly: {error}"
+        except COMPUTE_ERRORS as error:
+            problem = "too little memory" if lacks_memory(error) else f"this machine cannot compute: {error}"
         if problem is not None:
             self.declined[task.id] = problem
             log.warning("does not apply for a seat", task=task.id.hex(), reason=problem)
@@ -70,10 +84,10 @@ class Applicant:
         }
 
 
-def _too_large(manifest: TaskManifest, memory: int) -> str | None:
+def _too_large(manifest: TaskManifest, memory: int, held: int) -> str | None:
     from trainer.footprint import available_bytes, why_not
 
-    return why_not(manifest, memory, available_bytes())
+    return why_not(manifest, memory, available_bytes(), held)
 
 
 def _unlike(task: Task, manifest: TaskManifest, kernel: bytes) -> str | None:

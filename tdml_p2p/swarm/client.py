@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from chain.state import Table
-from tdml_p2p.blob_store import BlobStore
+from tdml_p2p.blob_store import BlobStore, DiskFull
 from tdml_p2p.errors import UserError
 from tdml_p2p.swarm.evidence import EvidenceStore
 from tdml_p2p.swarm.feed import ClientFeed
@@ -28,7 +28,7 @@ from tdml_p2p.swarm.tracing import TraceCollector
 from tdml_p2p.swarm.transport import SwarmTransport
 from tdml_p2p.swarm.watching import Watcher
 from trainer.base_weights import base_layout
-from trainer.coordinator import Coordinator, StageLost, StepFailed
+from trainer.coordinator import Coordinator, StageFull, StageLost, StepFailed
 from trainer.coordinator_ports import (
     CoordinatorConfig,
     CoordinatorPorts,
@@ -39,12 +39,14 @@ from trainer.coordinator_ports import (
     patience_for,
 )
 from trainer.ends import with_ends
+from trainer.footprint import largest, size_text
 from trainer.state import StageState
 from trainer.trace import recording
 from trainer.worker_ports import StateUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tdml_p2p.config import TrainConfig
     from tdml_p2p.peer import Peer
@@ -140,7 +142,13 @@ class SwarmClient:
         finally:
             transport.close()
             if self._trace is not None and self._train.trace is not None:
-                self._trace.save(self._train.trace)
+                self._save_trace(self._trace, self._train.trace)
+
+    def _save_trace(self, trace: TraceCollector, path: "Path") -> None:
+        try:
+            trace.save(path)
+        except OSError as error:
+            self._report_unsaved(f"The trace could not be written: {error}.", "nothing else depends on it")
 
     async def _run_parts(
         self, governor: ChainGovernor, transport: SwarmTransport, feed: ClientFeed, posted: Posted
@@ -216,19 +224,20 @@ class SwarmClient:
                     break  # every stage has somebody, and nobody else has come for some blocks
                 await self._peer.next_block()
             stages = with_ends(members, self._peer.name).stages if manifest.private else stages
-            self._report({"event": "formed", "stages": [list(p) for p in stages], "steps": manifest.total_steps})
+            self._progress.formed(stages)
             return
         raise UserError(
             f"Too few peers took a seat: some stage has {'nobody' if manifest.quorum == 1 else 'no majority'}.",
-            f"start {len(manifest.seated) * manifest.quorum} peers or more with `tdml-peer start --join INVITE`",
+            f"start {len(manifest.seated) * manifest.quorum} peers or more with `tdml-peer start --join INVITE`; "
+            f"the largest seat takes about {self._need()} of memory",
         )
 
     # while it runs
 
     def _coordinator(self, links: Links, feed: ClientFeed) -> Coordinator:
         manifest = self._prepared.manifest
-        largest = max(base_layout(manifest, stage).total for stage in range(manifest.stages))
-        patience = replace(patience_for(largest, manifest.positions), vacant=_VACANT_SECONDS)
+        widest = max(base_layout(manifest, stage).total for stage in range(manifest.stages))
+        patience = replace(patience_for(widest, manifest.positions), vacant=_VACANT_SECONDS)
         config = CoordinatorConfig(manifest, patience, self._train.eval_every)
         ports = CoordinatorPorts(
             governor=links.governor,
@@ -259,14 +268,13 @@ class SwarmClient:
             if scope.cancelled_caught and self._is_lost and not self._is_interrupted:
                 return _MOVED
             if scope.cancelled_caught:
-                if self._progress.has_stepped:
-                    await self._saver.save_interrupted(coordinator, governor)
+                await self._save_stopped(coordinator, governor)
                 return INTERRUPTED
         except (StageLost, StateUnavailable, TaskEnded) as error:
             if self._keeper is not None and self._keeper.states and isinstance(error, StateUnavailable):
                 return _MOVED
             raise UserError(f"The swarm was lost: {error}.", "continue with --resume when peers are back") from None
-        except StepFailed as error:
+        except (StepFailed, StageFull) as error:
             raise await self._stopped_by(error, coordinator, governor) from None
         await self._saver.save_end(states)
         await self._poster.close(self._task)
@@ -287,17 +295,45 @@ class SwarmClient:
                     await self._peer.swarm.collect(conviction.subject, store)
                 except (NotReplayable, Unavailable) as error:
                     log.warning("evidence is not saved", audit=conviction.subject.hex(), reason=str(error))
+                except (DiskFull, OSError) as error:
+                    reason = f"The evidence of a verdict could not be written: {error}."
+                    self._report_unsaved(reason, "the model itself is complete; `tdml-chain audit` gives it again")
 
-    async def _stopped_by(self, error: StepFailed, coordinator: Coordinator, governor: ChainGovernor) -> UserError:
-        """Save the last good state of a run that cannot go on, and return what to tell its owner."""
+    async def _save_stopped(self, coordinator: Coordinator, governor: ChainGovernor) -> None:
+        """Save the newest state of a run that goes on no further, if it has one, and the chain so far."""
         assert self._saver is not None
-        if self._progress.has_stepped:
-            await self._saver.save_interrupted(coordinator, governor)
+        if not self._progress.has_stepped:
+            return
+        await self._saver.save_interrupted(coordinator, governor)
+        try:
+            with trio.CancelScope(shield=True):
+                await copy_chain(self._peer.home.chain_path, self._train.out)
+        except UserError as error:
+            self._report_unsaved(error.message, error.hint)
+
+    def _report_unsaved(self, reason: str, hint: str) -> None:
+        self._report({"event": "not-saved", "reason": reason, "hint": hint})
+
+    async def _stopped_by(
+        self, error: StepFailed | StageFull, coordinator: Coordinator, governor: ChainGovernor
+    ) -> UserError:
+        """Save the last good state of a run that cannot go on, and return what to tell its owner."""
+        await self._save_stopped(coordinator, governor)
         step = self._progress.of_training(error.step)
+        if isinstance(error, StageFull):
+            return UserError(
+                f"Training stopped: in step {step} nobody who holds stage {error.stage} has the memory for it.",
+                f"it takes about {self._need()}: continue with --resume when larger peers are there, or start again "
+                "with more --stages or a smaller --batch; the state before this step was saved",
+            )
         return UserError(
             f"Training stopped: in step {step}, stage {error.stage}, {error.what} is not finite, wherever computed.",
             "start again with a lower --learning-rate or with --clip; the state before this step was saved",
         )
+
+    def _need(self) -> str:
+        """Return in words how much memory the largest seat takes."""
+        return size_text(largest(self._prepared.manifest).total)
 
     def _report_done(self, steps: int) -> None:
         done = {"out": str(self._train.out), "task": self._task.hex(), "steps": steps}

@@ -258,5 +258,15 @@ def _refuse_unsupported(train: TrainConfig) -> None:
         raise UserError("--max-data and --eval-every cannot be negative.", "0 is their usual meaning", USAGE)
     if train.save_every < 0:
         raise UserError("--save-every cannot be negative.", "0 saves at the end only", USAGE)
+    if train.trace is not None and not _may_write(train.trace):
+        raise UserError(f"{train.trace} cannot be written.", "choose another file with --trace", USAGE)
     if train.out.exists() and not train.out.is_dir():
         raise UserError(f"{train.out} is not a folder.", "choose another folder with --out", USAGE)
+
+
+def _may_write(path: Path) -> bool:
+    """Whether a file can be written there, in folders yet to be made if need be; an old one is left as it is."""
+    if path.exists():
+        return path.is_file() and os.access(path, os.W_OK)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return folder.is_dir() and os.access(folder, os.W_OK)

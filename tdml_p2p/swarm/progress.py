@@ -22,7 +22,7 @@ from trainer.metrics import MetricsLog
 from trainer.optimizer import learning_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from chain.engine import ChainEngine
@@ -132,10 +132,20 @@ class Progress:
             self._report({"event": "validation", "step": step, "loss": event.validation, "reason": ""})
         self._warn_of_lonely(event)
 
+    def formed(self, stages: "Sequence[Sequence[str]]") -> None:
+        """Report who holds the stages, and each seated one that depends on a single peer from the start."""
+        manifest = self.manifest
+        self._report({"event": "formed", "stages": [list(peers) for peers in stages], "steps": manifest.total_steps})
+        alone = [stage for stage in manifest.seated if len(stages[stage]) == 1]
+        for stage in alone:
+            step = self.of_training(1)
+            self._report({"event": "alone", "step": step, "stage": stage, "peer": stages[stage][0]})
+        self._alone = frozenset(alone)
+
     def _warn_of_lonely(self, event: StepDone) -> None:
-        """Say once when a stage of a task with replicas comes to depend on one worker."""
+        """Say once when a stage comes to depend on one worker."""
         held = Counter(share.stage for share in event.shares if share.stage in self.manifest.seated)
-        alone = frozenset(stage for stage, count in held.items() if count == 1 < self.manifest.replicas)
+        alone = frozenset(stage for stage, count in held.items() if count == 1)
         for share in event.shares:
             if share.stage in alone - self._alone:
                 step = self.of_training(event.step)

@@ -23,6 +23,8 @@ from trainer.worker_ports import StateUnavailable
 log = structlog.get_logger(__name__)
 
 _FETCH_SECONDS = 120.0
+_SLOW_LINK = 2e6
+"""Bytes per second of the slowest link over which states are waited for when a run is interrupted."""
 _PAUSES = (0.1, 0.3, 1.0)
 
 
@@ -97,7 +99,8 @@ class Saver:
 
         The last step's commit may not have reached them; the step before is then saved to start a new task from.
         """
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _FETCH_SECONDS):
+        patience = _FETCH_SECONDS + 12 * self._posted.prepared.manifest.parameters / _SLOW_LINK
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + patience):
             generation, step = governor.current().generation, coordinator.step
             for candidate, at in ((step, generation), (step - 1, -1)):
                 try:

@@ -40,6 +40,7 @@ from tdml_p2p.swarm.replay import find_case, replay
 from tdml_p2p.swarm.restoring import restore_cell, restore_step
 from tdml_p2p.swarm.tracing import MAX_TRACE_REQUEST_BYTES, TRACE_PROTOCOL, TraceService
 from tdml_p2p.swarm.transport import SwarmTransport
+from trainer.faults import COMPUTE_ERRORS
 from trainer.manifest import TaskManifest
 from trainer.runtime import prepare_memory, prepare_process, release_memory
 from trainer.trace import Recorder, lane, recording, span
@@ -113,7 +114,9 @@ class SwarmService:
         self._sessions: dict[bytes, WorkerSession] = {}
         self.leaving = Leaving(self._engine, self._account, self._sessions)
         self._recorders: dict[bytes, Recorder] = {}
-        self.applicant = Applicant(self._engine, self._compute, peer.config.memory, self._known_answers)
+        self.applicant = Applicant(
+            self._engine, self._compute, peer.config.memory, self._known_answers, self._held_memory
+        )
         self._taken: set[bytes] = set()
         self._wanted: set[bytes] = set()
         self._sources: list[Callable[[bytes], memoryview | None]] = []
@@ -203,7 +206,10 @@ class SwarmService:
     async def _give_up(self, task: bytes, session: "WorkerSession") -> None:
         """Leave a seat whose client has been silent for too long; what auditors may ask for stays."""
         session.stop()
-        log.warning("leaves a seat", task=task.hex(), reason=f"the client is silent for {session.silence():.0f} s")
+        await self._leave(task, f"the client is silent for {session.silence():.0f} s")
+
+    async def _leave(self, task: bytes, reason: str) -> None:
+        log.warning("leaves a seat", task=task.hex(), reason=reason)
         try:
             await self._engine.submit(LeaveSeat(task))
         except SubmitRefused as error:
@@ -225,13 +231,20 @@ class SwarmService:
             self._peer.network.tensors,
             partial(self.is_member, task.id),
         )
-        stage = await self._compute(partial(self._factory, manifest, index))
-        if manifest.lora is not None and not await self._load_base(stage, task, manifest, index):
+        try:
+            stage = await self._compute(partial(self._factory, manifest, index))
+            is_whole = manifest.lora is None or await self._load_base(stage, task, manifest, index)
+        except COMPUTE_ERRORS as error:
+            is_whole = False
+            self.applicant.declined[task.id] = f"its stage cannot be built: {str(error) or 'too little memory'}"
+            await self._leave(task.id, self.applicant.declined[task.id])
+        if not is_whole:
             transport.close()
             return
-        from tdml_p2p.swarm.session import Seat, WorkerSession  # with torch, which is here now
+        from tdml_p2p.swarm.session import Seat, WorkerSession, step_memory  # with torch, which is here now
 
-        seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, self._peer.config.memory)
+        room = step_memory(self._peer.config.memory, self._held_memory(), manifest, index)
+        seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, room)
         session = WorkerSession(seat, self._peer.key, transport, self._outbox, stage)
         session.recorder = self._recorders.setdefault(task.id, session.recorder)
         self._sessions[task.id] = session
@@ -241,6 +254,10 @@ class SwarmService:
         finally:
             transport.close()
         log.info("task finished", task=task.id.hex(), steps=session.steps)
+
+    def _held_memory(self) -> int:
+        """Return about how many bytes the seats of this peer take."""
+        return sum(session.footprint for session in self._sessions.values() if not session.is_stopped)
 
     async def _known_answers(self, task: Task) -> int:
         """Return how many verified cells of a task this machine computes alike; raise `WrongAnswer`."""

@@ -18,6 +18,8 @@ from tdml_p2p.swarm.states import fetch_state
 from tdml_p2p.swarm.step_material import UNSIGNED
 from tdml_p2p.swarm.traces import TraceBook
 from tdml_p2p.swarm.transport import SwarmTransport
+from trainer.faults import COMPUTE_ERRORS
+from trainer.footprint import footprint
 from trainer.manifest import TaskManifest
 from trainer.messages import Activation, Gradient
 from trainer.stage import StageLike, stage_layout
@@ -51,6 +53,12 @@ class Seat:
     def on_chain(self) -> int:
         """The stage's number on chain, which counts only those that have seats."""
         return self.manifest.seated.index(self.stage)
+
+
+def step_memory(memory: int, held: int, manifest: TaskManifest, index: int) -> int:
+    """Return how many of `memory` bytes, of which other seats take `held`, are for a seat's step; 0 sets no bound."""
+    need = footprint(manifest, index)
+    return max(memory - held - need.resident, need.step) if memory else 0
 
 
 class WorkerSession:
@@ -89,6 +97,11 @@ class WorkerSession:
                 nursery.start_soon(self._transport.run)
                 await self._worker.run()
                 nursery.cancel_scope.cancel()
+
+    @property
+    def footprint(self) -> int:
+        """About how many bytes the seat takes."""
+        return footprint(self.seat.manifest, self.seat.stage).total
 
     @property
     def peer(self) -> str:
@@ -157,7 +170,11 @@ class WorkerSession:
         if before is None or after is None:
             return  # rolled back since; the chain would refuse the claim of an ended generation
         placed = replace(record, stage=self.seat.on_chain)
-        claim = await trio.to_thread.run_sync(self.book.add, placed, before.root, after.manifest)
+        try:
+            claim = await trio.to_thread.run_sync(self.book.add, placed, before.root, after.manifest)
+        except COMPUTE_ERRORS as error:
+            log.warning("a step is not claimed", step=record.step, reason=str(error) or "too little memory")
+            return
         for step in (record.step - 1, record.step):
             if step in states:
                 self.book.provide_state(states[step])

@@ -15,7 +15,7 @@ async def fetch_state(fetch: Fetch, root: bytes, holders: Sequence[str], size: i
     try:
         manifest = decode_state_manifest(bytes(await fetch(root, holders)), root)
         addresses = (manifest.weights, manifest.m, manifest.v)
-        blobs = {address: bytes(await fetch(address, holders)) for address in addresses}
+        blobs = {address: await fetch(address, holders) for address in addresses}
     except (Unavailable, StageError) as error:
         raise StateUnavailable(str(error)) from None
     count = len(blobs[manifest.weights]) // 4 if size is None else size

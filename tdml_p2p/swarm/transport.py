@@ -31,6 +31,7 @@ from trainer.transport import Lost, PeerLost, Received
 log = structlog.get_logger(__name__)
 
 _SEND_SECONDS = 120.0
+"""How long a link may make no progress."""
 _RECEIPT_SECONDS = 0.2
 _KEPT_RECEIPTS = 8192
 _NOTHING = memoryview(b"")
@@ -105,6 +106,9 @@ class SwarmTransport:
         try:
             await self._streams.send(to, self._task, header, tensors, _SEND_SECONDS)
         except StreamLost:
+            raise PeerLost(to) from None
+        except ValueError as error:  # beyond the bounds of a frame: no manifest that was checked leads here
+            log.warning("swarm message not sent", to=to, reason=str(error))
             raise PeerLost(to) from None
 
     async def _forward_own(self) -> None:

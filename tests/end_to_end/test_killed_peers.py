@@ -43,6 +43,7 @@ async def test_a_killed_worker_costs_nothing_but_itself(tmp_path: Path) -> None:
             code = await finished(running, events)
     assert code == 0, running.log.read_text()[-2000:]
     assert losses(events) == pytest.approx(undisturbed(train), rel=1e-4)
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 15))
     happened = [kind for kind, _ in events_on_chain(train.out / "chain.db")]
     assert not PUNISHMENTS & set(happened)
     assert "left" in {event["event"] for event in events}

@@ -24,6 +24,7 @@ async def test_a_worker_that_is_told_to_stop_hands_its_work_over(tmp_path: Path)
         assert await swarm.peers[2].process.wait() == 0
     assert code == 0, running.log.read_text()[-2000:]
     assert losses(events) == pytest.approx(undisturbed(train), rel=1e-4)
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 15))
     assert len([event for event in events if event["event"] == "left"]) == 1
     left = [data for kind, data in events_on_chain(train.out / "chain.db") if kind == "left"]
     assert len(left) == 1

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -111,6 +112,24 @@ async def test_a_deadline_ends_a_send_that_gets_no_credit_and_a_new_link_brings_
         while isinstance(frame, LinkLost):
             frame = await channel.receive()
         assert frame == Frame(sender.peer, b"last", (data,))
+
+
+async def test_a_large_frame_over_a_slow_link_is_late_only_when_the_link_takes_nothing() -> None:
+    async with pair() as (sender, receiver):
+        channel = receiver.tensors.open_session(SESSION)
+        link_write = sender.tensors._write
+
+        async def slowly(link: Any, data: bytes | memoryview) -> None:
+            await trio.sleep(0.25)
+            await link_write(link, data)
+
+        sender.tensors._write = slowly  # type: ignore[method-assign]
+        data = pattern(4 << 20)
+        async with trio.open_nursery() as nursery:
+            started = trio.current_time()
+            nursery.start_soon(sender.tensors.send, receiver.peer, SESSION, b"", [data], 1.0)
+            assert await channel.receive() == Frame(sender.peer, b"", (data,))
+        assert trio.current_time() - started > 1.5
 
 
 async def test_a_session_that_opens_late_gets_the_frame() -> None:

@@ -57,6 +57,8 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"kernel": "ab" * 32}, "--kernel"),
         ({"precision": "bf16", "kernel": "ab"}, "kernel class"),
         ({"save_every": -1}, "--save-every"),
+        ({"trace": Path("/dev/null/trace.json")}, "cannot be written"),
+        ({"trace": Path("/")}, "cannot be written"),
         ({"data": ()}, "no data"),
     ],
 )

@@ -131,6 +131,7 @@ class Kit:
         self.computes: dict[str, Compute] = {}
         self.report: Callable[[SwarmEvent], None] = self.events.append
         self.nursery: trio.Nursery | None = None
+        self.seconds = 0.0
         ports = CoordinatorPorts(
             self.governor,
             batches_of(self.manifest),
@@ -143,11 +144,15 @@ class Kit:
         self.coordinator = Coordinator(config, self.hub.join(CLIENT), ports)
 
     async def train(self) -> tuple[StageState, ...]:
+        began = trio.current_time()
         async with trio.open_nursery() as self.nursery:
             for stage, peers in enumerate(self.governor.members.stages):
                 for peer in peers:
                     self.start(peer, stage)
-            states = await self.coordinator.run()
+            try:
+                states = await self.coordinator.run()
+            finally:
+                self.seconds = trio.current_time() - began
             self.nursery.cancel_scope.cancel()
         return states
 

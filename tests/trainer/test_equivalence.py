@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.equivalence import BOUND, CASES, Case, measure
+from bench.equivalence import BOUND, CASES, Case, measure, troubles
+from bench.support.in_memory import Trouble
 from trainer.messages import Message, Partial, Reduced, Summed, Tied
 from trainer.transport import Faults
 
@@ -33,5 +34,11 @@ def test_a_tied_tensor_far_apart(case: Case, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", [Partial, Tied, Summed, Reduced], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("peer", ["s0r0", "s1r1"])
 def test_a_death_in_the_reduction_changes_nothing(case: Case, kind: type[Message], peer: str) -> None:
-    (result,) = measure(case, 3, [(2, 2)], lambda: Faults().crash(peer, after=2, of=kind))
+    (result,) = measure(case, 3, [(2, 2)], "killed", Trouble(lambda: Faults().crash(peer, after=2, of=kind)))
     assert result.distance <= BOUND
+
+
+@pytest.mark.parametrize("name", ["commit", "pause", "joiner"])
+def test_whatever_happens_on_the_way_the_model_is_the_same(name: str) -> None:
+    (result,) = measure(Case("llama"), 4, [(2, 2)], name, troubles(4)[name])
+    assert result.is_equal

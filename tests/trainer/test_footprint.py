@@ -2,6 +2,7 @@
 
 from math import prod
 
+import pytest
 from msgspec.structs import replace
 
 from tests.trainer.image_samples import resnet_manifest
@@ -32,10 +33,18 @@ def test_replicas_share_a_step_and_the_largest_seat_counts() -> None:
 
 def test_a_machine_is_told_why_it_is_too_small() -> None:
     need = largest(MANIFEST)
-    assert why_not(MANIFEST, need.step, need.total) is None
-    assert why_not(MANIFEST, need.step, None) is None
-    assert "--memory" in str(why_not(MANIFEST, need.step - 1, None))
-    assert "free" in str(why_not(MANIFEST, need.step, need.total - 1))
+    assert why_not(MANIFEST, need.total, need.total) is None
+    assert why_not(MANIFEST, 0, None) is None
+    assert "--memory" in str(why_not(MANIFEST, need.total - 1, None))
+    assert "other seats" in str(why_not(MANIFEST, need.total, None, held=1))
+    assert why_not(MANIFEST, need.total + 1, None, held=1) is None
+    assert "free" in str(why_not(MANIFEST, need.total, need.total - 1))
+
+
+def test_without_a_bound_of_its_own_a_step_has_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.footprint.DEFAULT_MEMORY_LIMIT", largest(MANIFEST).step - 1)
+    assert "usual" in str(why_not(MANIFEST, 0, None))
+    assert why_not(MANIFEST, largest(MANIFEST).total, None) is None
     assert (available_bytes() or 1) > 0
 
 

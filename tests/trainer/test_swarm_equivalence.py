@@ -45,3 +45,12 @@ def test_threads_compute_the_same_bits() -> None:
 
     trio.run(train)
     assert not kit.coordinator.refused
+
+
+def test_with_one_replica_a_stage_the_same_seed_gives_the_same_bits_however_fast_the_workers_are() -> None:
+    manifest = manifest_of(stages=2, steps=3)
+    roots = [
+        [state.root for state in trained(Kit(manifest, replicas=1, cell_seconds=seconds))]
+        for seconds in ({}, {"s0r0": 0.5}, {"s1r0": 0.2})
+    ]
+    assert roots[0] == roots[1] == roots[2]

@@ -29,6 +29,20 @@ def draft(config: dict[str, object] | None = None, **changes: object) -> TaskMan
     return msgspec.structs.replace(base, **changes)
 
 
+LARGE: dict[str, int] = {
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+}
+"""Two stages of more than 2**28 parameters each."""
+
+
+def test_a_large_stage_needs_no_large_message_with_one_replica_or_a_small_encoding() -> None:
+    complete(draft(LARGE, replicas=1))
+    complete(draft(LARGE, replicas=2, compression="int8"))
+
+
 def test_a_complete_manifest_survives_its_canonical_bytes() -> None:
     manifest = small_manifest(2)
     data = encode_manifest(manifest)
@@ -75,6 +89,7 @@ def test_a_complete_manifest_survives_its_canonical_bytes() -> None:
             ),
             ManifestReason.BAD_SIZE,
         ),
+        (draft(LARGE, replicas=2), ManifestReason.STAGE_TOO_LARGE),
         (draft({"surprise": 1}), ManifestReason.UNKNOWN_SETTING),
         (draft({"hidden_size": 0}), ManifestReason.BAD_CONFIG),
         (draft({"hidden_size": 65}), ManifestReason.BAD_CONFIG),

@@ -95,6 +95,47 @@ async def test_a_machine_that_computes_wrongly_does_not_apply() -> None:
     assert peer.declined == {TASK: "this machine computes wrongly: gw is off"}
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "too little memory"),
+        (RuntimeError("no such instruction"), "this machine cannot compute: no such instruction"),
+    ],
+)
+async def test_a_machine_that_cannot_compute_the_known_answers_declines(error: Exception, said: str) -> None:
+    async def prove(_task: Task) -> int:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    chain = Chain()
+    peer = Applicant(cast(ChainEngine, chain), at_once, 0, prove)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"")), MANIFEST)
+    assert not chain.sent
+    assert peer.declined == {TASK: said}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+async def test_a_stage_that_does_not_fit_gives_its_seat_up(error: Exception) -> None:
+    def build(*_: object) -> None:
+        raise error
+
+    chain = Chain()
+    closed: list[bytes] = []
+    streams = SimpleNamespace(
+        open_session=lambda _: trio.open_memory_channel[None](0)[1], close_session=lambda task: closed.append(task)
+    )
+    peer = SimpleNamespace(key=PrivateKey(bytes(32)), name="me", network=SimpleNamespace(tensors=streams))
+    fake = SimpleNamespace(_peer=peer, _compute=at_once, _factory=build, _engine=chain, is_member=bool)
+    fake.applicant = applicant(chain)
+    fake._leave = lambda task, reason: SwarmService._leave(cast(SwarmService, fake), task, reason)
+    task = SimpleNamespace(id=TASK, client=CLIENT, depth=4)
+    await SwarmService._work(cast(SwarmService, fake), cast(Task, task), 0, MANIFEST)
+    assert chain.sent == [LeaveSeat(TASK)]
+    assert closed == [TASK]
+    assert "cannot be built" in fake.applicant.declined[TASK]
+
+
 async def test_a_machine_of_another_kernel_class_does_not_apply_and_says_which_it_is() -> None:
     rough = msgspec.structs.replace(MANIFEST, precision="bf16")
     own = kernel_class("bf16")
@@ -127,9 +168,9 @@ async def test_a_peer_that_cannot_pay_applies_again_later() -> None:
 async def test_a_peer_does_not_apply_for_what_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     need = largest(MANIFEST)
     for memory, free, said in (
-        (need.step - 1, None, "more than the"),
+        (need.total - 1, None, "more than the"),
         (0, need.total - 1, "are free"),
-        (need.step, need.total, ""),
+        (need.total, need.total, ""),
         (0, None, ""),
     ):
         monkeypatch.setattr("trainer.footprint.available_bytes", lambda free=free: free)

@@ -15,7 +15,7 @@ from chain.ledger.book import audit_id
 from chain.params import Params
 from chain.records import ClaimRecord
 from chain.state import Audit, State, Task
-from chain.transactions import Opening, Trace
+from chain.transactions import Claim, Opening, Trace
 from chain.verdicts import deviations, is_fraud, is_match, limits_for
 from tdml_p2p.demo.faults import ATTACKS, faulty_factory
 from tdml_p2p.swarm.inputs import InputsRefused, Wanted, checked, merge
@@ -24,6 +24,8 @@ from tdml_p2p.swarm.service import SwarmService
 from tests.tdml_p2p.swarm.session_kit import CLIENT, TASK, Run, inline, without_threads
 from tests.trainer.swarm_kit import manifest_of
 from trainer.coordinator_ports import StepDone
+from trainer.state import StateManifest
+from trainer.worker_step import StepRecord
 
 LIMITS = limits_for(Params())
 AUDIT, KEY = bytes([1]) * 32, bytes([2]) * 32
@@ -211,6 +213,21 @@ def test_what_has_settled_is_forgotten() -> None:
     session.on_state(nothing_on_chain(), cast(Task, SimpleNamespace(settled=3, generation=0)))
     assert session.book.cell(0, 3, 0) is None
     assert session.blob(run.states[0].root) is not None
+
+
+def test_a_step_that_there_is_no_memory_to_claim_is_left_out_and_the_work_goes_on() -> None:
+    run = Run(manifest=manifest_of(stages=1, steps=3))
+    peer = run.stages[0][0]
+    add = run.sessions[peer].book.add
+
+    def scarce(record: StepRecord, before: bytes, after: StateManifest) -> Claim | None:
+        if record.step == 2:
+            raise MemoryError
+        return add(record, before, after)
+
+    run.sessions[peer].book.add = scarce  # type: ignore[method-assign]
+    in_virtual_time(run.train)
+    assert [claim.step for claim in run.outboxes[peer].claims if isinstance(claim, Claim)] == [1, 3]
 
 
 def test_a_session_that_has_not_begun_holds_nothing() -> None:

@@ -41,6 +41,7 @@ class FakeStreams:
         self.feed, self.frames = trio.open_memory_channel[Frame | LinkLost](math.inf)
         self.sent: list[tuple[str, bytes, tuple[memoryview, ...]]] = []
         self.lost: set[str] = set()
+        self.max_frame = 1 << 30
         self.closed: list[bytes] = []
 
     def open_session(self, session: bytes) -> trio.MemoryReceiveChannel[Frame | LinkLost]:
@@ -58,6 +59,8 @@ class FakeStreams:
         assert deadline > 0
         if peer in self.lost:
             raise StreamLost(peer)
+        if sum(map(len, tensors)) > self.max_frame:
+            raise ValueError("too large")
         self.sent.append((peer, header, tuple(tensors)))
 
 
@@ -274,6 +277,13 @@ async def test_a_lost_link_is_told_to_the_sender_and_to_the_reader() -> None:
             await bench.transport.send(MEMBER_NAME, Commit(0, 1))
         await bench.arrive(LinkLost(MEMBER_NAME))
     assert [received.message for received in bench.taken] == [Lost(MEMBER_NAME)]
+
+
+async def test_a_frame_beyond_the_bounds_is_a_lost_message_and_no_crash() -> None:
+    async with running() as bench:
+        bench.streams.max_frame = 0
+        with pytest.raises(PeerLost):
+            await bench.transport.send(MEMBER_NAME, activation())
 
 
 def test_closing_ends_the_session() -> None:

@@ -1,0 +1,150 @@
+"""Workers that are connected and do not get on, or lack memory: the run goes on or ends by name, and never hangs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import trio
+from swarm_kit import Kit, assert_same_model, in_virtual_time, manifest_of, trained
+
+from trainer import messages as m
+from trainer.coordinator import StageFull, StageLost
+from trainer.coordinator_ports import StepDone, patience_for
+from trainer.payloads import Reason, TensorPayload, unpack
+from trainer.worker_ports import Compute, T
+
+MANIFEST = manifest_of(stages=2, steps=4)
+
+
+def ended(kit: Kit, expected: type[Exception]) -> float:
+    """Return after how many seconds a run ended with this error."""
+    with pytest.RaisesGroup(pytest.RaisesExc(expected)):
+        trained(kit)
+    return kit.seconds
+
+
+def mute_from(kit: Kit, step: int, *peers: str) -> None:
+    """Let workers stand still from a step on, their links open."""
+    kit.governor.hooks[step] = lambda: kit.cell_seconds.update(dict.fromkeys(peers, 1e7))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_stage_all_of_whose_workers_fall_silent_ends_the_run_by_name(replicas: int) -> None:
+    kit = Kit(MANIFEST, replicas=replicas)
+    mute_from(kit, 3, *(f"s0r{replica}" for replica in range(replicas)))
+    assert kit.patience.empty < ended(kit, StageLost) < kit.patience.empty + 100
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_stage_that_stands_still_counts_as_empty_after_a_second_deadline(replicas: int) -> None:
+    kit = Kit(MANIFEST, replicas=replicas)
+    mute_from(kit, 3, *(f"s0r{replica}" for replica in range(replicas)))
+    seen: list[tuple[float, tuple[tuple[str, ...], ...]]] = []
+
+    async def watch() -> None:
+        while kit.coordinator.empty_since is None:
+            await trio.sleep(0.5)
+        seen.append((trio.current_time(), kit.coordinator.ready))
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await kit.train()
+
+    with pytest.raises(ExceptionGroup):
+        in_virtual_time(both)
+    (at, ready), *_ = seen
+    assert at < (25 if replicas == 1 else 90)
+    assert ready == ((), tuple(f"s1r{replica}" for replica in range(replicas)))
+
+
+def test_a_frozen_only_worker_in_the_reduction_counts_as_empty() -> None:
+    kit = Kit(MANIFEST, replicas=1)
+    hub_carry = kit.hub.carry
+    since: list[float] = []
+
+    async def carry(sender: str, to: str, message: m.Message) -> None:
+        if isinstance(message, m.Reduce) and message.step == 2 and to == "s0r0":
+            return  # as if it had been stopped just before
+        await hub_carry(sender, to, message)
+
+    kit.hub.carry = carry  # type: ignore[method-assign]
+
+    async def watch() -> None:
+        while kit.coordinator.empty_since is None:
+            await trio.sleep(0.5)
+        since.append(trio.current_time())
+        kit.hub.carry = hub_carry  # type: ignore[method-assign]
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await kit.train()
+            assert kit.coordinator.empty_since is None
+            nursery.cancel_scope.cancel()
+
+    in_virtual_time(both)
+    assert since[0] < 120
+    assert [event.step for event in kit.events if isinstance(event, StepDone)] == [1, 2, 3, 4]
+
+
+def test_an_only_worker_that_becomes_much_slower_is_waited_for_and_learnt() -> None:
+    kit = Kit(MANIFEST, replicas=1)
+    kit.governor.hooks[3] = lambda: kit.cell_seconds.update(s0r0=25.0)
+    trained(kit)
+    speeds = [share.speed for event in kit.events if isinstance(event, StepDone) for share in event.shares]
+    assert min(speeds) < 1 / 20
+
+
+def always_full(kit: Kit, peer: str, after: int) -> Compute:
+    """Return a compute that has no memory left after so many pieces of work."""
+    plain, count = kit.compute(peer), 0
+
+    async def compute(work: Callable[[], T], /) -> T:
+        nonlocal count
+        count += 1
+        if count > after:
+            await trio.sleep(0.01)
+            raise MemoryError
+        return await plain(work)
+
+    return compute
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_stage_whose_workers_all_lack_memory_ends_the_run_by_name(replicas: int) -> None:
+    kit = Kit(MANIFEST, replicas=replicas)
+    for replica in range(replicas):
+        kit.computes[f"s0r{replica}"] = always_full(kit, f"s0r{replica}", 4)
+    assert ended(kit, StageFull) < 60
+
+
+def test_the_last_deadline_grows_with_the_model() -> None:
+    assert patience_for(10**6, 1024).empty == 600
+    assert patience_for(10**9, 2048).empty > 10_000
+
+
+@pytest.mark.parametrize("at", [3, 9, 14, 21])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")], ids=["python", "torch"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_lack_of_memory_for_what_comes_in_is_a_fault(
+    at: int, error: Exception, replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+
+    def scarce(payload: tuple[TensorPayload, ...]) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise error
+        return unpack(payload)
+
+    monkeypatch.setattr("trainer.worker_seat.unpack", scarce)
+    kit = Kit(MANIFEST, replicas=replicas)
+    states = trained(kit)
+    monkeypatch.undo()
+    assert_same_model(states, trained(Kit(MANIFEST, replicas=replicas)))
+    assert {message.reason for _, _, message in kit.hub.log if isinstance(message, m.Fault)} <= {
+        Reason.MEMORY_FULL,
+        Reason.NO_STATE,
+    }
