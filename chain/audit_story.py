@@ -39,7 +39,7 @@ _OUTCOMES = {
     AuditStatus.ACQUITTED: "A quorum of stake found the claim right: an auditor that had no excuse was charged.",
     AuditStatus.FAULTED: "A small deviation: the cell is not paid, nobody is slashed.",
     AuditStatus.UNDECIDED: "No quorum either way: the cell is not paid, nobody is slashed.",
-    AuditStatus.WITHHELD: "The worker did not give what it had claimed in time, or sent another result: the cell is not paid.",
+    AuditStatus.WITHHELD: "The worker kept back what it had claimed, or had sent another result: the cell is not paid.",
     AuditStatus.ABSENT: "No auditor answered in time.",
     AuditStatus.VOID: "The claim was voided before anybody disputed it.",
     AuditStatus.REFUTED: "It had passed; a second audit found the cell false, and the auditor was charged.",
