@@ -28,8 +28,8 @@ from tests.attacks.kit import Character, Place, RealSwarm, swarm_of
 from tests.attacks.laziness import WAYS, measure_lazy
 
 RATE = 1000
-VALIDATORS = 11
-"""Of whom eight may be drawn at a stage at either end: neither the worker nor the two of the stage beside it."""
+VALIDATORS = 12
+"""Of whom eight may be drawn at a stage at either end: nobody of that stage or the one beside it."""
 FRIENDS = 2
 TARGET = 13.0
 """Mean cheated cells that are asked for: theory says 13.3, so that samples lie on either side of it."""
@@ -112,13 +112,11 @@ def cases() -> dict[str, Case]:
     found["lazy, computes what is drawn"] = Case(cheating("random gradients", opens=USUAL))
     found["withheld tensors"] = Case(withheld)
     found["withheld openings"] = Case(closed)
-    found["both replicas, one opens for the other"] = Case(both("layer skipped"), friends=FRIENDS - 1)
+    found["both replicas, one opens for the other"] = Case(both("layer skipped"))
     found["false step, the other replica's is right"] = Case(
         cheating("y x 1.001", is_of_steps=True, after=b"false"), terms={"share": 1 / (RATE / 10_000)}
     )
-    found["false step of both replicas"] = Case(
-        both("y x 1.001", is_of_steps=True), friends=FRIENDS - 1, terms={"step_share": 10_000}
-    )
+    found["false step of both replicas"] = Case(both("y x 1.001", is_of_steps=True), terms={"step_share": 10_000})
     return found
 
 
