@@ -5,8 +5,8 @@ import pytest
 from tests.attacks.figures import Prepare, both, cheating, measure
 from tests.attacks.judged import assert_always_convicted
 
-VALIDATORS = 11
-"""Eight of whom may be drawn for a stage at an end of the pipeline: one partner and one friend are a quarter."""
+VALIDATORS = 12
+"""Eight of whom may be drawn for a stage at an end of the pipeline: two friends are a quarter."""
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ VALIDATORS = 11
     ids=["cells", "steps"],
 )
 def test_a_stage_that_colludes_is_convicted_by_auditors_outside_it(prepare: Prepare) -> None:
-    figures = measure("pair", prepare, 8, stage=0, colluding=1, validators=VALIDATORS, step_share=10_000)
+    figures = measure("pair", prepare, 8, stage=0, colluding=2, validators=VALIDATORS, step_share=10_000)
     assert figures.theory == pytest.approx(0.075)
     assert_always_convicted(figures)
 

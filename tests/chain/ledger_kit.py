@@ -54,7 +54,7 @@ def key_of(index: int) -> PrivateKey:
     return PrivateKey(digest("test key", index.to_bytes(4, "big")))
 
 
-KEYS = [key_of(i) for i in range(12)]
+KEYS = [key_of(i) for i in range(14)]
 ONIONS = {key.account: Onion(key.seed, ONION_LAYERS) for key in KEYS}
 
 

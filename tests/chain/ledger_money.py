@@ -66,6 +66,7 @@ def _by_payloads(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
                 change[sender] -= payload.escrow
     posts = [payload for _, payload in block.applied() if type(payload).__name__ == "PostTask"]
     posted = [event.data["task"] for event in block.executed.events if event.kind == "posted"]
+    assert len(posted) == len(posts), "a task is posted that was not accepted"
     for identity, payload in zip(posted, posts, strict=True):
         escrow[bytes.fromhex(identity)] += payload.escrow
 
