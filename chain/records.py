@@ -297,6 +297,8 @@ class Audit(Record, frozen=True):
     """The passed audit of the same cell that this one repeats."""
     is_reopened: bool = False
     """Whether the cell was found false after this audit had passed."""
+    seed: Hash = bytes(32)
+    """That of the block which drew it first: of it come the keys of all auditors that it is drawn for."""
 
     @property
     def state(self) -> AuditStatus:

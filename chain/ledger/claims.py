@@ -135,15 +135,17 @@ def audit_rate(book: Book, task: Task, worker: Worker) -> int:
 def start_audit(pools: Pools, record: ClaimRecord, cell: int, identity: bytes, former: Audit | None = None) -> int:
     """Draw an auditor and open the audit; return 1, or 0 with an event when nobody can be.
 
-    `former` is the same audit with an auditor that did not answer, or a passed one of the same cell. Peers that missed
-    a duty lately are drawn only when nobody else is left, for a first audit: a step that nobody audits must not settle
-    sooner than one that somebody does.
+    `former` is the same audit with an auditor that did not answer, or a passed one of the same cell. Everybody has one
+    key for an audit, however often it is drawn: a commitment that comes late must not be one under another key. Peers
+    that missed a duty lately are drawn only when nobody else is left, for a first audit: a step that nobody audits must
+    not settle sooner than one that somebody does.
     """
     book, claim = pools.book, record.claim
     task = book.task(claim.task)
     seed = digest("auditor", book.seed, identity)
     is_redrawn = former is not None and former.id == identity
     first = None if former is None else former.first if is_redrawn else former.id
+    key_seed = former.seed if former is not None and is_redrawn else book.seed
     auditor = pools.draw(record, cell, seed, _auditors(book, former))
     if auditor is None and first is not None:
         return 0
@@ -161,7 +163,8 @@ def start_audit(pools: Pools, record: ClaimRecord, cell: int, identity: bytes, f
         cell=cell,
         worker=record.worker,
         auditor=auditor,
-        key=digest("sketch key", book.seed, auditor, identity),
+        seed=key_seed,
+        key=digest("sketch key", key_seed, auditor, identity),
         drawn_at=book.height,
         deadline=book.height + book.params.commit_window + task.patience,
         redraws=former.redraws + 1 if former is not None and is_redrawn else 0,

@@ -12,6 +12,9 @@ from chain.records import ClaimRecord, StepProgress
 from chain.state import Table
 from chain.transactions import Claim
 
+OUTSIDERS = 3
+"""Peers outside a stage and its neighbours that are enough for its audits."""
+
 
 class Pool:
     """Accounts with weights, made once and drawn from often: a draw costs two binary searches."""
@@ -32,6 +35,10 @@ class Pool:
             if ticket >= self._ends[place] - self._weight(place):
                 ticket += self._weight(place)
         return self._names[bisect_right(self._ends, ticket)]
+
+    def number(self, excluded: Iterable[bytes]) -> int:
+        """Return how many accounts may be drawn when `excluded` are left out."""
+        return len(self._names) - sum(self._place(account) is not None for account in set(excluded))
 
     def _place(self, account: bytes) -> int | None:
         place = bisect_left(self._names, account)
@@ -86,17 +93,18 @@ class Pools:
     def draw(self, record: ClaimRecord, cell: int, seed: bytes, excluded: tuple[bytes, ...]) -> bytes | None:
         """Return who re-executes a cell: not the worker, nor, if others can, who works beside it.
 
-        Replicas of a stage may be of one owner, and hold the same state: they audit each other only where nobody
-        outside the stage and its neighbours can. Of a claim of one cell they would even know the weight gradient, which
-        is its partial sum: there they come no sooner than the neighbours whose claims do not cover the cell.
+        Replicas of a stage may be of one owner, and hold the same state: they audit each other only where fewer than
+        `OUTSIDERS` outside the stage and its neighbours can, who would have all the work, and be all that has to be
+        bribed. Of a claim of one cell they would even know the weight gradient, which is its partial sum: there they
+        come no sooner than the neighbours whose claims do not cover the cell.
         """
         claim = record.claim
         left_out = (*excluded, record.worker)
-        circles = ((0, 1),) if len(claim.cells) == 1 else ((0, 1), (1,))
-        for near in circles:
-            drawn = self._pool_away(claim, near).draw(seed, left_out)
-            if drawn is not None:
-                return drawn
+        pool = self._pool_away(claim, (0, 1))
+        if len(claim.cells) != 1 and pool.number(left_out) < OUTSIDERS:
+            pool = self._pool_away(claim, (1,))
+        if (drawn := pool.draw(seed, left_out)) is not None:
+            return drawn
         touching = _touching(self.book, claim, cell)
         return self._pool(self._seated(claim.task), set()).draw(seed, (*left_out, *touching))
 
