@@ -6,9 +6,8 @@ from chain.blocks import Block, Certificate
 from chain.bounds import changes
 from chain.codec import Record, encode
 from chain.keys import peer_id
-from chain.ledger.evictions import SILENT
 from chain.params import Params
-from chain.records import Audit, Conviction, Task, Worker
+from chain.records import Audit, AuditStatus, Conviction, Task, Worker
 from chain.state import State
 from chain.transactions import Transaction
 
@@ -37,12 +36,16 @@ def plain(value: Any, name: str = "") -> Any:
 
 
 def grounds(conviction: Conviction, audit: Audit | None) -> str:
-    """Return what a conviction rests on: two votes, a verdict, silence, or how the last of too many audits ended."""
-    if conviction.kind == SILENT:
-        return "silent"
-    if audit is None:
-        return "equivocation"
-    return "verdict" if conviction.kind == 0 else str(audit.state)
+    """Return what a conviction rests on; of too many audits how the last ended, as long as the state has it."""
+    match conviction.kind:
+        case 0:
+            return "verdict"
+        case 1:
+            return "equivocation"
+        case 2:
+            return str(audit.state) if audit is not None else str(AuditStatus.WITHHELD)
+        case _:
+            return "silent"
 
 
 def block_line(block: Block, certificate: Certificate) -> dict[str, Any]:

@@ -189,7 +189,7 @@ class Swarm:
         rounds = [self.state.rounds[stage] for stage in range(book.stages)]
         squares = tuple(done.squares for done in rounds)
         for stage, square in enumerate(squares):
-            if not isfinite(square):
+            if not (isfinite(square) and square >= 0.0):
                 raise StepFailed(book.step, stage, "the norm of the gradient")
         self._applied += 1
         attempts = tuple(done.request.attempt for done in rounds)

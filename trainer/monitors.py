@@ -17,6 +17,8 @@ _LEARNING = 5
 """Steps before anything is odd."""
 _RATE = 0.2
 _TINY = 1e-30
+_HUGE = 1e30
+"""Beyond which a loss is as good as none."""
 _SAME_LOSS = 0.01
 """Share of the loss by which cells may differ however alike they were before."""
 _WINDOW = 8
@@ -155,9 +157,9 @@ class Monitors:
 
     def _odd_losses(self, seen: Seen) -> list[Suspicion]:
         """Look at each cell's loss beside the others of the step; everybody on a cell's route may have made it."""
-        finite = [loss for loss in seen.losses if math.isfinite(loss)]
+        finite = [loss for loss in seen.losses if abs(loss) < _HUGE]
         middle = median(finite) if finite else 0.0
-        gaps = [abs(loss - middle) if math.isfinite(loss) else math.inf for loss in seen.losses]
+        gaps = [abs(loss - middle) if abs(loss) < _HUGE else math.inf for loss in seen.losses]
         usual, least = math.exp(self._spread.mean), _SAME_LOSS * abs(middle)
         is_known = self._spread.count >= _LEARNING
         odd = [c for c, gap in enumerate(gaps) if gap == math.inf or (is_known and gap > _FAR * max(usual, least))]

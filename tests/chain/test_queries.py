@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from chain.queries import Reader, answer
+from chain.records import Conviction
 from chain.store import Store
+from chain.views import grounds
 from tests.chain.ledger_kit import Ledger, Swarm, genesis_of, start_swarm
 
 SMALL = 1e-4
@@ -33,3 +35,8 @@ def test_evidence_says_whether_data_was_kept_back_or_results_were_off(ends: str,
         (row,) = answer(reader, "evidence", {})
         assert row["kind"] == ends
         assert answer(reader, "evidence", {"id": row["id"]})["kind"] == ends
+
+
+@pytest.mark.parametrize(("kind", "said"), [(0, "verdict"), (1, "equivocation"), (2, "withheld"), (3, "silent")])
+def test_what_an_eviction_rests_on_is_known_when_its_audit_is_not_any_more(kind: int, said: str) -> None:
+    assert grounds(Conviction(bytes(32), kind, bytes(32), None, 1, 0, bytes(32)), None) == said

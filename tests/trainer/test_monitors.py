@@ -57,7 +57,15 @@ def test_a_gradient_of_unusual_size_names_those_who_can_have_made_it(
     assert {each.why for each in found} <= {Why.GRADIENT}
 
 
-@pytest.mark.parametrize("loss", [0.0, 9.0, math.nan, math.inf])
+@pytest.mark.parametrize("losses", [(1.7e308, -1.7e308, 1.7e308, -1.7e308), (1e300, 4.0, 1e300, 4.0)])
+def test_losses_beyond_all_bounds_end_no_run(losses: tuple[float, ...]) -> None:
+    monitors = taught()
+    for step in range(11, 40):
+        monitors.judge(seen(step, losses=losses))
+    assert math.isfinite(monitors._spread.mean)
+
+
+@pytest.mark.parametrize("loss", [0.0, 9.0, 1e300, math.nan, math.inf])
 def test_a_loss_far_from_the_others_names_the_route_of_its_cell(loss: float) -> None:
     found = taught().judge(seen(11, losses=(4.0, loss, 3.9, 4.0)))
     assert names(found) == {"b", "d", "e"}
