@@ -55,6 +55,7 @@ AUDIT_EVENTS = frozenset(
         "refuted",
         "charged",
         "watched",
+        "silent",
         "evicted",
         "slashed",
     ]

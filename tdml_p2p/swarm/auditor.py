@@ -229,8 +229,9 @@ class Auditor:
             is_excuse = answer.reveal.round == 0
             return Finding(contradiction=True, shown=to_show(answer.execution.inputs, opened) if is_excuse else b"")
         claimed: dict[str, Buffer] = {}
+        until = trio.current_time() + seconds
         disputed = await trio.to_thread.run_sync(disputed_results, answer.execution, opened)
-        with trio.move_on_after(seconds):
+        with trio.move_on_at(until):
             for attempt in count():
                 if attempt:  # a worker that is behind by a block does not know yet who may ask
                     await trio.sleep(_RETRY_SECONDS)
@@ -244,7 +245,7 @@ class Auditor:
         is_missing = len(claimed) < len(disputed)
         result = await trio.to_thread.run_sync(claimed_result, answer.execution, claimed)
         if result is not None and not is_false and not is_missing and answer.cell.manifest.quorum == 1:
-            is_missing = await self._reexecutor.handed_others(answer.cell, worker, result, limits)
+            is_missing = await self._reexecutor.handed_others(answer.cell, worker, result, limits, until)
         return Finding(is_false, is_missing)
 
 

@@ -45,21 +45,24 @@ def _sides(cell: "Cell") -> Iterator[_Side]:
 
 
 async def handed_others(
-    cell: "Cell", worker: str, result: "CellResult", ask: "Ask", fetch: Fetch, limits: Limits
+    cell: "Cell", worker: str, result: "CellResult", ask: "Ask", fetch: Fetch, limits: Limits, until: float
 ) -> bool:
     """Whether a neighbour holds, signed by `worker`, a grossly other result of `cell` than `result`, which it claims.
 
-    Neighbours that are silent, or that have another sender's message of this cell, say nothing of this worker.
+    Neighbours that are silent, or that have another sender's message of this cell, say nothing of this worker. What
+    they were sent is fetched only if it is something else, and may come until a time.
     """
     found = False
-    with trio.move_on_after(PATIENCE_SECONDS):
+    with trio.move_on_at(until):
         async with trio.open_nursery() as nursery:
 
             async def one(side: _Side, peer: str) -> None:
                 nonlocal found
                 tensor = getattr(result, side.result)
+                given: Input | None = None
                 try:
-                    given = await _given(cell, worker, side, peer, ask)
+                    with trio.move_on_after(PATIENCE_SECONDS):
+                        given = await _given(cell, worker, side, peer, ask)
                     if given is not None and await _is_other(cell, given, tensor, (peer, worker), fetch, limits, side):
                         found = True
                         nursery.cancel_scope.cancel()

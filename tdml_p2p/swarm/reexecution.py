@@ -185,9 +185,9 @@ class Reexecutor:
             return False
         return await self._compute(partial(_kernel, cell.manifest.precision)) != cell.kernel
 
-    async def handed_others(self, cell: Cell, worker: str, result: "CellResult", limits: Limits) -> bool:
+    async def handed_others(self, cell: Cell, worker: str, result: "CellResult", limits: Limits, until: float) -> bool:
         """Whether a neighbour holds, signed by a cell's worker, a grossly other result than this, which it claims."""
-        return await handed_others(cell, worker, result, self._ask, self._fetch, limits)
+        return await handed_others(cell, worker, result, self._ask, self._fetch, limits, until)
 
     async def fetch(self, address: bytes, holders: Sequence[str]) -> Buffer:
         """Return a blob from this peer or one of `holders`; raise `Unavailable`."""

@@ -122,7 +122,7 @@ class FakeReexecutor:
         await trio.lowlevel.checkpoint()
         return bool(cell.kernel)
 
-    async def handed_others(self, cell: Cell, worker: str, result: CellResult, _limits: Limits) -> bool:
+    async def handed_others(self, cell: Cell, worker: str, result: CellResult, _limits: Limits, _until: float) -> bool:
         await trio.lowlevel.checkpoint()
         self.compared.append((cell.wanted.cell, worker, result))
         return cell.wanted.cell in self.two_faced

@@ -42,6 +42,8 @@ class Neighbours:
         self.silent = set[str]()
         self.withheld = set[bytes]()
         self.blobs: dict[bytes, bytes] = {}
+        self.seconds = 0.0
+        """That a tensor takes to come."""
 
     async def ask(self, peer: str, request: bytes) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -58,15 +60,16 @@ class Neighbours:
         return encode(Descriptor(None, one) if wanted.stage == 0 else Descriptor(one, None))
 
     async def fetch(self, address: bytes, _holders: Sequence[str]) -> bytes:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.seconds)
         if address in self.withheld or address not in self.blobs:
             raise Unavailable("nobody has it")
         return self.blobs[address]
 
-    async def found(self) -> bool:
+    async def found(self, seconds: float = 60.0) -> bool:
+        until = trio.current_time() + seconds
         senders = Senders(frozenset([peer_id(BEFORE.account)]), frozenset(map(peer_id, (AFTER.account, OTHER.account))))
         cell = Cell(Wanted(TASK, 0, 1, 1, 0), self.manifest, bytes(32), (), senders)
-        return await handed_others(cell, peer_id(WORKER.account), result(), self.ask, self.fetch, LIMITS)
+        return await handed_others(cell, peer_id(WORKER.account), result(), self.ask, self.fetch, LIMITS, until)
 
 
 @pytest.mark.parametrize("compression", ["none", "bf16", "int8"])
@@ -103,6 +106,15 @@ async def test_silent_neighbours_hold_up_nobody_for_long(autojump_clock: trio.te
     around.silent |= set(map(peer_id, (BEFORE.account, AFTER.account)))
     assert not await around.found()
     assert trio.current_time() - begun < 10
+
+
+@pytest.mark.parametrize(("seconds", "is_found"), [(40.0, True), (80.0, False)])
+async def test_a_large_tensor_has_all_the_time_that_is_left(
+    seconds: float, is_found: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    around = Neighbours()
+    around.seconds, around.sent["y"] = seconds, around.sent["y"] * 2
+    assert await around.found() == is_found
 
 
 async def test_one_silent_neighbour_does_not_hide_what_another_was_sent() -> None:
