@@ -7,7 +7,8 @@ input came from another machine.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -44,55 +45,54 @@ def _sides(cell: "Cell") -> Iterator[_Side]:
         yield _Side("gx", "gy", place - 1, senders.x)
 
 
-async def handed_others(
-    cell: "Cell", worker: str, result: "CellResult", ask: "Ask", fetch: Fetch, limits: Limits, until: float
-) -> bool:
-    """Whether a neighbour holds, signed by `worker`, a grossly other result of `cell` than `result`, which it claims.
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """Looks at what neighbours were sent: `ask` and `fetch` reach them, `limits` say what is gross."""
 
-    Neighbours that are silent, or that have another sender's message of this cell, say nothing of this worker. What
-    they were sent is fetched only if it is something else, and may come until a time.
-    """
-    found = False
-    with trio.move_on_at(until):
-        async with trio.open_nursery() as nursery:
+    ask: "Ask"
+    fetch: Fetch
+    limits: Limits
 
-            async def one(side: _Side, peer: str) -> None:
-                nonlocal found
-                tensor = getattr(result, side.result)
-                given: Input | None = None
-                try:
-                    with trio.move_on_after(PATIENCE_SECONDS):
-                        given = await _given(cell, worker, side, peer, ask)
-                    if given is not None and await _is_other(cell, given, tensor, (peer, worker), fetch, limits, side):
-                        found = True
-                        nursery.cancel_scope.cancel()
-                except (Unavailable, InputsRefused):
-                    return
+    async def is_other(self, cell: "Cell", worker: str, result: "CellResult", until: float) -> bool:
+        """Whether a neighbour holds, signed by `worker`, a grossly other result of `cell` than the claimed `result`.
 
-            for side in _sides(cell):
-                for peer in side.peers:
-                    nursery.start_soon(one, side, peer)
-    return found
+        Neighbours that are silent, or that have another sender's message of this cell, say nothing of this worker.
+        What they were sent is fetched only if it is something else, and may come until a time.
+        """
+        found = False
+        with trio.move_on_at(until):
+            async with trio.open_nursery() as nursery:
 
+                async def one(side: _Side, peer: str) -> None:
+                    nonlocal found
+                    with suppress(Unavailable, InputsRefused):
+                        if await self._has_other(cell, worker, side, peer, getattr(result, side.result)):
+                            found = True
+                            nursery.cancel_scope.cancel()
 
-async def _given(cell: "Cell", worker: str, side: _Side, peer: str, ask: "Ask") -> Input | None:
-    """Return what a neighbour has of this worker; raise `Unavailable`, `InputsRefused`."""
-    wanted = msgspec.structs.replace(cell.wanted, stage=side.stage)
-    told = decode_descriptor(await ask(peer, encode(wanted)))
-    part = Descriptor(told.x, None) if side.given_as == "x" else Descriptor(None, told.gy)
-    only = frozenset([worker])
-    return getattr(checked(wanted, part, cell.manifest, Senders(only, only)), side.given_as)
+                for side in _sides(cell):
+                    for peer in side.peers:
+                        nursery.start_soon(one, side, peer)
+        return found
 
+    async def _has_other(self, cell: "Cell", worker: str, side: _Side, peer: str, claimed: "Tensor") -> bool:
+        """Whether one neighbour has another result; raise `Unavailable`, `InputsRefused`."""
+        given: Input | None = None
+        with trio.move_on_after(PATIENCE_SECONDS):
+            given = await self._given(cell, worker, side, peer)
+        wire = cell.manifest.wire
+        if given is None or await trio.to_thread.run_sync(_address, claimed, wire) == given.address:
+            return False
+        data = await self.fetch(given.address, (peer, worker))
+        limit = self.limits.fraud_factor * self.limits.tau[0 if side.result == "y" else 1]
+        return await trio.to_thread.run_sync(is_gross, data, claimed, wire, limit)
 
-async def _is_other(
-    cell: "Cell", given: Input, claimed: "Tensor", holders: tuple[str, str], fetch: Fetch, limits: Limits, side: _Side
-) -> bool:
-    wire = cell.manifest.wire
-    if await trio.to_thread.run_sync(_address, claimed, wire) == given.address:
-        return False
-    data = await fetch(given.address, holders)
-    limit = limits.fraud_factor * limits.tau[0 if side.result == "y" else 1]
-    return await trio.to_thread.run_sync(partial(is_gross, data, claimed, wire, limit))
+    async def _given(self, cell: "Cell", worker: str, side: _Side, peer: str) -> Input | None:
+        wanted = msgspec.structs.replace(cell.wanted, stage=side.stage)
+        told = decode_descriptor(await self.ask(peer, encode(wanted)))
+        part = Descriptor(told.x, None) if side.given_as == "x" else Descriptor(None, told.gy)
+        only = frozenset([worker])
+        return getattr(checked(wanted, part, cell.manifest, Senders(only, only)), side.given_as)
 
 
 def _address(claimed: "Tensor", wire: Dtype) -> bytes:

@@ -15,7 +15,7 @@ from chain.transactions import Claim, Opening, Trace
 from chain.verdicts import Limits
 from tdml_p2p.swarm.asking import all_of, in_turn, limited_by, timely
 from tdml_p2p.swarm.base import BaseShelf
-from tdml_p2p.swarm.handed import handed_others
+from tdml_p2p.swarm.handed import Handed
 from tdml_p2p.swarm.inputs import (
     Descriptor,
     Input,
@@ -187,7 +187,7 @@ class Reexecutor:
 
     async def handed_others(self, cell: Cell, worker: str, result: "CellResult", limits: Limits, until: float) -> bool:
         """Whether a neighbour holds, signed by a cell's worker, a grossly other result than this, which it claims."""
-        return await handed_others(cell, worker, result, self._ask, self._fetch, limits, until)
+        return await Handed(self._ask, self._fetch, limits).is_other(cell, worker, result, until)
 
     async def fetch(self, address: bytes, holders: Sequence[str]) -> Buffer:
         """Return a blob from this peer or one of `holders`; raise `Unavailable`."""

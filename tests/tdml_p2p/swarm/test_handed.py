@@ -11,7 +11,7 @@ import trio.testing
 from chain.keys import PrivateKey, peer_id
 from chain.params import Params
 from chain.verdicts import Limits, limits_for
-from tdml_p2p.swarm.handed import handed_others, is_gross
+from tdml_p2p.swarm.handed import Handed, is_gross
 from tdml_p2p.swarm.inputs import Descriptor, Senders, Wanted, decode_wanted, encode, expected_messages, signed_input
 from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.reexecution import Cell
@@ -69,7 +69,7 @@ class Neighbours:
         until = trio.current_time() + seconds
         senders = Senders(frozenset([peer_id(BEFORE.account)]), frozenset(map(peer_id, (AFTER.account, OTHER.account))))
         cell = Cell(Wanted(TASK, 0, 1, 1, 0), self.manifest, bytes(32), (), senders)
-        return await handed_others(cell, peer_id(WORKER.account), result(), self.ask, self.fetch, LIMITS, until)
+        return await Handed(self.ask, self.fetch, LIMITS).is_other(cell, peer_id(WORKER.account), result(), until)
 
 
 @pytest.mark.parametrize("compression", ["none", "bf16", "int8"])
