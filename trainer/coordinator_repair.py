@@ -6,7 +6,7 @@ from trainer.coordinator_book import StepBook
 from trainer.coordinator_ports import PeerLeft, Rerouted, StageEmpty
 from trainer.coordinator_roster import Member, Status
 from trainer.coordinator_round import Round
-from trainer.coordinator_standstill import Standstills
+from trainer.coordinator_standstill import Pauses, Standstills
 from trainer.coordinator_state import SwarmState
 from trainer.messages import NotFinite, Reroute
 from trainer.monitors import Why
@@ -23,7 +23,7 @@ class StageLost(Exception):
 
 
 class StageFull(Exception):
-    """Nobody of a stage has the memory for a cell."""
+    """Nobody of a stage has the memory for a cell, and nobody else is about to come."""
 
     def __init__(self, step: int, stage: int) -> None:
         super().__init__(f"step {step}, stage {stage}: no worker has enough memory")
@@ -42,6 +42,7 @@ class StepFailed(Exception):
 
 
 _SUM = -1
+_SLOW = "slow"
 
 
 class Repairs:
@@ -53,6 +54,7 @@ class Repairs:
         self._reduce_seconds: float | None = None
         self._empty_since: dict[int, float] = {}
         self._standstills = Standstills()
+        self._pauses = Pauses(self._patience.tick, self._patience.floor)
         self._suspected: set[int] = set()
 
     @property
@@ -88,14 +90,21 @@ class Repairs:
         for stage in self._swarm.roster.empty_stages():
             if not self._swarm.roster.of(Status.PREPARING, stage):
                 self._await_stage(stage, now)
-        book = self._swarm.book
-        if book is None:
-            return
+        if self._swarm.book is not None:
+            self._check_step(self._swarm.book, now)
+
+    def _check_step(self, book: StepBook, now: float) -> None:
+        for stage in range(book.stages):
+            if self._lacks_memory(stage):
+                self._find_memory(book, stage, now)
         for stage in self._standstills.older_than(self._patience.empty, now):
-            raise StageLost(stage)
+            raise StageFull(book.step, stage) if self._lacks_memory(stage) else StageLost(stage)
+        for peer, why in self._pauses.over(now).items():
+            if self._swarm.roster.has(peer):
+                self._relieve(book, self._swarm.roster.get(peer), why)
         for member in self._swarm.roster.of(Status.READY):
             if self._swarm.pace.is_overdue(member.peer, self._swarm.roster.ready(member.stage), now):
-                self.stall(book, member, "slow")
+                self.stall(book, member, _SLOW)
         for stage in range(book.stages):
             if (current := self._swarm.active(stage)) is not None:
                 self._check_round(current, now)
@@ -106,10 +115,28 @@ class Repairs:
             self._swarm.ports.report(StageEmpty(self._swarm.step + 1, stage))
         if now - self._empty_since[stage] > self._patience.vacant:
             raise StageLost(stage)
-        for member in self._swarm.roster.of(Status.ABSENT, stage):
+        self._call(stage, now)
+
+    def _call(self, stage: int, now: float) -> None:
+        """Ask the absent members of a stage for whose help it waits."""
+        ready, absent = self._swarm.roster.ready(stage), self._swarm.roster.of(Status.ABSENT, stage)
+        for member in absent:
             if now - member.asked_at > self._patience.floor:
-                others = self._swarm.roster.of(Status.ABSENT, stage)
-                self._swarm.invite(member, tuple(m.peer for m in others if m is not member))
+                self._swarm.invite(member, (*ready, *(other.peer for other in absent if other is not member)))
+
+    def _lacks_memory(self, stage: int) -> bool:
+        """Whether a stage has workers, all of which have lacked memory since one of them finished a cell."""
+        ready = self._swarm.roster.ready(stage)
+        return bool(ready) and self._standstills.full(stage).issuperset(ready)
+
+    def _find_memory(self, book: StepBook, stage: int, now: float) -> None:
+        """Ask a full stage's absent members for help; raise `StageFull` when there are none and it has had its time."""
+        if self._swarm.roster.of(Status.PREPARING, stage):
+            return
+        if self._swarm.roster.of(Status.ABSENT, stage):
+            self._call(stage, now)
+        elif self._standstills.is_full(stage, self._swarm.roster.ready(stage), now):
+            raise StageFull(book.step, stage)
 
     def _check_round(self, current: Round, now: float) -> None:
         usual = self._patience.first if self._reduce_seconds is None else self._reduce_seconds
@@ -128,7 +155,7 @@ class Repairs:
         if now - current.started > self._patience.empty:
             suspects = tuple(sorted(current.waiting))
         for peer in suspects:
-            self.leave_out(self._swarm.roster.get(peer), "slow")
+            self.leave_out(self._swarm.roster.get(peer), _SLOW)
         if not suspects:
             for peer in current.probe(now):
                 self._swarm.post(peer, current.request)
@@ -172,22 +199,35 @@ class Repairs:
         self._swarm.watch(book)
 
     def stall(self, book: StepBook, member: Member, why: str) -> None:
-        """Take the unfinished cells from a worker that makes no progress; raise `StageFull`."""
+        """Take the unfinished cells from a worker that makes no progress, or have it try again after a pause."""
         now, replicas = self._swarm.now(), self._swarm.roster.ready(member.stage)
-        cells = book.missing(member.stage, member.peer)
-        self._standstills.note(member.stage, (member.peer,), replicas, self._swarm.pace.deadline(replicas), now)
-        is_memory = why == Reason.MEMORY_FULL
-        if is_memory and self._standstills.is_full(member.stage, member.peer, replicas, len(cells)):
-            raise StageFull(book.step, member.stage)
-        if not set(replicas) - {member.peer}:
+        limit = self._swarm.pace.deadline(replicas)
+        self._standstills.note(member.stage, (member.peer,), replicas, limit, now)
+        if why == Reason.MEMORY_FULL:
+            # a deadline for what is being computed, and then as long as a newcomer may take
+            self._standstills.note_full(member.stage, member.peer, now + limit + self._patience.join)
+        is_replaceable = bool(set(replicas) - {member.peer} - self._standstills.full(member.stage))
+        if is_replaceable or why == _SLOW:
+            self._relieve(book, member, why)
+        else:
+            self._pauses.begin(member.peer, why, now)
+
+    def _relieve(self, book: StepBook, member: Member, why: str) -> None:
+        """Give the unfinished cells of a worker to others, best to who has memory; an only one tries once more."""
+        if not (cells := book.missing(member.stage, member.peer)):
+            return
+        others = set(self._swarm.roster.ready(member.stage)) - {member.peer}
+        if not others:
             self._ask_again(book, member, cells)
             return
-        self._swarm.pace.penalise(member.peer, now)
+        full = self._standstills.full(member.stage)
+        self._swarm.pace.penalise(member.peer, self._swarm.now())
         self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, cells, why))
         for cell in cells:
-            if book.moves[member.stage, cell] > 1:
+            if why != Reason.MEMORY_FULL and book.moves[member.stage, cell] > 1:
                 self._change_neighbour(book, member.stage, cell)
-        self.reassign(book, member.stage, cells, (member.peer,))
+        excluded = full | {member.peer} if others - full else {member.peer}
+        self.reassign(book, member.stage, cells, tuple(excluded))
         self._swarm.watch(book)
 
     def _ask_again(self, book: StepBook, member: Member, cells: Sequence[int]) -> None:
@@ -210,6 +250,7 @@ class Repairs:
         """Forget what was not finite, and who stood still, in the step before."""
         self._suspected.clear()
         self._standstills.clear()
+        self._pauses.clear()
 
     def not_finite(self, book: StepBook, member: Member, message: NotFinite) -> None:
         """Have a cell done by others once; raise `StepFailed` if it is not finite there either.

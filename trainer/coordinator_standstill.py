@@ -1,8 +1,9 @@
 """Which stages stand still: whoever holds them is connected, and none of them gets on with its cells."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import inf
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Standstills:
 
     def __init__(self) -> None:
         self._found: dict[int, _Standstill] = {}
-        self._full: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._full: defaultdict[int, dict[str, float]] = defaultdict(dict)
 
     def clear(self) -> None:
         """Begin a step."""
@@ -41,14 +42,18 @@ class Standstills:
         """Note that somebody of a stage had the memory for a cell."""
         self._full.pop(stage, None)
 
-    def is_full(self, stage: int, peer: str, replicas: Collection[str], cells: int) -> bool:
-        """Note that `peer` lacks memory for one of its `cells`; return whether that leaves the stage nobody to try.
+    def note_full(self, stage: int, peer: str, until: float) -> None:
+        """Note that `peer` lacks memory for a cell, and until when that may pass."""
+        self._full[stage].setdefault(peer, until)
 
-        So it is once all have said so, and one more often than it has cells.
-        """
-        told = self._full[stage]
-        told[peer] += 1
-        return told[peer] > max(cells, 1) and all(told[each] for each in replicas)
+    def full(self, stage: int) -> frozenset[str]:
+        """Return who of a stage has lacked memory since somebody of it last finished a cell."""
+        return frozenset(self._full.get(stage, ()))
+
+    def is_full(self, stage: int, replicas: Collection[str], now: float) -> bool:
+        """Whether all of the stage's `replicas` have lacked memory for as long as that may take to pass."""
+        told = self._full.get(stage, {})
+        return bool(replicas) and all(now > told.get(peer, inf) for peer in replicas)
 
     def lost(self, now: float) -> dict[int, float]:
         """Return the stages none of whose replicas did anything with a second deadline, and since when."""
@@ -63,3 +68,31 @@ class Standstills:
         return tuple(
             stage for stage, found in self._found.items() if found.since is not None and now - found.since > seconds
         )
+
+
+class Pauses:
+    """When, and why, workers are asked again: after pauses from `shortest` to `longest` seconds, doubled each time."""
+
+    def __init__(self, shortest: float, longest: float) -> None:
+        self._shortest = shortest
+        self._longest = longest
+        self._due: dict[str, tuple[float, str]] = {}
+        self._next: dict[str, float] = {}
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._due.clear()
+        self._next.clear()
+
+    def begin(self, peer: str, why: str, now: float) -> None:
+        """Have `peer` asked again after a pause, unless it is in one."""
+        if peer not in self._due:
+            pause = self._next.get(peer, self._shortest)
+            self._due[peer], self._next[peer] = (now + pause, why), min(2 * pause, self._longest)
+
+    def over(self, now: float) -> dict[str, str]:
+        """Return, once, whose pause is over, and why they had it."""
+        found = {peer: why for peer, (due, why) in self._due.items() if now >= due}
+        for peer in found:
+            del self._due[peer]
+        return found

@@ -9,7 +9,9 @@ from math import prod
 
 from trainer.families import family_of
 from trainer.manifest import TaskManifest
+from trainer.payloads import TensorPayload
 from trainer.stage import stage_layout
+from trainer.tensor_shapes import Form, gradient_of, input_of
 from trainer.worker_ports import DEFAULT_MEMORY_LIMIT
 
 _FLOAT = 4
@@ -31,15 +33,31 @@ class Footprint:
 def footprint(manifest: TaskManifest, index: int) -> Footprint:
     """Return what a seat of stage `index` needs while all its replicas do their share.
 
-    A step holds the weight gradients of its cells until they are summed, and their inputs and outputs. Resident are
-    the weights, weights and two moments of the current, the pending and every unsettled step, and the sum and mean.
+    A step holds its cells until it is over (`StepWork.nbytes`). Resident are the weights, weights and two moments of
+    the current, the pending and every unsettled step, and the sum and mean.
     """
     trained = _FLOAT * stage_layout(manifest, index).total
     weights = _FLOAT * family_of(manifest.family).layout(manifest.config, manifest.stage(index)).total
     cells = -(-manifest.microbatches // (manifest.replicas // manifest.audit.redundancy))
-    activation = _FLOAT * max(prod(manifest.boundary(done)) for done in range(manifest.layers + 1))
     states = 3 * trained * (2 + manifest.audit.depth)
-    return Footprint(step=cells * (trained + 3 * activation), resident=weights + states + 2 * trained)
+    return Footprint(step=cells * (trained + _kept(manifest, index)), resident=weights + states + 2 * trained)
+
+
+def _kept(manifest: TaskManifest, index: int) -> int:
+    """Return the bytes of a finished cell beside its weight gradient.
+
+    At a neighbour both the output and its gradient stay, with their encodings; the first stage has no gradient of its
+    tokens, and the last has labels and losses.
+    """
+    into, out = input_of(manifest, index), gradient_of(manifest, index)
+    before = 2 * _with_encoding(into) if index else _FLOAT * prod(into.shape)
+    after = 2 * (_with_encoding(out) if index < manifest.stages - 1 else _FLOAT * prod(out.shape))
+    return before + after
+
+
+def _with_encoding(form: Form) -> int:
+    payload = TensorPayload(form.dtype, form.shape, memoryview(b""))
+    return _FLOAT * prod(form.shape) + (payload.nbytes if payload.is_encoded else 0)
 
 
 def largest(manifest: TaskManifest) -> Footprint:

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 import structlog
+import trio
 
 from chain.engine import ChainEngine, SubmitRefused
 from chain.state import State, Task
@@ -20,7 +21,8 @@ log = structlog.get_logger(__name__)
 class Applicant:
     """Applies once for a seat of every task that this machine can hold.
 
-    `memory` bounds what all seats take together, 0 sets no bound; `held` tells what those that it has take.
+    `memory` bounds what all seats take together, 0 sets no bound; `held` tells what those of other tasks than a given
+    one take, also where a seat is only applied for (`reserved`).
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class Applicant:
         compute: Compute,
         memory: int,
         prove: Callable[[Task], Awaitable[int]],
-        held: Callable[[], int] = int,
+        held: Callable[[bytes], int] = lambda _: 0,
     ) -> None:
         self._engine = engine
         self._compute = compute
@@ -37,13 +39,23 @@ class Applicant:
         self._prove = prove
         self._held = held
         self._applied: set[bytes] = set()
+        self._one_by_one = trio.Lock()
+        self._waits_below: dict[bytes, int] = {}
+        self.reserved: dict[bytes, int] = {}
+        """About how many bytes a seat takes, by task that this peer has applied for, or is about to."""
         self.declined: dict[bytes, str] = {}
         """Why this peer does not apply, by task."""
         self.answers: dict[bytes, int] = {}
         """Verified cells that this peer computed alike before it applied, by task."""
 
     def begin(self, task: bytes) -> bool:
-        """Whether an application for a seat of this task is still to be made; it is from now on."""
+        """Whether an application for a seat of this task is still to be made; it is from now on.
+
+        One that other seats left no room for is made again once they take less.
+        """
+        if task in self._waits_below and self._held(task) < self._waits_below[task]:
+            del self._waits_below[task]
+            self._applied.discard(task)
         is_new = task not in self._applied
         self._applied.add(task)
         return is_new
@@ -54,17 +66,17 @@ class Applicant:
         What the chain refuses for now is tried again with a later block.
         """
         kernel = b""
+        self.declined.pop(task.id, None)
         try:
             kernel = await self._compute(partial(_kernel, manifest.precision))
-            too_large = partial(_too_large, manifest, self._memory, self._held())
-            problem = _unlike(task, manifest, kernel) or await self._compute(too_large)
+            problem = _unlike(task, manifest, kernel) or await self._reserve(task.id, manifest)
             self.answers[task.id] = 0 if problem else await self._prove(task)
         except WrongAnswer as error:
             problem = f"this machine computes wrongly: {error}"
         except COMPUTE_ERRORS as error:
             problem = "too little memory" if lacks_memory(error) else f"this machine cannot compute: {error}"
         if problem is not None:
-            self.declined[task.id] = problem
+            self.decline(task.id, problem)
             log.warning("does not apply for a seat", task=task.id.hex(), reason=problem)
             return
         try:
@@ -72,11 +84,30 @@ class Applicant:
         except SubmitRefused as error:
             log.warning("cannot apply for a seat yet", task=task.id.hex(), reason=error.reason)
             self._applied.discard(task.id)
+            self.reserved.pop(task.id, None)
             return
         log.info("applied for a seat", task=task.id.hex())
 
-    def forget_closed(self, state: State) -> None:
-        """Forget why tasks that are over were declined."""
+    async def _reserve(self, task: bytes, manifest: TaskManifest) -> str | None:
+        """Set the memory of a seat aside, or return why there is too little, one task after the other."""
+        async with self._one_by_one:
+            held = self._held(task)
+            problem, need = await self._compute(partial(_too_large, manifest, self._memory, held))
+            if problem is None:
+                self.reserved[task] = need
+            elif held and (await self._compute(partial(_too_large, manifest, self._memory, 0)))[0] is None:
+                self._waits_below[task] = held
+            return problem
+
+    def decline(self, task: bytes, problem: str) -> None:
+        """Note why this peer has no seat of a task, and let go of what was set aside for it."""
+        self.declined[task] = problem
+        self.reserved.pop(task, None)
+
+    def forget_closed(self, state: State, account: bytes) -> None:
+        """Forget why tasks that are over were declined, and what is set aside for those where the seat is gone."""
+        for task in [task for task in self.reserved if _is_gone(state, task, account)]:
+            del self.reserved[task]
         kept = {task: why for task, why in self.declined.items() if (found := state.task(task)) and found.is_open}
         self.declined = kept
         self.answers = {
@@ -84,10 +115,17 @@ class Applicant:
         }
 
 
-def _too_large(manifest: TaskManifest, memory: int, held: int) -> str | None:
-    from trainer.footprint import available_bytes, why_not
+def _is_gone(state: State, task: bytes, account: bytes) -> bool:
+    """Whether a task is over, or an account's seat of it."""
+    found, worker = state.task(task), state.worker(task, account)
+    return found is None or not found.is_open or (worker is not None and not worker.is_present)
 
-    return why_not(manifest, memory, available_bytes(), held)
+
+def _too_large(manifest: TaskManifest, memory: int, held: int) -> tuple[str | None, int]:
+    """Return why there is no room for the largest seat of a task, None if there is, and how much that seat takes."""
+    from trainer.footprint import available_bytes, largest, why_not
+
+    return why_not(manifest, memory, available_bytes(), held), largest(manifest).total
 
 
 def _unlike(task: Task, manifest: TaskManifest, kernel: bytes) -> str | None:

@@ -184,7 +184,7 @@ class SwarmService:
             task = state.task(identity)
             if task is None or not task.is_open:
                 del self._recorders[identity]
-        self.applicant.forget_closed(state)
+        self.applicant.forget_closed(state, self._account)
         return len(self._sessions) < known
 
     def _follow(self, state: State, task: Task, manifest: TaskManifest, nursery: trio.Nursery) -> None:
@@ -236,14 +236,14 @@ class SwarmService:
             is_whole = manifest.lora is None or await self._load_base(stage, task, manifest, index)
         except COMPUTE_ERRORS as error:
             is_whole = False
-            self.applicant.declined[task.id] = f"its stage cannot be built: {str(error) or 'too little memory'}"
+            self.applicant.decline(task.id, f"its stage cannot be built: {str(error) or 'too little memory'}")
             await self._leave(task.id, self.applicant.declined[task.id])
         if not is_whole:
             transport.close()
             return
         from tdml_p2p.swarm.session import Seat, WorkerSession, step_memory  # with torch, which is here now
 
-        room = step_memory(self._peer.config.memory, self._held_memory(), manifest, index)
+        room = step_memory(self._peer.config.memory, self._held_memory(task.id), manifest, index)
         seat = Seat(task.id, peer_id(task.client), index, task.depth, manifest, room)
         session = WorkerSession(seat, self._peer.key, transport, self._outbox, stage)
         session.recorder = self._recorders.setdefault(task.id, session.recorder)
@@ -255,9 +255,11 @@ class SwarmService:
             transport.close()
         log.info("task finished", task=task.id.hex(), steps=session.steps)
 
-    def _held_memory(self) -> int:
-        """Return about how many bytes the seats of this peer take."""
-        return sum(session.footprint for session in self._sessions.values() if not session.is_stopped)
+    def _held_memory(self, but: bytes) -> int:
+        """Return about how many bytes this peer's seats of other tasks take, those included that it has applied for."""
+        held = {task: size for task, size in self.applicant.reserved.items() if task not in self._sessions}
+        held |= {task: one.footprint for task, one in self._sessions.items() if not one.is_stopped}
+        return sum(size for task, size in held.items() if task != but)
 
     async def _known_answers(self, task: Task) -> int:
         """Return how many verified cells of a task this machine computes alike; raise `WrongAnswer`."""

@@ -28,7 +28,7 @@ from trainer.stage import StageLike, build_stage
 from trainer.state import StageState
 from trainer.transport import Faults, InMemoryHub
 from trainer.worker import Worker
-from trainer.worker_ports import Compute, StateUnavailable, T, WorkerConfig, WorkerPorts
+from trainer.worker_ports import DEFAULT_MEMORY_LIMIT, Compute, StateUnavailable, T, WorkerConfig, WorkerPorts
 from trainer.worker_step import StepRecord
 
 CLIENT = "client"
@@ -118,6 +118,7 @@ class Kit:
     given: tuple[StageState, ...] = ()
     eval_every: int = 0
     base: StageBase | None = None
+    memory_limits: dict[str, int] = field(default_factory=dict)
     cheats: dict[str, Callable[[StageLike], StageLike]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,7 +165,8 @@ class Kit:
         if self.base is not None:
             built.load_base(stage_base(self.base, self.manifest, stage))
         wrapped = self.cheats.get(peer, lambda stage: stage)(built)
-        config = WorkerConfig(CLIENT, wrapped, self.manifest, ring_depth=8)
+        limit = self.memory_limits.get(peer, DEFAULT_MEMORY_LIMIT)
+        config = WorkerConfig(CLIENT, wrapped, self.manifest, ring_depth=8, memory_limit=limit)
 
         async def on_committed(record: StepRecord) -> None:
             self.records.append((peer, record))

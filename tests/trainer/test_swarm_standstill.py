@@ -5,11 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import trio
+from msgspec.structs import replace
 from swarm_kit import Kit, assert_same_model, in_virtual_time, manifest_of, trained
 
 from trainer import messages as m
 from trainer.coordinator import StageFull, StageLost
-from trainer.coordinator_ports import StepDone, patience_for
+from trainer.coordinator_ports import Members, StepDone, patience_for
+from trainer.footprint import footprint
 from trainer.payloads import Reason, TensorPayload, unpack
 from trainer.worker_ports import Compute, T
 
@@ -116,7 +118,81 @@ def test_a_stage_whose_workers_all_lack_memory_ends_the_run_by_name(replicas: in
     kit = Kit(MANIFEST, replicas=replicas)
     for replica in range(replicas):
         kit.computes[f"s0r{replica}"] = always_full(kit, f"s0r{replica}", 4)
-    assert ended(kit, StageFull) < 60
+    assert kit.patience.join < ended(kit, StageFull) < 2 * kit.patience.first
+
+
+PAIR = replace(MANIFEST, replicas=2)
+EVERYBODY = (("s0r0", "s0r1"), ("s1r0", "s1r1"))
+
+
+def bereft(after: float, then: Callable[[Kit], None]) -> Kit:
+    """Return a swarm whose first stage holds a step together; one of it dies in the third; `then` comes later."""
+    kit = Kit(PAIR, replicas=2, memory_limits=dict.fromkeys(EVERYBODY[0], footprint(PAIR, 0).step))
+
+    async def change() -> None:
+        await trio.sleep(after)
+        then(kit)
+
+    def die() -> None:
+        assert kit.nursery is not None
+        kit.hub.faults.crash("s0r1", after=1, of=m.CellDone, before=True)
+        kit.nursery.start_soon(change)
+
+    kit.governor.hooks[3] = die
+    return kit
+
+
+def unseat(kit: Kit, *others: str) -> None:
+    """Let the chain take the dead worker's seat away, and give others one."""
+    kit.governor.members = Members(0, 0, (("s0r0", *others), EVERYBODY[1]))
+    for peer in others:
+        kit.memory_limits[peer] = footprint(PAIR, 0).step
+        kit.start(peer, 0)
+
+
+@pytest.mark.parametrize("after", [5.0, 90.0])
+def test_a_survivor_too_small_for_all_cells_waits_for_the_replica_that_comes_back(after: float) -> None:
+    kit = bereft(after, lambda kit: kit.start("s0r1", 0))
+    assert_same_model(trained(kit), trained(Kit(PAIR)))
+    assert [event.step for event in kit.events if isinstance(event, StepDone)] == [1, 2, 3, 4]
+    assert Reason.MEMORY_FULL in kit.workers["s0r0"].refused
+    assert kit.seconds < after + 2 * kit.patience.join
+
+
+def test_a_survivor_too_small_for_all_cells_waits_for_a_spare() -> None:
+    kit = bereft(60.0, lambda kit: unseat(kit, "spare"))
+    assert_same_model(trained(kit), trained(Kit(PAIR)))
+    assert "spare" in {peer for peer, record in kit.records if record.cells}
+
+
+def test_a_survivor_too_small_for_all_cells_ends_the_run_by_name_once_nobody_can_come() -> None:
+    kit = bereft(100.0, lambda kit: unseat(kit))
+    assert 100 <= ended(kit, StageFull) < 130
+
+
+def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pauses() -> None:
+    kit = bereft(1e6, lambda _: None)
+    seen: list[tuple[float, int]] = []
+
+    async def watch() -> None:
+        while kit.coordinator.empty_since is None:
+            await trio.sleep(0.5)
+        assert kit.coordinator.ready == ((), ("s1r0", "s1r1"))
+        seen.append((trio.current_time(), len(kit.hub.log)))
+        await trio.sleep(100)
+        seen.append((trio.current_time(), len(kit.hub.log)))
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await kit.train()
+
+    with pytest.RaisesGroup(pytest.RaisesExc(StageFull), flatten_subgroups=True):
+        in_virtual_time(both)
+    (at, before), (_, later) = seen
+    assert at < 60
+    assert later - before < 100 / kit.patience.floor * 40
+    assert kit.seconds > kit.patience.empty
 
 
 def test_the_last_deadline_grows_with_the_model() -> None:
@@ -130,12 +206,13 @@ def test_the_last_deadline_grows_with_the_model() -> None:
 def test_lack_of_memory_for_what_comes_in_is_a_fault(
     at: int, error: Exception, replicas: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = 0
+    count, thrown = 0, False
 
     def scarce(payload: tuple[TensorPayload, ...]) -> torch.Tensor:
-        nonlocal count
+        nonlocal count, thrown
         count += 1
         if count == at:
+            thrown = True
             raise error
         return unpack(payload)
 
@@ -144,7 +221,7 @@ def test_lack_of_memory_for_what_comes_in_is_a_fault(
     states = trained(kit)
     monkeypatch.undo()
     assert_same_model(states, trained(Kit(MANIFEST, replicas=replicas)))
-    assert {message.reason for _, _, message in kit.hub.log if isinstance(message, m.Fault)} <= {
-        Reason.MEMORY_FULL,
-        Reason.NO_STATE,
-    }
+    reasons = {message.reason for _, _, message in kit.hub.log if isinstance(message, m.Fault)}
+    assert thrown
+    assert reasons
+    assert reasons <= {Reason.MEMORY_FULL, Reason.NO_STATE}

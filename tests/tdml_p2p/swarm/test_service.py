@@ -180,11 +180,78 @@ async def test_a_peer_does_not_apply_for_what_it_cannot_hold(monkeypatch: pytest
         assert said in peer.declined.get(TASK, "")
         assert len(chain.sent) == (not said)
         assert len(peer.declined) == bool(said)
-        open_task = SimpleNamespace(is_open=True)
-        peer.forget_closed(cast(State, SimpleNamespace(task=lambda _, task=open_task: task)))
+        state = SimpleNamespace(task=lambda _: SimpleNamespace(is_open=True), worker=lambda *_: None)
+        peer.forget_closed(cast(State, state), SEATED)
         assert len(peer.declined) == bool(said)
-        peer.forget_closed(cast(State, SimpleNamespace(task=lambda _: None)))
+        peer.forget_closed(cast(State, SimpleNamespace(task=lambda _: None, worker=lambda *_: None)), SEATED)
         assert not peer.declined
+
+
+class Seats:
+    """A service's applicant and sessions, with memory for one seat and a half."""
+
+    def __init__(self) -> None:
+        self.chain = Chain()
+        self.sessions: dict[bytes, Any] = {}
+        memory = largest(MANIFEST).total * 3 // 2
+        self.applicant = Applicant(cast(ChainEngine, self.chain), at_once, memory, self._prove, self.held)
+
+    async def _prove(self, _task: Task) -> int:
+        await trio.sleep(1)
+        return 0
+
+    def held(self, but: bytes) -> int:
+        fake = SimpleNamespace(applicant=self.applicant, _sessions=self.sessions)
+        return SwarmService._held_memory(cast(SwarmService, fake), but)
+
+    async def apply(self, *tasks: bytes) -> list[bytes]:
+        """Apply for all of them at once that are due; return where an application was sent."""
+        sent = len(self.chain.sent)
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                if self.applicant.begin(task):
+                    nursery.start_soon(self.applicant.apply, cast(Task, SimpleNamespace(id=task, kernel=b"")), MANIFEST)
+        return [cast(TakeSeat, payload).task for payload in self.chain.sent[sent:]]
+
+    def forget(self, *, gone: bytes = b"", closed: bytes = b"") -> None:
+        state = SimpleNamespace(
+            task=lambda task: SimpleNamespace(is_open=task != closed),
+            worker=lambda task, _: SimpleNamespace(is_present=task != gone),
+        )
+        self.applicant.forget_closed(cast(State, state), SEATED)
+
+
+@pytest.mark.parametrize("end", ["closed", "gone", "not built", "session"])
+async def test_memory_that_is_applied_for_is_held_and_who_found_none_left_applies_once_it_is_free(
+    end: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    seats, tasks = Seats(), (TASK, bytes(32))
+    (first,) = await seats.apply(*tasks)
+    (other,) = set(tasks) - {first}
+    assert "other seats" in seats.applicant.declined[other]
+    assert seats.held(other) == largest(MANIFEST).total
+    assert seats.held(first) == 0
+    assert await seats.apply(*tasks) == []
+    seats.forget()
+    assert await seats.apply(*tasks) == []
+    if end == "not built":
+        seats.applicant.decline(first, "its stage cannot be built")
+    elif end == "session":
+        seats.sessions[first] = SimpleNamespace(footprint=largest(MANIFEST).total, is_stopped=False)
+        assert await seats.apply(*tasks) == []
+        seats.sessions[first].is_stopped = True
+    else:
+        seats.forget(gone=first if end == "gone" else b"", closed=first if end == "closed" else b"")
+    assert await seats.apply(*tasks) == [other]
+    assert other not in seats.applicant.declined
+
+
+async def test_what_is_too_large_in_any_case_is_not_tried_again() -> None:
+    peer = applicant(Chain(), largest(MANIFEST).total - 1)
+    assert peer.begin(TASK)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"")), MANIFEST)
+    assert not peer.reserved
+    assert not peer.begin(TASK)
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
