@@ -5,6 +5,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+from chain.keys import peer_id
 from chain.state import State
 from chain.transactions import Unbond, Withdraw
 from tests.chain.ledger_view import Block, T, claims_of, ended, owner, rows
@@ -82,8 +83,10 @@ def _by_work(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -> No
                 change[claim.worker] += pay
                 escrow[claim.claim.task] -= pay
     cost: Counter[bytes] = Counter()
+    closed = {key for key, task in rows(block.before, T.TASKS).items() if str(task.state) == "closed"}
     for audit in ended(block):
-        if str(audit.state) in PAID and not audit.is_reopened:
+        # what a closed task had left is its client's again
+        if str(audit.state) in PAID and not audit.is_reopened and audit.task not in closed:
             change[audit.auditor] += price[audit.task]
             escrow[audit.task] -= price[audit.task]
             cost[audit.claim] += price[audit.task]
@@ -97,10 +100,12 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
     for audit in ended(block):
         key, task = audit.task + audit.worker, rows(block.before, T.TASKS)[audit.task]
         if _is_against_auditor(audit):
-            change[audit.auditor] -= min(_stake_of(block.before, audit.auditor), max(1, task.worker_bond))
+            change[audit.auditor] -= min(_stake_of(block, audit.auditor), max(1, task.worker_bond))
         if str(audit.state) == "withheld":
             worker = rows(block.before, T.WORKERS)[key]
             fine = _fine(block, task, worker, audit) if key not in left else task.price
+            if _is_slashed_before(block, audit):
+                left[key] = 0
             charge = min(fine, left.setdefault(key, worker.bond + worker.withheld))
             left[key] -= charge
             change[audit.worker] -= charge
@@ -124,6 +129,20 @@ def _by_verdicts(block: Block, change: Counter[bytes], escrow: Counter[bytes]) -
         if identity not in made_good:
             made_good[identity] = _made_good(block, identity, most)
     escrow.update(made_good)
+
+
+def _is_slashed_before(block: Block, audit: Any) -> bool:
+    """Whether the bond of an audit's worker was slashed, for another of its cells, before this audit ended."""
+    for event in block.executed.events:
+        if event.data.get("audit") == audit.id.hex() and event.kind == str(audit.state):
+            return False
+        if event.kind == "slashed" and _is_of(event.data, audit):
+            return True
+    raise AssertionError("an audit ended without an event")
+
+
+def _is_of(data: dict[str, Any], audit: Any) -> bool:
+    return (data.get("task"), data.get("worker")) == (audit.task.hex(), peer_id(audit.worker))
 
 
 def _is_against_auditor(audit: Any) -> bool:
@@ -153,21 +172,25 @@ def _found(params: Any, rate: int) -> tuple[int, int]:
 def _made_good(block: Block, task: bytes, most: int) -> int:
     """Return what a slashed bond gives back to the escrow for audits, paid before, of work that it made void."""
     before = rows(block.before, T.CLAIMS)
-    voided = [
-        claim for key, claim in rows(block.after, T.CLAIMS).items()
+    voided = {
+        key: claim for key, claim in rows(block.after, T.CLAIMS).items()
         if claim.claim.task == task and claim.is_void and not before[key].is_void
-    ]  # fmt: skip
+    }  # fmt: skip
     price, events = rows(block.after, T.TASKS)[task].price, block.executed.events
-    paid = {a.id.hex() for a in ended(block) if a.task == task and str(a.state) in PAID and not a.is_reopened}
+    paid = {
+        a.id.hex() for a in ended(block)
+        if a.claim in voided and str(a.state) in PAID and not a.is_reopened
+    }  # fmt: skip
     begun = next(i for i, e in enumerate(events) if e.kind == "slashed" and e.data.get("task") == task.hex())
     later = [e for e in events[begun:] if e.kind in PAID and e.data.get("audit") in paid]
-    return min(most, sum(claim.audit_pay for claim in voided) - len(later) * price)
+    return min(most, sum(claim.audit_pay for claim in voided.values()) - len(later) * price)
 
 
-def _stake_of(state: State, account: bytes) -> int:
-    record = rows(state, T.ACCOUNTS).get(account)
-    leaving = (u.amount for k, u in rows(state, T.UNBONDINGS).items() if k[:32] == account)
-    return (record.bonded if record else 0) + sum(leaving)
+def _stake_of(block: Block, account: bytes) -> int:
+    """Return what an account can be charged: its stake, also what is on its way out and not released yet."""
+    record, leaving = rows(block.before, T.ACCOUNTS).get(account), rows(block.before, T.UNBONDINGS).items()
+    held = sum(u.amount for key, u in leaving if key[:32] == account and u.release_at > block.height)
+    return (record.bonded if record else 0) + held
 
 
 def everybody_gets_theirs(block: Block) -> None:

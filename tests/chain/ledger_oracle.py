@@ -67,8 +67,14 @@ def drawn_when_final(block: Block) -> None:
         _may_be_drawn(block, audit)
         first = rows(block.before, T.AUDITS).get(audit.first)
         assert first is None or audit.auditor != first.auditor, "an auditor repeats its own audit"
-        is_neighbour = all(_is_beside(state, audit, audit.auditor) for state in (block.before, block.after))
-        assert not is_neighbour or not _others(block, audit), "a neighbour audits though others could"
+        _from_outside(block, audit, len(claim.claim.cells))
+
+
+def _from_outside(block: Block, audit: Any, cells: int) -> None:
+    """Neighbours judge a stage where nobody else can, its replicas where fewer than three can: none, of one cell."""
+    near = {_distance(state, audit, audit.auditor) for state in (block.before, block.after)}
+    enough = 3 if near == {0} and cells != 1 else 1
+    assert near not in ({0}, {1}) or len(_others(block, audit)) < enough, "a neighbour audits though others could"
 
 
 def _may_be_drawn(block: Block, audit: Any) -> None:
@@ -81,10 +87,15 @@ def _may_be_drawn(block: Block, audit: Any) -> None:
     assert not is_absent or not _others(block, audit), "an absent account was drawn though others could be"
 
 
+def _distance(state: State, audit: Any, account: bytes) -> int | None:
+    """Return how many stages from the audited one an account's is; None without a seat."""
+    worker = rows(state, T.WORKERS).get(audit.task + account)
+    return abs(worker.stage - audit.stage) if worker is not None and worker.is_seated else None
+
+
 def _is_beside(state: State, audit: Any, account: bytes) -> bool:
     """Whether an account is of this stage or of a next one."""
-    worker = rows(state, T.WORKERS).get(audit.task + account)
-    return worker is not None and worker.is_seated and abs(worker.stage - audit.stage) <= 1
+    return _distance(state, audit, account) in (0, 1)
 
 
 def _others(block: Block, audit: Any) -> list[bytes]:
