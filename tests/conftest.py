@@ -23,10 +23,12 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep each file on one process of a parallel run, and all networks of processes on the same one.
 
-    A network of peers takes both cores of a small machine; two at once would test the machine.
+    A network of peers takes both cores of a small machine; two at once would test the machine. First of all, because
+    the plugin that deals out the tests reads the groups in the same hook.
     """
     for item in items:
         networks = {"end_to_end", "testnet"} & set(item.path.parts)
