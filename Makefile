@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/codespell
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 soak: setup
 	$(BIN)/python -m tests.testnet --draw 1 --minutes 10
