@@ -175,13 +175,17 @@ class Trace(Record, frozen=True):
 
 
 class Opening(Record, frozen=True):
-    """The worker's opening of the audited leaf, with its results sketched under the audit's key."""
+    """The worker's opening of the audited leaf, with its results sketched under the audit's key.
+
+    `inputs` are those of the trace as they were signed by who sent them: whoever judges the cell has them from here.
+    """
 
     audit: Hash
     salt: Hash
     trace: Trace
     proof: Proof
     sketch: Sketch
+    inputs: Shown = b""
 
 
 class Open(Record, frozen=True, tag=16):

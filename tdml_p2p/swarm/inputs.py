@@ -12,7 +12,7 @@ import msgspec
 
 from chain.codec import Hash, SignatureBytes, Uint
 from chain.keys import PrivateKey, peer_id
-from chain.transactions import Trace
+from chain.transactions import Opening, Trace
 from tdml_p2p.swarm.envelope import is_proven, statement
 from trainer.manifest import TaskManifest
 from trainer.messages import Activation, Gradient, Labels, Message, Tokens, encode_header
@@ -132,6 +132,15 @@ def to_show(inputs: Inputs, opened: Trace) -> bytes:
     x = None if inputs.x.address == opened.x else inputs.x
     gy = None if inputs.gy.address == opened.gy else inputs.gy
     return encode(Descriptor(x, gy))
+
+
+def opened_inputs(opening: Opening, wanted: Wanted, manifest: TaskManifest, senders: "Senders") -> Inputs | None:
+    """Return the opened inputs if they are signed, in the opening, by who may send them; else None."""
+    try:
+        inputs = merge([checked(wanted, decode_descriptor(opening.inputs), manifest, senders)])
+    except InputsRefused:
+        return None
+    return inputs if inputs is not None and is_of(inputs, opening.trace) else None
 
 
 def misleads(shown: bytes, opened: Trace, wanted: Wanted, manifest: TaskManifest, senders: "Senders") -> bool:

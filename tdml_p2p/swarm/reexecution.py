@@ -29,6 +29,7 @@ from tdml_p2p.swarm.inputs import (
     encode,
     is_of,
     merge,
+    opened_inputs,
     unanimous,
 )
 from tdml_p2p.swarm.material import Buffer, Fetch, Unavailable
@@ -85,6 +86,13 @@ class Cell:
     def opened(self) -> Trace | None:
         """The trace that the worker has opened, None before."""
         return None if self.claimed is None or self.claimed.opened is None else self.claimed.opened.trace
+
+    @property
+    def signed_inputs(self) -> Inputs | None:
+        """The inputs as the worker has opened them, with the signatures of who may send them; None without."""
+        if self.claimed is None or self.claimed.opened is None or self.manifest.quorum > 1:
+            return None
+        return opened_inputs(self.claimed.opened, self.wanted, self.manifest, self.senders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +204,13 @@ class Reexecutor:
     async def inputs(self, cell: Cell) -> Inputs:
         """Return both inputs as signed, from the first of the holders that tell; raise `Unavailable`.
 
-        Once the worker has opened the cell, some seconds more are given for the inputs that it opened: a sender that
-        signed two must not have it convicted. Where teams compute every cell an input is what most of a team sent, or
-        what all who can be asked agree on.
+        Once the worker has opened the cell, its inputs are those of the opening, if they are signed there, or some
+        seconds more are given for them: a sender that signed two must not have it convicted. Where teams compute every
+        cell an input is what most of a team sent, or what all who can be asked agree on.
         """
         quorum, opened = cell.manifest.quorum, cell.opened
+        if (signed := cell.signed_inputs) is not None:
+            return signed
         problems: list[str] = []
         parts: list[Descriptor] = []
         found: list[Inputs] = []

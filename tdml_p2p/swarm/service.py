@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 import structlog
 import trio
 
@@ -349,7 +350,11 @@ class SwarmService:
         wanted = Wanted(audit.task, audit.generation, audit.step, session.seat.stage, audit.cell)
         await restore_cell(session, wanted, self._reexecutor)
         with recording(session.recorder), lane("openings"), span("open", audit.step, audit.cell):
-            return await trio.to_thread.run_sync(session.book.opening, place, audit.id, audit.key)
+            opening = await trio.to_thread.run_sync(session.book.opening, place, audit.id, audit.key)
+        signed = session.describe(wanted)
+        if opening is None or signed is None or audit.cell == session.seat.manifest.microbatches:
+            return opening
+        return msgspec.structs.replace(opening, inputs=encode(signed))
 
     def _recorder_for(self, sender: str, task: bytes) -> Recorder | None:
         """Return the recorder of an open task, a seat here or not yet, for its client, who alone may look at it."""

@@ -112,16 +112,31 @@ class TwoFaced(Material):
             await trio.sleep_forever()
         return await super().ask(peer, request)
 
-    async def told(self, opened: bytes | None) -> bytes:
-        """Return the x that is computed on once the worker has opened this one."""
+    async def told(self, opened: bytes | None, signer: PrivateKey | None = None) -> bytes:
+        """Return the x that is computed on once the worker has opened this one, with signatures of it or without."""
         client = frozenset([peer_id(CLIENT.account)])
         trace = Trace(*[bytes(32)] * 7)
         trace = msgspec.structs.replace(trace, x=opened or bytes(32), gy=address_of(self.labels))
-        opening = None if opened is None else Opening(bytes(32), bytes(32), trace, (), bytes(384))
+        signed = b"" if signer is None else self.signed(signer, trace)
+        opening = None if opened is None else Opening(bytes(32), bytes(32), trace, (), bytes(384), signed)
         claim = Claim(TASK, 0, 1, 0, (0,), bytes(32), self.state, self.state)
         claimed = Claimed(HOLDER, peer_id(CLIENT.account), claim, opening)
         cell = Cell(WANTED, MANIFEST, self.state, ("false", "true"), Senders(client, client), claimed)
         return (await Reexecutor(self.fetch, self.ask, inline).inputs(cell)).x.address
+
+    def signed(self, signer: PrivateKey, trace: Trace) -> bytes:
+        """Return the inputs of a trace, signed by somebody, as an opening holds them."""
+        x, gy = expected_messages(WANTED, MANIFEST)
+        return encode(Descriptor(signed_input(signer, TASK, x, trace.x), signed_input(signer, TASK, gy, trace.gy)))
+
+
+async def test_inputs_that_are_signed_in_the_opening_need_no_teller(autojump_clock: trio.testing.MockClock) -> None:
+    """A worker that is gone since, beside a sender that has signed two, is judged by what it was sent."""
+    material, begun = TwoFaced(is_told=False), trio.current_time()
+    true, false = address_of(material.true), address_of(material.false)
+    assert await material.told(true, CLIENT) == true
+    assert trio.current_time() == begun
+    assert await material.told(true, WORKER) == false
 
 
 async def test_of_two_signed_inputs_the_opened_one_is_taken(autojump_clock: trio.testing.MockClock) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import pytest
 import torch
 import trio
@@ -18,7 +19,7 @@ from chain.state import Audit, State, Task
 from chain.transactions import Claim, Opening, Trace
 from chain.verdicts import deviations, is_fraud, is_match, limits_for
 from tdml_p2p.demo.faults import ATTACKS, faulty_factory
-from tdml_p2p.swarm.inputs import InputsRefused, Wanted, checked, merge
+from tdml_p2p.swarm.inputs import Descriptor, InputsRefused, Wanted, checked, encode, merge, opened_inputs
 from tdml_p2p.swarm.reexecution import Execution, Reexecutor, results_of
 from tdml_p2p.swarm.service import SwarmService
 from tests.tdml_p2p.swarm.session_kit import CLIENT, TASK, Run, inline, without_threads
@@ -280,7 +281,9 @@ def test_what_a_worker_had_no_room_for_it_computes_again(run: Run) -> None:
 
     with without_threads():
         in_virtual_time(open_it)
-    assert found == [opening(run, peer, wanted)]
+    signed = encode(cast(Descriptor, session.describe(wanted)))
+    assert found == [msgspec.structs.replace(opening(run, peer, wanted), inputs=signed)]
+    assert opened_inputs(cast(Opening, found[0]), wanted, run.manifest, run.cell(wanted).senders) is not None
     restored = session.book.cell(0, wanted.step, wanted.cell)
     assert restored is not None
     assert restored.record.gw is not None
