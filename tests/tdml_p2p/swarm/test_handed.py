@@ -1,6 +1,7 @@
 """What a worker handed its neighbours against what it claims: signed inputs that these hold are proof, nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -21,10 +22,22 @@ from trainer.manifest import TaskManifest
 from trainer.payloads import Dtype, pack
 from trainer.stage import CellResult
 
+T = TypeVar("T")
 TASK = bytes(range(32))
 WORKER, BEFORE, AFTER, OTHER = (PrivateKey(bytes([number]) * 32) for number in range(2, 6))
 LIMITS: Limits = limits_for(Params())
 SHAPE = (2, 8, 16)
+
+
+@pytest.fixture(autouse=True)
+def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do the work of threads at once: virtual time does not wait for threads."""
+
+    async def at_once(work: Callable[..., T], *args: object) -> T:
+        await trio.lowlevel.checkpoint()
+        return work(*args)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
 
 
 def result() -> CellResult:
