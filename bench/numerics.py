@@ -181,7 +181,7 @@ def run(manifest: TaskManifest, states: list[Tensor], cells: list[Cell], index: 
 def honest_results(folder: Path, name: str) -> list[CellResult]:
     """Return the results of another process in one honest configuration."""
     environment = {**os.environ, **HONEST[name], "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, "--child", str(folder)]
+    command = [sys.executable, "-m", "bench.numerics", "--child", str(folder)]
     subprocess.run(command, check=True, env=environment)
     # cloned: the next process writes the file that these tensors are mapped to
     parts = {key: part.clone() for key, part in load_file(folder / "results.safetensors").items()}
