@@ -99,9 +99,14 @@ def check_schema(connection: sqlite3.Connection, path: Path, genesis: Genesis | 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Raise `StoreCorrupt` for whatever shows that the file is damaged; let the disk's troubles through."""
+    """Raise `StoreCorrupt` for whatever shows that the file is damaged; let the disk's troubles through.
+
+    A store that has been closed meanwhile is no damage: `sqlite3.ProgrammingError`.
+    """
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
         if code & 0xFF not in _DAMAGE:

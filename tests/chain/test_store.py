@@ -193,6 +193,13 @@ def damage(path: Path, statement: str) -> None:
         connection.execute(statement)
 
 
+def test_a_store_that_has_been_closed_is_not_called_damaged(written: Path) -> None:
+    store = Store.open_read_only(written)
+    store.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        store.tip()
+
+
 @pytest.mark.parametrize(
     "statement",
     [
