@@ -192,7 +192,40 @@ def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pa
     (at, before), (_, later) = seen
     assert at < 60
     assert later - before < 100 / kit.patience.floor * 40
-    assert kit.seconds > kit.patience.empty
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["dead", "frozen"])
+def test_a_dead_replica_that_keeps_its_seat_delays_the_end_of_a_full_stage_by_little(is_frozen: bool) -> None:
+    kit = bereft(2.0, lambda kit: kit.hub.join("s0r1") if is_frozen else None)
+    assert kit.patience.join < ended(kit, StageFull) < 7 * kit.patience.join
+
+
+def test_a_frozen_replica_that_is_asked_again_does_not_hide_that_its_stage_has_lost_the_other() -> None:
+    kit = Kit(MANIFEST, replicas=2)
+    seats, since = kit.governor.members, list[float]()
+    kit.governor.members = Members(0, 0, (("s0r0",), seats.stages[1]))
+
+    def freeze() -> None:
+        kit.governor.members = seats
+        kit.hub.join("s0r1")  # takes what it is sent and never answers
+
+    async def die() -> None:
+        await trio.sleep(kit.patience.join / 4)
+        kit.hub.crash("s0r0")
+        died = trio.current_time()
+        while kit.coordinator.empty_since is None:
+            await trio.sleep(0.5)
+        since.append(trio.current_time() - died)
+        kit.start("s0r0", 0)
+
+    def begin() -> None:
+        assert kit.nursery is not None
+        kit.nursery.start_soon(die)
+
+    kit.governor.hooks |= {2: freeze, 3: begin}
+    with pytest.RaisesGroup(pytest.RaisesExc(StageLost)):
+        trained(kit)
+    assert since[0] < 2 * kit.patience.tick
 
 
 def test_the_last_deadline_grows_with_the_model() -> None:
