@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import trio
 from tdml_p2p.errors import UserError
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
 from tdml_p2p.swarm.posting import Posted
-from trainer.checkpoint import Checkpoint, CheckpointError, save
+from trainer.checkpoint import Checkpoint, CheckpointError, resume, save
 from trainer.coordinator import Coordinator
 from trainer.coordinator_ports import StepDone
+from trainer.errors import DataError
 from trainer.state import StageState
 from trainer.worker_ports import StateUnavailable
 
@@ -145,6 +147,17 @@ class Saver:
             await trio.to_thread.run_sync(save, checkpoint, self._out)
         self.saved = checkpoint.step
         self._report({"event": "saved", "out": str(self._out), "step": self.saved})
+
+    async def newest(self, kept: tuple[StageState, ...]) -> Checkpoint | None:
+        """Return the newer of two verified checkpoints of the task: what is kept in memory, and what was saved."""
+        held = self.checkpoint(kept) if kept else None
+        try:
+            saved = await trio.to_thread.run_sync(partial(resume, self._out, is_verified=True))
+        except (CheckpointError, DataError) as error:
+            log.debug("no verified checkpoint in the folder", reason=error.sentence)
+            return held
+        is_own = saved.task == self._posted.task.hex()
+        return saved if is_own and (held is None or held.step < saved.step) else held
 
     def checkpoint(
         self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True

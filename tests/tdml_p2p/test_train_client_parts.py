@@ -451,6 +451,26 @@ async def test_a_new_task_is_saved_with_its_start_so_that_it_is_never_orphaned(t
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(("kept", "expected"), [(0, 4), (2, 4), (5, 5)])
+async def test_who_loses_a_stage_goes_on_from_the_newer_of_what_it_keeps_and_what_it_saved(
+    kept: int, expected: int, tmp_path: Path
+) -> None:
+    train = settings(tmp_path)
+    saver = saver_of(train, [])
+    states = states_of(planned(train).manifest, kept) if kept else ()
+    before = await saver.newest(states)
+    assert (0 if before is None else before.step) == kept
+    await save_periodically(saver, FakeSwarm(train), 4)
+    newest = await saver.newest(states)
+    assert newest is not None
+    assert newest.step == expected
+    assert newest.is_verified
+    assert newest.states[0].root == states_of(newest.manifest, expected)[0].root
+    of_another = Saver(train.out, Posted(b"\x0d" * 32, planned(train)), History({}, {}), print)
+    assert await of_another.newest(()) is None
+
+
+@pytest.mark.trio
 async def test_the_chain_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
     source, out = tmp_path / "chain.db", tmp_path / "out"
     out.mkdir()
