@@ -67,6 +67,15 @@ class Cell:
         encoded += sum(only.nbytes for (only,) in out if only.is_encoded)
         return encoded + sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def spoil(self, offset: int) -> None:
+        """Drop what is not finite, made by the stage so many after this one; what came from beside may come again."""
+        if offset < 0:
+            self.x = None
+        elif offset > 0:
+            self.gy = None
+        else:
+            self.is_failed = True
+
 
 @dataclass(frozen=True, slots=True)
 class CellRecord:
@@ -140,6 +149,8 @@ class StepWork:
     quorum: int = 1
     routes: list[list[str]] = field(init=False)
     cells: dict[int, Cell] = field(init=False, default_factory=dict)
+    is_short: bool = field(init=False, default=False)
+    """Whether there was no room for some cell."""
 
     def __post_init__(self) -> None:
         if any(len(route) != self.spec.count for route in self.opened.routes):
@@ -161,6 +172,19 @@ class StepWork:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(cell.nbytes for cell in self.cells.values())
+
+    def needed(self, cell: int, size: int, whole: int) -> int:
+        """Return the bytes that will be held after `size` more for a cell: of those computed here `whole` or more."""
+        held = {index: known.nbytes for index, known in self.cells.items()}
+        held[cell] = held.get(cell, 0) + size
+        return sum(max(known, whole) if self.owns(index) else known for index, known in held.items())
+
+    def has_unfinished(self, but: int) -> bool:
+        """Whether cells beside one that this worker has taken are still to be finished here."""
+        return any(
+            self.owns(index) and cell.gw is None and not cell.is_failed and index != but
+            for index, cell in self.cells.items()
+        )
 
     def members(self, peer: str) -> tuple[str, ...]:
         """Return the team of a peer, itself where there are no teams."""

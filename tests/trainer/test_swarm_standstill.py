@@ -1,6 +1,7 @@
 """Workers that are connected and do not get on, or lack memory: the run goes on or ends by name, and never hangs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from trainer.coordinator_ports import Members, StepDone, patience_for
 from trainer.footprint import footprint
 from trainer.payloads import Reason, TensorPayload, unpack
 from trainer.worker_ports import Compute, T
+from trainer.worker_seat import Seat
+from trainer.worker_step import StepWork
 
 MANIFEST = manifest_of(stages=2, steps=4)
 
@@ -170,6 +173,27 @@ def test_a_survivor_too_small_for_all_cells_ends_the_run_by_name_once_nobody_can
     assert 100 <= ended(kit, StageFull) < 130
 
 
+def test_a_fast_replica_takes_no_more_than_it_has_memory_for_and_the_slow_one_does_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit = footprint(PAIR, 0).step
+    kit = Kit(PAIR, memory_limits=dict.fromkeys(EVERYBODY[0], limit), cell_seconds={"s0r1": 0.5})
+    held: list[int] = []
+    computed = Seat.computed
+
+    def weighed(seat: Seat, work: StepWork, *results: Any) -> None:
+        computed(seat, work, *results)
+        if work.spec.index == 0:
+            held.append(work.nbytes)
+
+    monkeypatch.setattr(Seat, "computed", weighed)
+    assert_same_model(trained(kit), trained(Kit(PAIR)))
+    assert max(held) <= limit
+    assert Reason.MEMORY_FULL in kit.workers["s0r0"].refused
+    assert {len(record.cells) for peer, record in kit.records if peer == "s0r1"} == {2}
+    assert kit.seconds < 5 * PAIR.steps
+
+
 def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pauses() -> None:
     kit = bereft(1e6, lambda _: None)
     seen: list[tuple[float, int]] = []
@@ -179,7 +203,7 @@ def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pa
             await trio.sleep(0.5)
         assert kit.coordinator.ready == ((), ("s1r0", "s1r1"))
         seen.append((trio.current_time(), len(kit.hub.log)))
-        await trio.sleep(100)
+        await trio.sleep(80)
         seen.append((trio.current_time(), len(kit.hub.log)))
 
     async def both() -> None:
@@ -191,7 +215,7 @@ def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pa
         in_virtual_time(both)
     (at, before), (_, later) = seen
     assert at < 60
-    assert later - before < 100 / kit.patience.floor * 40
+    assert later - before < 80 / kit.patience.floor * 40
 
 
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["dead", "frozen"])
@@ -249,7 +273,7 @@ def test_lack_of_memory_for_what_comes_in_is_a_fault(
             raise error
         return unpack(payload)
 
-    monkeypatch.setattr("trainer.worker_seat.unpack", scarce)
+    monkeypatch.setattr("trainer.worker_intake.unpack", scarce)
     kit = Kit(MANIFEST, replicas=replicas)
     states = trained(kit)
     monkeypatch.undo()
