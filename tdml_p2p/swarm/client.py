@@ -114,7 +114,8 @@ class SwarmClient:
     async def _train_posted(self, posted: Posted) -> int:
         self._prepared, self._task = posted.prepared, posted.task
         self._keeper = None
-        self._saver = Saver(self._train.out, posted, self._progress.history, self._report, self._seal)
+        history, chain = self._progress.history, self._peer.home.chain_path
+        self._saver = Saver(self._train.out, posted, history, self._report, self._seal, chain)
         folders = (self._train.out, self._peer.home.tasks_path / self._task.hex())
         self._progress.begin(posted.prepared.manifest, folders)
         await self._saver.save_start()

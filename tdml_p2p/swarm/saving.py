@@ -39,7 +39,10 @@ class History:
 
 
 class Saver:
-    """Saves states of one run into `out`; `seal` says HEIGHT:HASH of the chain's newest block."""
+    """Saves states of one run into `out`, with the chain's database, `chain`, that proves how they came about.
+
+    `seal` says HEIGHT:HASH of the chain's newest block.
+    """
 
     def __init__(
         self,
@@ -48,12 +51,14 @@ class Saver:
         history: History,
         report: Callable[[dict[str, Any]], None],
         seal: Callable[[], str] = str,
+        chain: Path | None = None,
     ) -> None:
         self._out = out
         self._posted = posted
         self._history = history
         self._report = report
         self._seal = seal
+        self._chain = chain
         self._turn = trio.Lock()
         # without a buffer: a step that comes due while another is being saved is left out
         self._due, self._taken = trio.open_memory_channel[StepDone](0)
@@ -144,9 +149,21 @@ class Saver:
     async def _write(self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True) -> None:
         checkpoint = self.checkpoint(states, generation=generation, is_verified=is_verified)
         async with self._turn:
+            await (
+                self._copy_chain()
+            )  # before the states: whatever happens in between, the block that they name is there
             await trio.to_thread.run_sync(save, checkpoint, self._out)
         self.saved = checkpoint.step
         self._report({"event": "saved", "out": str(self._out), "step": self.saved})
+
+    async def _copy_chain(self) -> None:
+        """Leave beside the states what proves them; a run goes on without it, and says so."""
+        if self._chain is None:
+            return
+        try:
+            await copy_chain(self._chain, self._out)
+        except UserError as error:
+            self._report({"event": "not-saved", "reason": error.message, "hint": error.hint})
 
     async def newest(self, kept: tuple[StageState, ...]) -> Checkpoint | None:
         """Return the newer of two verified checkpoints of the task: what is kept in memory, and what was saved."""
@@ -209,6 +226,7 @@ async def copy_chain(source: Path, out: Path) -> None:
 
 def _copy_database(source: Path, target: Path) -> None:
     pending = target.with_name(f".{target.name}.pending")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with (
             closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as live,
