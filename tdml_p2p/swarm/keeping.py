@@ -2,7 +2,7 @@
 
 All workers of a stage may vanish together, however many they are: two on one machine, or behind one link. So the
 client fetches the states of all stages in the background, at most a twentieth of the time while some stage has a single
-worker and a hundredth while none has, and never more than two states of the model at once.
+worker and a fiftieth while none has, and never more than two states of the model at once.
 """
 
 import math
@@ -23,7 +23,7 @@ from trainer.worker_ports import StateUnavailable
 log = structlog.get_logger(__name__)
 
 _REST = 19
-_LONG_REST = 99
+_LONG_REST = 49
 """Seconds without fetching for every second of fetching, while some stage has a single worker and while none has."""
 _STATE_BYTES = 12
 """Of a parameter: its weight and two moments."""

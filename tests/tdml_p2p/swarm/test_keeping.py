@@ -106,8 +106,8 @@ def test_a_state_of_an_ended_generation_is_never_kept() -> None:
 PAIRS = (("a", "c"), ("b", "d"))
 
 
-def test_states_are_kept_while_every_stage_has_two_for_both_may_vanish_together_at_a_fifth_of_the_cost() -> None:
-    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.105)
+def test_states_are_kept_while_every_stage_has_two_for_both_may_vanish_together() -> None:
+    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.21)
     keeper = kept_after(swarm, 27)
     assert swarm.fetched == [1, 12, 23]
     assert keeper.states[0].step == 12
@@ -115,9 +115,9 @@ def test_states_are_kept_while_every_stage_has_two_for_both_may_vanish_together_
     def bereave(step: int) -> None:
         swarm.ready = (("a",), ("b", "d")) if step > 12 else PAIRS
 
-    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.21)
-    assert kept_after(swarm, 27, bereave).states[0].step == 18
-    assert swarm.fetched == [1, 13, 18, 23]
+    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.42)
+    assert kept_after(swarm, 27, bereave).states[0].step == 22
+    assert swarm.fetched == [1, 13, 22]
 
 
 def test_without_memory_for_two_states_they_are_kept_only_while_a_stage_hangs_on_one_worker() -> None:
