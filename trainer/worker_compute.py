@@ -157,6 +157,7 @@ class StageComputer:
             self._check(key, "output", forward.y)
             if not self._stage.spec.is_last:
                 cell.y_payload = pack(forward.y, self._wire)
+                cell.y_address = address_of(cell.y_payload[0].data) if self._manifest.quorum > 1 else b""
         if half is not Half.FORWARD:
             if cell.gy is not None and not is_finite(cell.gy):
                 raise NotFiniteError(self._stage.spec.index + 1, "gradient")

@@ -26,7 +26,7 @@ class Cell:
 
     `x_sent` and `gy_sent` are the bytes that came, where they are an encoding; `y_payload` and `gx_payload` what goes
     out. `ballots` hold what members of a team sent until most sent the same; `digest` is that of the results' content
-    addresses, where teams compare it.
+    addresses, and `y_address` the output's, where teams compare them.
     """
 
     index: int
@@ -46,6 +46,7 @@ class Cell:
     gw: "Tensor | None" = None
     y_payload: tuple[TensorPayload] | None = None
     gx_payload: tuple[TensorPayload] | None = None
+    y_address: bytes = b""
     loss: float = 0.0
     seconds: float = 0.0
     is_failed: bool = False

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainer.content import address_of
 from trainer.messages import Activation, Apply, CellDone, Gradient, Message, Passed, Reduce, Reduced
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Voice:
             output = Activation(*at, cell.y_payload)
             for peer in work.consumers(cell.index):
                 self._post(peer, output)
-            self.tell(Passed(*at, address_of(output.payload[0].data) if work.quorum > 1 else b""))
+            self.tell(Passed(*at, cell.y_address))
 
     def gradient(self, work: "StepWork", cell: "Cell") -> None:
         """Send the gradient of a cell's input back, if it is there."""
