@@ -177,7 +177,8 @@ class Seat:
         """Return how to open what a message brings, if it would be taken now; raise `MessageError`."""
         match message := received.message:
             case Activation() | Gradient() | Tokens() | Labels():
-                is_due = self._work_for(received, message) is not None
+                work = self._work_for(received, message)
+                is_due = work is not None and work.fits(message, self._cell_bytes, self._config.memory_limit)
             case Partial() | Tied():
                 is_due = self._reduction_for(message) is not None
             case _:
@@ -256,11 +257,10 @@ class Seat:
         if work is None:
             self._hold(received, message)
             return
-        size = sum(payload.nbytes for payload in message.payload)
-        if work.needed(message.cell, size, self._cell_bytes) > self._config.memory_limit:
+        if not work.fits(message, self._cell_bytes, self._config.memory_limit):
             work.is_short = True
             self._tell_short(work, message.cell)
-            raise MessageError(Reason.MEMORY_FULL, f"{size} bytes more")
+            raise MessageError(Reason.MEMORY_FULL, f"cell {message.cell}")
         work.put(message, received, (opened or self._opener.open(message, self.current)).tensor)
 
     def _tell_short(self, work: StepWork, cell: int) -> None:
@@ -289,6 +289,7 @@ class Seat:
         elif was_mine and cell.is_in_flight:
             cell.y = None
             self.dropped.append(cell)
+            self._tell_short(work, cell.index)
 
     def _on_reduce(self, message: Reduce, proof: Proof) -> None:
         work = self._open_work(message)

@@ -174,11 +174,11 @@ class StepWork:
         """Bytes of all tensors held."""
         return sum(cell.nbytes for cell in self.cells.values())
 
-    def needed(self, cell: int, size: int, whole: int) -> int:
-        """Return the bytes that will be held after `size` more for a cell: of those computed here `whole` or more."""
-        held = {index: known.nbytes for index, known in self.cells.items()}
-        held[cell] = held.get(cell, 0) + size
-        return sum(max(known, whole) if self.owns(index) else known for index, known in held.items())
+    def fits(self, message: CellData, whole: int, limit: int) -> bool:
+        """Whether at most `limit` bytes will be held with a message: of a cell computed here, `whole` in the end."""
+        held = {index: cell.nbytes for index, cell in self.cells.items()}
+        held[message.cell] = held.get(message.cell, 0) + sum(payload.nbytes for payload in message.payload)
+        return limit >= sum(max(known, whole) if self.owns(index) else known for index, known in held.items())
 
     def has_unfinished(self, but: int) -> bool:
         """Whether cells beside one that this worker has taken are still to be finished here."""

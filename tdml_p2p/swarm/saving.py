@@ -149,9 +149,8 @@ class Saver:
     async def _write(self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True) -> None:
         checkpoint = self.checkpoint(states, generation=generation, is_verified=is_verified)
         async with self._turn:
-            await (
-                self._copy_chain()
-            )  # before the states: whatever happens in between, the block that they name is there
+            # before the states: whatever happens in between, the block that they name is there
+            await self._copy_chain()
             await trio.to_thread.run_sync(save, checkpoint, self._out)
         self.saved = checkpoint.step
         self._report({"event": "saved", "out": str(self._out), "step": self.saved})

@@ -387,6 +387,17 @@ def test_memory_for_a_step_is_bounded() -> None:
     Bench(memory_limit=cell_bytes(MANIFEST, 0) * 2 - 1).run(script)
 
 
+def test_a_cell_that_goes_elsewhere_ends_the_wait_to_tell_that_another_does_not_fit() -> None:
+    async def script(bench: Bench) -> None:
+        await bench.open()
+        await bench.say(tokens(1, 0), tokens(1, 1))
+        assert await bench.hear() == m.Passed(0, 1, 0, 0)
+        await bench.say(m.Reroute(0, 1, 0, 0, TWIN))
+        assert await bench.hear() == m.Fault(0, 1, Reason.MEMORY_FULL, ())
+
+    Bench(memory_limit=cell_bytes(MANIFEST, 0) * 2 - 1).run(script)
+
+
 def test_a_cell_that_will_not_fit_is_refused_before_anything_is_computed() -> None:
     async def script(bench: Bench) -> None:
         await bench.open()

@@ -135,28 +135,37 @@ async def test_of_a_cells_inputs_only_what_must_be_decoded_or_copied_is_opened_b
     assert seat.log == [("opened", "p"), ("took opened", "p")] if is_opened else [("took", "p")]
 
 
-async def test_a_state_that_is_lost_while_a_message_is_opened_lets_it_be_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(worker_intake, "LARGE", 0)
+def seat_of_the_last_stage(posted: list[m.Message], memory_limit: int) -> Seat:
     manifest = structs.replace(manifest_of(stages=2, steps=2, microbatches=2), compression="bf16")
-    posted: list[m.Message] = []
-    config = WorkerConfig(CLIENT, build_stage(manifest, 1), manifest, ring_depth=4)
+    config = WorkerConfig(CLIENT, build_stage(manifest, 1), manifest, ring_depth=4, memory_limit=memory_limit)
     seat = Seat(config, "me", lambda _to, message: posted.append(message))
     seat.current = initial_state(manifest, 1)
-    opened: list[Opened] = []
+    seat.take(Received(CLIENT, m.OpenStep(0, 1, (("p0", "me"), ("p0", "me")))))
+    return seat
+
+
+def an_input() -> Received:
+    manifest = manifest_of()
+    x = pack(torch.ones(manifest.batch, manifest.sequence, manifest.hidden), Dtype.BF16)
+    return Received("p0", m.Activation(0, 1, 0, 0, x))
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 1])
+async def test_a_state_that_is_lost_while_a_message_is_opened_lets_it_be_refused_and_what_does_not_fit_is_not_opened(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_intake, "LARGE", 0)
+    posted, opened = list[m.Message](), list[object]()
+    seat = seat_of_the_last_stage(posted, limit)
 
     async def lose_meanwhile(work: Callable[[], T], /) -> T:
-        result = work()
-        assert isinstance(result, Opened)
-        opened.append(result)
+        opened.append(result := work())
         seat.lose_state()
         return result
 
-    intake = Intake(seat, lose_meanwhile)
-    await intake.take(Received(CLIENT, m.OpenStep(0, 1, (("p0", "me"), ("p0", "me")))))
-    x = pack(torch.ones(manifest.batch, manifest.sequence, manifest.hidden), Dtype.BF16)
-    await intake.take(Received("p0", m.Activation(0, 1, 0, 0, x)))
-    assert len(opened) == 1
-    assert seat.work is None
-    assert [message.reason for message in posted if isinstance(message, m.Fault)] == [Reason.NO_STATE]
+    await Intake(seat, lose_meanwhile).take(an_input())
+    assert len(opened) == (limit > 1)
+    assert (seat.work is None) == (limit > 1)
+    assert [message.reason for message in posted if isinstance(message, m.Fault)] == [
+        Reason.NO_STATE if limit > 1 else Reason.MEMORY_FULL
+    ]
