@@ -30,10 +30,7 @@ async def test_a_stage_that_loses_its_only_worker_is_taken_over(tmp_path: Path, 
     model_opens(train.out)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-async def test_a_stage_whose_two_workers_vanish_together_goes_on_from_a_verified_state(
-    tmp_path: Path, how: signal.Signals
-) -> None:
+async def test_a_stage_whose_two_workers_freeze_together_goes_on_from_a_verified_state(tmp_path: Path) -> None:
     train = replace(training(tmp_path, steps=40), replicas=2, save_every=0)
     events: list[dict[str, object]] = []
     async with network(tmp_path / "network", peers=7, workers=5) as swarm, client(swarm, train) as running:
@@ -42,9 +39,9 @@ async def test_a_stage_whose_two_workers_vanish_together_goes_on_from_a_verified
         [formed] = [event for event in events if event["event"] == "formed"]
         pair = [swarm.peers[swarm.network.peers.index(peer)].process for peer in formed["stages"][1]]  # type: ignore[index]
         for process in pair:
-            process.send_signal(how)
+            process.send_signal(signal.SIGSTOP)
         try:
-            with trio.fail_after(3 * PATIENCE):
+            with trio.fail_after(5 * PATIENCE):
                 code = await finished(running, events)
         finally:
             for process in pair:
