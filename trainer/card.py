@@ -46,8 +46,8 @@ model = AutoModelForImageClassification.from_pretrained(".")
 processor = AutoImageProcessor.from_pretrained(".")"""
 _PROOF = """## Lineage
 
-`chain.db` beside this file, put there when the run ends or is interrupted, holds the chain; block {height} is the
-newest one when the weights were saved. Every claim, audit, vote and eviction of the task until then is in it. With any
+`chain.db` beside this file, copied with every checkpoint, holds the chain; block {height} is the newest one when the
+weights were saved. Every claim, audit, vote and eviction of the task until then is in it. With any
 recent block of the same network that you trust:
 
 ```sh

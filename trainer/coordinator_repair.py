@@ -43,6 +43,8 @@ class StepFailed(Exception):
 
 _SUM = -1
 _SLOW = "slow"
+_AWAY = 4
+"""How many times what a newcomer may take a full stage waits for its absent members to come back."""
 
 
 class Repairs:
@@ -88,7 +90,7 @@ class Repairs:
                 self.leave_out(member, "late")
         self._empty_since = {s: t for s, t in self._empty_since.items() if s in self._swarm.roster.empty_stages()}
         for stage in self._swarm.roster.empty_stages():
-            if not self._swarm.roster.of(Status.PREPARING, stage):
+            if not self._swarm.roster.newcomers(stage):
                 self._await_stage(stage, now)
         if self._swarm.book is not None:
             self._check_step(self._swarm.book, now)
@@ -130,12 +132,16 @@ class Repairs:
         return bool(ready) and self._standstills.full(stage).issuperset(ready)
 
     def _find_memory(self, book: StepBook, stage: int, now: float) -> None:
-        """Ask a full stage's absent members for help; raise `StageFull` when there are none and it has had its time."""
-        if self._swarm.roster.of(Status.PREPARING, stage):
+        """Ask a full stage's absent members for help; raise `StageFull` when it, and they, have had their time.
+
+        That the chain lists a member does not say that it lives: who has failed before is given some time to come back.
+        """
+        if self._swarm.roster.newcomers(stage):
             return
-        if self._swarm.roster.of(Status.ABSENT, stage):
-            self._call(stage, now)
-        elif self._standstills.is_full(stage, self._swarm.roster.ready(stage), now):
+        self._call(stage, now)
+        ready = self._swarm.roster.ready(stage)
+        is_alone = not self._swarm.roster.others(stage)
+        if self._standstills.is_full(stage, ready, now - (0.0 if is_alone else _AWAY * self._patience.join)):
             raise StageFull(book.step, stage)
 
     def _check_round(self, current: Round, now: float) -> None:

@@ -76,6 +76,14 @@ class Roster:
         """Return the names of the replicas that take part in `stage`."""
         return tuple(member.peer for member in self.of(Status.READY, stage))
 
+    def newcomers(self, stage: int) -> tuple[Member, ...]:
+        """Return who was asked for a stage's state and has not failed since it last took part, if it ever did."""
+        return tuple(member for member in self.of(Status.PREPARING, stage) if not member.failures)
+
+    def others(self, stage: int) -> tuple[Member, ...]:
+        """Return the members of a stage that do not take part."""
+        return (*self.of(Status.ABSENT, stage), *self.of(Status.PREPARING, stage))
+
     def empty_stages(self) -> tuple[int, ...]:
         """Return the stages that nobody, or too few, take part in."""
         return tuple(stage for stage in range(self.stages) if len(self.of(Status.READY, stage)) < self._least)

@@ -40,7 +40,12 @@ def footprint(manifest: TaskManifest, index: int) -> Footprint:
     weights = _FLOAT * family_of(manifest.family).layout(manifest.config, manifest.stage(index)).total
     cells = -(-manifest.microbatches // (manifest.replicas // manifest.audit.redundancy))
     states = 3 * trained * (2 + manifest.audit.depth)
-    return Footprint(step=cells * (trained + _kept(manifest, index)), resident=weights + states + 2 * trained)
+    return Footprint(step=cells * cell_bytes(manifest, index), resident=weights + states + 2 * trained)
+
+
+def cell_bytes(manifest: TaskManifest, index: int) -> int:
+    """Return what a finished cell of stage `index` takes (`Cell.nbytes`): what came in, and all that was made of it."""
+    return _FLOAT * stage_layout(manifest, index).total + _kept(manifest, index)
 
 
 def _kept(manifest: TaskManifest, index: int) -> int:

@@ -17,6 +17,7 @@ from trainer.state import StageState
 from trainer.trace import lane, span
 from trainer.transport import Transport
 from trainer.worker_compute import NotFiniteError, StageComputer
+from trainer.worker_intake import Intake
 from trainer.worker_mail import Outbox
 from trainer.worker_ports import WorkerConfig, WorkerPorts
 from trainer.worker_probe import HeldProbe
@@ -38,6 +39,7 @@ class Worker:
         self._computer = StageComputer(config, ports)
         self._outbox = Outbox(transport, lambda to, message: self._seat.undelivered(to, message))
         self._seat = Seat(config, transport.peer, self._outbox.post)
+        self._intake = Intake(self._seat, ports.offload)
         self._wake = trio.Event()
         self._restoring = trio.CancelScope()
 
@@ -79,7 +81,7 @@ class Worker:
     async def _listen(self) -> None:
         while not self._seat.is_finished:
             received = await self._transport.receive()
-            self._seat.take(received)
+            await self._intake.take(received)
             if self._seat.wanted is received.message:
                 self._restoring.cancel()
             self._wake.set()
@@ -131,9 +133,9 @@ class Worker:
         if reduction.gradient is None:
             if reduction.missing:
                 return False
-            gradient = await self._computer.mean(reduction, step)
+            gradient, tied = await self._computer.mean(reduction, step)
             if reduction is seat.reduction:
-                seat.averaged(reduction, gradient, self._computer.tied_of(gradient))
+                seat.averaged(reduction, gradient, tied)
         elif self._is_joint and reduction.told is None:
             if reduction.awaited:
                 return False

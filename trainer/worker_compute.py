@@ -89,8 +89,7 @@ class StageComputer:
 
     async def evaluate(self, probe: HeldProbe) -> "Tensor":
         """Return what the loaded state makes of a probe, without a graph."""
-        labels = probe.labels if self._stage.spec.is_last else None
-        return await self._ports.compute(partial(self._stage.evaluate, probe.x, labels))
+        return await self._ports.compute(partial(self._evaluate, probe))
 
     async def own_sum(self, reduction: Reduction, work: StepWork) -> "tuple[Tensor, tuple[TensorPayload]]":
         """Return the sum of the gradients that this worker contributes, as all replicas add it, and as it is sent."""
@@ -98,13 +97,9 @@ class StageComputer:
         present = {cell: gw for cell, gw in gradients.items() if gw is not None}
         return await self._ports.compute(partial(_own_sum, reduction, present, work.step, self._wire))
 
-    async def mean(self, reduction: Reduction, step: int) -> "Tensor":
-        """Return the stage's mean gradient."""
-        return await self._ports.compute(partial(_mean, reduction, step))
-
-    def tied_of(self, gradient: "Tensor") -> "Tensor":
-        """Return a copy of the tied tensor's part of a gradient."""
-        return gradient[self._rule.tied].clone()
+    async def mean(self, reduction: Reduction, step: int) -> "tuple[Tensor, Tensor]":
+        """Return the stage's mean gradient, and a copy of the tied tensor's part of it."""
+        return await self._ports.compute(partial(self._mean, reduction, step))
 
     async def join(self, gradient: "Tensor", far: "Tensor | None", step: int) -> tuple[float, bytes]:
         """Add the other end's part to the tied gradient; return the squared norm of the stage and that part's digest.
@@ -123,6 +118,14 @@ class StageComputer:
     def _load(self, state: StageState) -> None:
         with span("load", state.step):
             self._stage.load(state.weights)
+
+    def _evaluate(self, probe: HeldProbe) -> "Tensor":
+        return self._stage.evaluate(probe.x, probe.labels if self._stage.spec.is_last else None)
+
+    def _mean(self, reduction: Reduction, step: int) -> "tuple[Tensor, Tensor]":
+        with span("reduce", step):
+            mean = reduction.mean()
+            return mean, mean[self._rule.tied].clone()
 
     def _join(self, gradient: "Tensor", far: "Tensor | None", step: int) -> tuple[float, bytes]:
         with span("norm", step):
@@ -154,6 +157,7 @@ class StageComputer:
             self._check(key, "output", forward.y)
             if not self._stage.spec.is_last:
                 cell.y_payload = pack(forward.y, self._wire)
+                cell.y_address = address_of(cell.y_payload[0].data) if self._manifest.quorum > 1 else b""
         if half is not Half.FORWARD:
             if cell.gy is not None and not is_finite(cell.gy):
                 raise NotFiniteError(self._stage.spec.index + 1, "gradient")
@@ -201,11 +205,6 @@ class StageComputer:
 def _digest(y: "Tensor | None", backward: Backward) -> bytes:
     tensors = (y, backward.gx, backward.gw)
     return address_of(b"".join(address_of(buffer_of(tensor)) for tensor in tensors if tensor is not None))
-
-
-def _mean(reduction: Reduction, step: int) -> "Tensor":
-    with span("reduce", step):
-        return reduction.mean()
 
 
 def _own_sum(

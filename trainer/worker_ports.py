@@ -41,6 +41,11 @@ class ThreadCompute:
         return await trio.to_thread.run_sync(work, limiter=self._limiter)
 
 
+async def in_thread(work: Callable[[], T], /) -> T:
+    """Return what `work` returns, run in any thread: what does not wait for the torch work."""
+    return await trio.to_thread.run_sync(work)
+
+
 @dataclass(frozen=True)
 class WorkerConfig:
     """One worker's seat; `memory_limit` and `early_limit` are bytes of tensors kept for a step."""
@@ -55,9 +60,13 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class WorkerPorts:
-    """A worker's surroundings; `fetch_state` raises `StateUnavailable`, `clock` counts seconds."""
+    """A worker's surroundings; `fetch_state` raises `StateUnavailable`, `clock` counts seconds.
+
+    `offload` runs what would hold the event loop and must not wait for a cell that is being computed.
+    """
 
     compute: Compute
     fetch_state: Callable[[bytes, tuple[str, ...]], Awaitable["StageState"]]
     on_committed: Callable[["StepRecord"], Awaitable[None]]
     clock: Callable[[], float] = trio.current_time
+    offload: Compute = in_thread

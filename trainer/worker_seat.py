@@ -7,13 +7,14 @@ keyed by (generation, step, cell) and idempotent; what does not fit is refused b
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias, assert_never
 
 from torch import Tensor
 
-from trainer.content import address_of
 from trainer.faults import fault_of
-from trainer.joint import is_finite, other_end, tied_part
+from trainer.footprint import cell_bytes
+from trainer.joint import other_end, tied_part
 from trainer.messages import (
     Activation,
     Apply,
@@ -40,18 +41,19 @@ from trainer.messages import (
     Tied,
     Tokens,
 )
-from trainer.payloads import MessageError, Reason, TensorPayload, pack, unpack
+from trainer.payloads import MessageError, Reason, TensorPayload, pack
 from trainer.reduction import Part, Reduction
 from trainer.stage import Backward, Forward, stage_layout
 from trainer.state import StageState
-from trainer.statistics import are_odd
 from trainer.tensor_shapes import check_shape, check_wire
 from trainer.transport import Lost, Proof, Received
 from trainer.worker_compute import NotFiniteError
+from trainer.worker_intake import Opened, Opener
 from trainer.worker_mail import EarlyMail
 from trainer.worker_ports import WorkerConfig
 from trainer.worker_probe import HeldProbe, Probes
 from trainer.worker_step import Cell, CellData, StepRecord, StepWork
+from trainer.worker_voice import Voice
 
 _OfStep: TypeAlias = OpenStep | CellData | Reroute | Reduce | Partial | Tied | Apply | Commit
 
@@ -78,6 +80,8 @@ class Seat:
         self._layout, self._tied_size = stage_layout(config.manifest, self._spec.index), tied.stop - tied.start
         self._me = me
         self._post = post
+        self._voice = Voice(config, post)
+        self._opener, self._cell_bytes = Opener(config), cell_bytes(config.manifest, self._spec.index)
         self._early = EarlyMail(config.early_limit)
         self._probes = Probes(config, me)
 
@@ -86,25 +90,26 @@ class Seat:
     def restored(self, state: StageState) -> None:
         """Make the wanted state current and tell the client."""
         self.wanted, self.current = None, state
-        self._tell(Ready(self.generation, state.step, state.root))
+        self._voice.tell(Ready(self.generation, state.step, state.root))
 
     def lose_state(self) -> None:
         """Give up the state, as when there was no memory for the next one, until the client has it restored."""
         step = self._next_step
         self.wanted = self.current = self.work = self.reduction = self.pending = None
         self.dropped.clear()
-        self._tell(Fault(self.generation, step, Reason.NO_STATE, ()))
+        self._voice.tell(Fault(self.generation, step, Reason.NO_STATE, ()))
 
     def computed(self, work: StepWork, cell: Cell, forward: Forward | None, backward: Backward | None) -> None:
         """Keep a cell's results and send them on."""
         if forward is not None:
             cell.y, cell.boundaries = forward
-            self._send_output(work, cell)
+            self._voice.output(work, cell)
         if backward is not None:
             cell.gx, cell.gw = backward
             cell.loss = float(cell.y.mean()) if self._spec.is_last and cell.y is not None else 0.0
-            self._send_gradient(work, cell)
-            self._tell_done(work, cell)
+            self._voice.gradient(work, cell)
+            self._voice.done(work, cell)
+            self._tell_short(work, cell.index)
 
     def summed(self, reduction: Reduction, total: Tensor, payload: tuple[TensorPayload]) -> None:
         """Contribute this worker's partial sum."""
@@ -132,44 +137,55 @@ class Seat:
         """Tell the client of the gradient that the other stages' steps depend on."""
         request = reduction.request
         reduction.told = Summed(request.generation, request.step, request.attempt, squares, digest)
-        self._tell(reduction.told)
+        self._voice.tell(reduction.told)
 
     def applied(self, reduction: Reduction, state: StageState) -> None:
         """Hold the state that a complete reduction leads to until the client commits it."""
         self.pending = state
-        self._tell_reduced(reduction.order or reduction.request, state)
+        self._voice.reduced(reduction.order or reduction.request, state)
 
     def not_finite(self, work: StepWork, cell: Cell, found: NotFiniteError) -> None:
         """Tell the client what of a cell is not finite; what came from beside may come again."""
-        if found.stage < self._spec.index:
-            cell.x = None
-        elif found.stage > self._spec.index:
-            cell.gy = None
-        else:
-            cell.is_failed = True
-        self._tell(NotFinite(work.generation, work.step, cell.index, found.stage, found.what))
+        cell.spoil(found.stage - self._spec.index)
+        self._voice.tell(NotFinite(work.generation, work.step, cell.index, found.stage, found.what))
 
     def report(self, during: Prepare | OpenStep | Reduce | Apply, reason: Reason, peers: tuple[str, ...] = ()) -> None:
         """Tell the client what stops this worker."""
-        self._tell(Fault(during.generation, during.step, reason, peers))
+        self._voice.tell(Fault(during.generation, during.step, reason, peers))
 
     def undelivered(self, to: str, message: Message) -> None:
         """Tell the client that a neighbour or a replica cannot be reached."""
         if isinstance(message, Activation | Gradient | Partial):
-            self._tell(Fault(message.generation, message.step, Reason.PEER_UNREACHABLE, (to,)))
+            self._voice.tell(Fault(message.generation, message.step, Reason.PEER_UNREACHABLE, (to,)))
 
     # messages
 
-    def take(self, received: Received) -> None:
-        """Take a message; one that does not fit is refused and counted."""
+    def take(self, received: Received, opened: Opened | None = None) -> tuple[Received, ...]:
+        """Take a message, its tensor `opened` before or now; one that does not fit is refused and counted.
+
+        Return those that came early and are to be looked at again now.
+        """
         try:
-            self._handle(received)
+            return self._handle(received, opened)
         except MessageError as refusal:
             self.refused[refusal.reason] += 1
         except (MemoryError, RuntimeError) as error:
-            self._lack(received.message, error)
+            self.lack(received.message, error)
+        return ()
 
-    def _lack(self, message: Message | Lost, error: Exception) -> None:
+    def opening(self, received: Received) -> Callable[[], Opened] | None:
+        """Return how to open what a message brings, if it would be taken now; raise `MessageError`."""
+        match message := received.message:
+            case Activation() | Gradient() | Tokens() | Labels():
+                work = self._work_for(received, message)
+                is_due = work is not None and work.fits(message, self._cell_bytes, self._config.memory_limit)
+            case Partial() | Tied():
+                is_due = self._reduction_for(message) is not None
+            case _:
+                return None
+        return partial(self._opener.open, message, self.current) if is_due else None
+
+    def lack(self, message: Message | Lost, error: Exception) -> None:
         """Tell the client of what could not be taken for lack of memory: one of its cells, or all of the step."""
         self.refused[fault_of(error)] += 1
         if isinstance(message, CellData) and self.work is not None:
@@ -177,14 +193,14 @@ class Seat:
         elif self.current is not None:
             self.lose_state()
 
-    def _handle(self, received: Received) -> None:
+    def _handle(self, received: Received, opened: Opened | None) -> tuple[Received, ...]:
         match message := received.message:
             case Lost():
                 pass  # the client decides who replaces whom
             case Activation() | Gradient() | Tokens() | Labels():
-                self._on_tensor(received, message)
+                self._on_tensor(received, message, opened)
             case Partial() | Tied():
-                self._on_part(received, message)
+                self._on_part(received, message, opened)
             case Probe() | Relay():
                 if self.current is None:
                     raise MessageError(Reason.NO_STATE)
@@ -195,10 +211,10 @@ class Seat:
                 if received.sender != self._client:
                     raise MessageError(Reason.WRONG_SENDER, received.sender)
                 self._obey(message, received.proof)
-                for early in self._early.take():
-                    self.take(early)
+                return self._early.take()
             case _:
                 assert_never(message)
+        return ()
 
     def _obey(self, message: Prepare | OpenStep | Reroute | Reduce | Apply | Commit | Finish, proof: Proof) -> None:
         match message:
@@ -236,17 +252,30 @@ class Seat:
             raise MessageError(Reason.NO_STATE)
         self.work = StepWork(message, self._me, self._spec, self._client, self._config.manifest.quorum)
 
-    def _on_tensor(self, received: Received, message: CellData) -> None:
-        work = None if self._is_ahead(message) else self.work
-        if work is None or not work.expects(message, received.sender):
+    def _on_tensor(self, received: Received, message: CellData, opened: Opened | None) -> None:
+        work = self._work_for(received, message)
+        if work is None:
             self._hold(received, message)
             return
-        check_shape(self._config.manifest, message)
-        size = sum(payload.nbytes for payload in message.payload)
-        if work.nbytes + size > self._config.memory_limit:
+        if not work.fits(message, self._cell_bytes, self._config.memory_limit):
+            work.is_short = True
+            self._tell_short(work, message.cell)
+            raise MessageError(Reason.MEMORY_FULL, f"cell {message.cell}")
+        work.put(message, received, (opened or self._opener.open(message, self.current)).tensor)
+
+    def _tell_short(self, work: StepWork, cell: int) -> None:
+        """Tell the client of lack of memory once what there was room for is done: it takes all the rest elsewhere."""
+        if work.is_short and not work.has_unfinished(cell):
+            work.is_short = False
             self.report(work.opened, Reason.MEMORY_FULL)
-            raise MessageError(Reason.MEMORY_FULL, f"{size} bytes more")
-        work.put(message, received, unpack(message.payload))
+
+    def _work_for(self, received: Received, message: CellData) -> StepWork | None:
+        """Return the step that a tensor is of, None while it is ahead of that or of its route."""
+        work = None if self._is_ahead(message) else self.work
+        if work is None or not work.expects(message, received.sender):
+            return None
+        check_shape(self._config.manifest, message)
+        return work
 
     def _on_reroute(self, message: Reroute) -> None:
         work = self._open_work(message)
@@ -256,19 +285,11 @@ class Seat:
             return
         if work.owns(cell.index):
             cell.is_failed = False  # as when there was no memory for it a moment ago
-            self._send_again(work, cell, message.stage)
+            self._voice.again(work, cell, message.stage)
         elif was_mine and cell.is_in_flight:
             cell.y = None
             self.dropped.append(cell)
-
-    def _send_again(self, work: StepWork, cell: Cell, stage: int) -> None:
-        """Send what the new holder of `stage` lacks; if that is this worker, all it has, to everyone."""
-        if stage - self._spec.index in (0, 1):
-            self._send_output(work, cell)
-        if stage - self._spec.index in (0, -1):
-            self._send_gradient(work, cell)
-        if stage == self._spec.index:
-            self._tell_done(work, cell)
+            self._tell_short(work, cell.index)
 
     def _on_reduce(self, message: Reduce, proof: Proof) -> None:
         work = self._open_work(message)
@@ -284,9 +305,9 @@ class Seat:
         if message != reduction.request:
             raise MessageError(Reason.DUPLICATE, f"attempt {message.attempt}")
         if reduction.told is not None:
-            self._tell(reduction.told)
+            self._voice.tell(reduction.told)
         elif self.pending is not None:
-            self._tell_reduced(message, self.pending)
+            self._voice.reduced(message, self.pending)
         else:
             self.report(message, Reason.PARTIAL_MISSING, reduction.awaited)
 
@@ -304,34 +325,41 @@ class Seat:
         elif message != reduction.order:
             raise MessageError(Reason.DUPLICATE, f"attempt {message.attempt}")
         elif self.pending is not None:
-            self._tell_reduced(message, self.pending)
+            self._voice.reduced(message, self.pending)
         else:
             self.report(message, Reason.PARTIAL_MISSING)
 
-    def _on_part(self, received: Received, message: Partial | Tied) -> None:
+    def _on_part(self, received: Received, message: Partial | Tied, opened: Opened | None) -> None:
         """Take a replica's partial sum, or the other end's gradient of the tied tensor."""
+        reduction = self._reduction_for(message)
+        if reduction is None:
+            self._hold(received, message)
+            return
+        part = opened or self._opener.open(message, self.current)
+        if not part.is_finite:
+            self.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
+            raise MessageError(Reason.NOT_FINITE, f"a sum of {received.sender}")
+        if part.is_odd:
+            self.report(reduction.request, Reason.ODD_STATISTICS, (received.sender,))
+        address = received.proof[0][0] if received.proof else b""
+        add = reduction.add if isinstance(message, Partial) else reduction.add_far
+        add(received.sender, part.tensor, address)
+        reduction.keep(Part(received.sender, message, received.proof))
+
+    def _reduction_for(self, message: Partial | Tied) -> Reduction | None:
+        """Return the reduction that a part is of, None while it is ahead of that."""
         reduction, is_sum = None if self._is_ahead(message) else self.reduction, isinstance(message, Partial)
         if message.stage != (self._spec.index if is_sum else self._other_end):
             raise MessageError(Reason.WRONG_STAGE)
         if reduction is None or message.attempt > reduction.attempt:
-            self._hold(received, message)
-            return
+            return None
         if message.attempt < reduction.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
         if message.payload[0].shape != (self._layout.total if is_sum else self._tied_size,):
             raise MessageError(Reason.TENSOR_SHAPE)
         if isinstance(message, Partial):
             check_wire(self._config.manifest, message)
-        part = unpack(message.payload)
-        # of a team's sums most decide, also on this
-        if self._config.manifest.quorum == 1 and not is_finite(part):
-            self.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
-            raise MessageError(Reason.NOT_FINITE, f"a sum of {received.sender}")
-        if is_sum and self.current is not None and are_odd(self._layout, part, self.current.weights):
-            self.report(reduction.request, Reason.ODD_STATISTICS, (received.sender,))
-        address = received.proof[0][0] if received.proof else b""
-        (reduction.add if is_sum else reduction.add_far)(received.sender, part, address)
-        reduction.keep(Part(received.sender, message, received.proof))
+        return reduction
 
     def _on_commit(self, message: Commit) -> None:
         work = self._open_work(message)
@@ -370,31 +398,3 @@ class Seat:
         if message.generation == self.generation and message.step < self._next_step:
             raise MessageError(Reason.STALE_STEP)
         return self.work is None or (message.generation, message.step) != (self.work.generation, self.work.step)
-
-    # what goes out
-
-    def _tell(self, message: Message) -> None:
-        self._post(self._client, message)
-
-    def _tell_reduced(self, request: Reduce | Apply, state: StageState) -> None:
-        self._tell(Reduced(request.generation, request.step, request.attempt, state.root))
-
-    def _send_output(self, work: StepWork, cell: Cell) -> None:
-        if cell.y is not None and cell.y_payload is not None and not self._spec.is_last:
-            at = (work.generation, work.step, cell.index, self._spec.index)
-            output = Activation(*at, cell.y_payload)
-            for peer in work.consumers(cell.index):
-                self._post(peer, output)
-            self._tell(Passed(*at, address_of(output.payload[0].data) if work.quorum > 1 else b""))
-
-    def _send_gradient(self, work: StepWork, cell: Cell) -> None:
-        if cell.gx is not None and cell.gx_payload is not None and not self._spec.is_first:
-            at = (work.generation, work.step, cell.index, self._spec.index)
-            gradient = Gradient(*at, cell.gx_payload)
-            for peer in work.producers(cell.index):
-                self._post(peer, gradient)
-
-    def _tell_done(self, work: StepWork, cell: Cell) -> None:
-        if cell.gw is not None:
-            at = (work.generation, work.step, cell.index, self._spec.index)
-            self._tell(CellDone(*at, cell.loss, cell.seconds, cell.digest))

@@ -26,7 +26,7 @@ class Cell:
 
     `x_sent` and `gy_sent` are the bytes that came, where they are an encoding; `y_payload` and `gx_payload` what goes
     out. `ballots` hold what members of a team sent until most sent the same; `digest` is that of the results' content
-    addresses, where teams compare it.
+    addresses, and `y_address` the output's, where teams compare them.
     """
 
     index: int
@@ -46,6 +46,7 @@ class Cell:
     gw: "Tensor | None" = None
     y_payload: tuple[TensorPayload] | None = None
     gx_payload: tuple[TensorPayload] | None = None
+    y_address: bytes = b""
     loss: float = 0.0
     seconds: float = 0.0
     is_failed: bool = False
@@ -66,6 +67,15 @@ class Cell:
         out = (payload for payload in (self.y_payload, self.gx_payload) if payload is not None)
         encoded += sum(only.nbytes for (only,) in out if only.is_encoded)
         return encoded + sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def spoil(self, offset: int) -> None:
+        """Drop what is not finite, made by the stage so many after this one; what came from beside may come again."""
+        if offset < 0:
+            self.x = None
+        elif offset > 0:
+            self.gy = None
+        else:
+            self.is_failed = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,8 @@ class StepWork:
     quorum: int = 1
     routes: list[list[str]] = field(init=False)
     cells: dict[int, Cell] = field(init=False, default_factory=dict)
+    is_short: bool = field(init=False, default=False)
+    """Whether there was no room for some cell."""
 
     def __post_init__(self) -> None:
         if any(len(route) != self.spec.count for route in self.opened.routes):
@@ -161,6 +173,19 @@ class StepWork:
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(cell.nbytes for cell in self.cells.values())
+
+    def fits(self, message: CellData, whole: int, limit: int) -> bool:
+        """Whether at most `limit` bytes will be held with a message: of a cell computed here, `whole` in the end."""
+        held = {index: cell.nbytes for index, cell in self.cells.items()}
+        held[message.cell] = held.get(message.cell, 0) + sum(payload.nbytes for payload in message.payload)
+        return limit >= sum(max(known, whole) if self.owns(index) else known for index, known in held.items())
+
+    def has_unfinished(self, but: int) -> bool:
+        """Whether cells beside one that this worker has taken are still to be finished here."""
+        return any(
+            self.owns(index) and cell.gw is None and not cell.is_failed and index != but
+            for index, cell in self.cells.items()
+        )
 
     def members(self, peer: str) -> tuple[str, ...]:
         """Return the team of a peer, itself where there are no teams."""

@@ -1,6 +1,7 @@
 """Applications of a peer for seats: where it applies, and which tasks it is too small for."""
 
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Container
 from functools import partial
 
 import structlog
@@ -16,6 +17,9 @@ from trainer.precision import BF16
 from trainer.worker_ports import Compute
 
 log = structlog.get_logger(__name__)
+
+_MANIFEST_SECONDS = 60.0
+"""After its start a peer waits so long for the manifests of tasks in which it has seats before it applies elsewhere."""
 
 
 class Applicant:
@@ -41,6 +45,8 @@ class Applicant:
         self._applied: set[bytes] = set()
         self._one_by_one = trio.Lock()
         self._waits_below: dict[bytes, int] = {}
+        self._unmeasured: set[bytes] = set()
+        self._waits_until = math.inf
         self.reserved: dict[bytes, int] = {}
         """About how many bytes a seat takes, by task that this peer has applied for, or is about to."""
         self.declined: dict[bytes, str] = {}
@@ -51,14 +57,36 @@ class Applicant:
     def begin(self, task: bytes) -> bool:
         """Whether an application for a seat of this task is still to be made; it is from now on.
 
-        One that other seats left no room for is made again once they take less.
+        One that other seats left no room for is made again once they take less. None is made while it is not known
+        what the seats take that this peer has.
         """
+        if self._unmeasured and trio.current_time() < self._waits_until:
+            return False
         if task in self._waits_below and self._held(task) < self._waits_below[task]:
             del self._waits_below[task]
             self._applied.discard(task)
         is_new = task not in self._applied
         self._applied.add(task)
         return is_new
+
+    def note_seats(self, state: State, account: bytes, known: Container[bytes]) -> frozenset[bytes]:
+        """Return the tasks in which this peer has a seat, as after a restart, and nothing is set aside for it yet.
+
+        `known` are those whose seats are measured already. A task that nobody tells about is not waited for for ever.
+        """
+        if not self._memory:
+            return frozenset()
+        seats = (task.id for task in state.open_tasks() if _is_present(state, task.id, account))
+        self._unmeasured = {task for task in seats if task not in known and task not in self.reserved}
+        self._waits_until = min(self._waits_until, trio.current_time() + _MANIFEST_SECONDS)
+        return frozenset(self._unmeasured)
+
+    async def hold(self, task: bytes, manifest: TaskManifest) -> None:
+        """Set the memory of a seat aside that this peer has."""
+        async with self._one_by_one:
+            if task in self._unmeasured:
+                _, self.reserved[task] = await self._compute(partial(_too_large, manifest, self._memory, 0))
+                self._unmeasured.discard(task)
 
     async def apply(self, task: Task, manifest: TaskManifest) -> None:
         """Apply, unless the task is too large, or this machine computes what others have verified in another way.
@@ -113,6 +141,11 @@ class Applicant:
         self.answers = {
             task: count for task, count in self.answers.items() if (found := state.task(task)) and found.is_open
         }
+
+
+def _is_present(state: State, task: bytes, account: bytes) -> bool:
+    worker = state.worker(task, account)
+    return worker is not None and worker.is_present
 
 
 def _is_gone(state: State, task: bytes, account: bytes) -> bool:

@@ -16,7 +16,7 @@ from tdml_p2p.errors import UserError
 from tdml_p2p.swarm.evidence import EvidenceStore
 from tdml_p2p.swarm.feed import ClientFeed
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
-from tdml_p2p.swarm.keeping import Keeper, until_lost
+from tdml_p2p.swarm.keeping import Keeper, has_room_for, until_lost
 from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.posting import Posted, Poster
 from tdml_p2p.swarm.private import Links, hold_ends
@@ -105,7 +105,7 @@ class SwarmClient:
         code = await self._train_posted(posted)
         while code == _MOVED:
             kept = self._keeper.states if self._keeper is not None else ()
-            checkpoint = self._saver.checkpoint(kept) if kept and self._saver is not None else None
+            checkpoint = None if self._saver is None else await self._saver.newest(kept)
             start = self._prepared.manifest.start if checkpoint is None else checkpoint.step
             self._report({"event": "moved", "task": self._task.hex(), "step": start})
             code = await self._train_posted(await self._poster.move(self._task, self._prepared, checkpoint))
@@ -114,7 +114,8 @@ class SwarmClient:
     async def _train_posted(self, posted: Posted) -> int:
         self._prepared, self._task = posted.prepared, posted.task
         self._keeper = None
-        self._saver = Saver(self._train.out, posted, self._progress.history, self._report, self._seal)
+        history, chain = self._progress.history, self._peer.home.chain_path
+        self._saver = Saver(self._train.out, posted, history, self._report, self._seal, chain)
         folders = (self._train.out, self._peer.home.tasks_path / self._task.hex())
         self._progress.begin(posted.prepared.manifest, folders)
         await self._saver.save_start()
@@ -155,7 +156,7 @@ class SwarmClient:
     ) -> int:
         """Run what follows the chain, the transport and the coordinator until the training ends."""
         assert self._saver is not None
-        self._keeper = Keeper(governor)
+        self._keeper = Keeper(governor, partial(has_room_for, posted.prepared.manifest))
         self._watcher = Watcher(self._peer, self._task)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(governor.run)

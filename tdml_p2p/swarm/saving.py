@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import trio
 from tdml_p2p.errors import UserError
 from tdml_p2p.swarm.governor import ChainGovernor, TaskEnded
 from tdml_p2p.swarm.posting import Posted
-from trainer.checkpoint import Checkpoint, CheckpointError, save
+from trainer.checkpoint import Checkpoint, CheckpointError, resume, save
 from trainer.coordinator import Coordinator
 from trainer.coordinator_ports import StepDone
+from trainer.errors import DataError
 from trainer.state import StageState
 from trainer.worker_ports import StateUnavailable
 
@@ -37,7 +39,10 @@ class History:
 
 
 class Saver:
-    """Saves states of one run into `out`; `seal` says HEIGHT:HASH of the chain's newest block."""
+    """Saves states of one run into `out`, with the chain's database, `chain`, that proves how they came about.
+
+    `seal` says HEIGHT:HASH of the chain's newest block.
+    """
 
     def __init__(
         self,
@@ -46,12 +51,14 @@ class Saver:
         history: History,
         report: Callable[[dict[str, Any]], None],
         seal: Callable[[], str] = str,
+        chain: Path | None = None,
     ) -> None:
         self._out = out
         self._posted = posted
         self._history = history
         self._report = report
         self._seal = seal
+        self._chain = chain
         self._turn = trio.Lock()
         # without a buffer: a step that comes due while another is being saved is left out
         self._due, self._taken = trio.open_memory_channel[StepDone](0)
@@ -142,9 +149,31 @@ class Saver:
     async def _write(self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True) -> None:
         checkpoint = self.checkpoint(states, generation=generation, is_verified=is_verified)
         async with self._turn:
+            # before the states: whatever happens in between, the block that they name is there
+            await self._copy_chain()
             await trio.to_thread.run_sync(save, checkpoint, self._out)
         self.saved = checkpoint.step
         self._report({"event": "saved", "out": str(self._out), "step": self.saved})
+
+    async def _copy_chain(self) -> None:
+        """Leave beside the states what proves them; a run goes on without it, and says so."""
+        if self._chain is None:
+            return
+        try:
+            await copy_chain(self._chain, self._out)
+        except UserError as error:
+            self._report({"event": "not-saved", "reason": error.message, "hint": error.hint})
+
+    async def newest(self, kept: tuple[StageState, ...]) -> Checkpoint | None:
+        """Return the newer of two verified checkpoints of the task: what is kept in memory, and what was saved."""
+        held = self.checkpoint(kept) if kept else None
+        try:
+            saved = await trio.to_thread.run_sync(partial(resume, self._out, is_verified=True))
+        except (CheckpointError, DataError) as error:
+            log.debug("no verified checkpoint in the folder", reason=error.sentence)
+            return held
+        is_own = saved.task == self._posted.task.hex()
+        return saved if is_own and (held is None or held.step < saved.step) else held
 
     def checkpoint(
         self, states: tuple[StageState, ...], *, generation: int = -1, is_verified: bool = True
@@ -196,6 +225,7 @@ async def copy_chain(source: Path, out: Path) -> None:
 
 def _copy_database(source: Path, target: Path) -> None:
     pending = target.with_name(f".{target.name}.pending")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with (
             closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as live,

@@ -158,12 +158,15 @@ class SwarmService:
         return {} if session is None else {"steps": session.steps, "known_answers": answers}
 
     def _on_state(self, state: State, nursery: trio.Nursery) -> None:
+        unmeasured = self.applicant.note_seats(state, self._account, self._sessions)
         for task in state.open_tasks():
             if task.manifest not in self._wanted:
                 self._wanted.add(task.manifest)
                 nursery.start_soon(self._learn, task)
             manifest = self.library.manifest(task.manifest)
             if manifest is not None and len(manifest.seated) == task.stages:
+                if task.id in unmeasured:
+                    nursery.start_soon(self.applicant.hold, task.id, manifest)
                 self._follow(state, task, manifest, nursery)
         if self._forget_ended(state):
             nursery.start_soon(trio.to_thread.run_sync, release_memory)

@@ -451,6 +451,75 @@ async def test_a_new_task_is_saved_with_its_start_so_that_it_is_never_orphaned(t
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize(("kept", "expected"), [(0, 4), (2, 4), (5, 5)])
+async def test_who_loses_a_stage_goes_on_from_the_newer_of_what_it_keeps_and_what_it_saved(
+    kept: int, expected: int, tmp_path: Path
+) -> None:
+    train = settings(tmp_path)
+    saver = saver_of(train, [])
+    states = states_of(planned(train).manifest, kept) if kept else ()
+    before = await saver.newest(states)
+    assert (0 if before is None else before.step) == kept
+    await save_periodically(saver, FakeSwarm(train), 4)
+    newest = await saver.newest(states)
+    assert newest is not None
+    assert newest.step == expected
+    assert newest.is_verified
+    assert newest.states[0].root == states_of(newest.manifest, expected)[0].root
+    of_another = Saver(train.out, Posted(b"\x0d" * 32, planned(train)), History({}, {}), print)
+    assert await of_another.newest(()) is None
+
+
+def growing_chain(path: Path) -> Callable[[], str]:
+    """Return what adds a block to a database, which stays open, and seals it."""
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("pragma journal_mode = wal")
+    database.execute("create table blocks (height)")
+
+    def seal() -> str:
+        database.execute("insert into blocks select count(*) + 1 from blocks")
+        return f"{database.execute('select max(height) from blocks').fetchone()[0]}:{'ab' * 32}"
+
+    return seal
+
+
+@pytest.mark.trio
+async def test_every_checkpoint_comes_with_the_chain_that_proves_it_even_if_nothing_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, events, source = settings(tmp_path), list[dict[str, Any]](), tmp_path / "chain.db"
+    posted, history = Posted(bytes.fromhex(TASK), planned(train)), History({1: 1.0, 2: 0.5}, {})
+    proven: list[tuple[int, int]] = []
+
+    def save_and_look(checkpoint: Checkpoint, folder: Path) -> None:
+        save(checkpoint, folder)
+        copy = sqlite3.connect(f"file:{folder / 'chain.db'}?mode=ro", uri=True)
+        named = int(checkpoint.sealed_by.split(":")[0])
+        proven.append((named, copy.execute("select max(height) from blocks").fetchone()[0]))
+        copy.close()
+
+    monkeypatch.setattr(saving, "save", save_and_look)
+    saver = Saver(train.out, posted, history, events.append, growing_chain(source), source)
+    await save_periodically(saver, FakeSwarm(train), 2, 4)
+    assert proven == [(1, 1), (2, 2)]
+    assert "block 2 is the newest" in (train.out / "README.md").read_text()
+    assert [event["event"] for event in events] == ["saved", "saved"]
+
+
+@pytest.mark.trio
+async def test_a_chain_that_cannot_be_copied_costs_no_checkpoint(tmp_path: Path) -> None:
+    train, events = settings(tmp_path), list[dict[str, Any]]()
+    posted = Posted(bytes.fromhex(TASK), planned(train))
+    saver = Saver(train.out, posted, History({}, {}), events.append, str, tmp_path / "nowhere.db")
+    await save_periodically(saver, FakeSwarm(train), 2)
+    assert [(event["event"], "could not be copied" in str(event.get("reason"))) for event in events] == [
+        ("not-saved", True),
+        ("saved", False),
+    ]
+    assert resume(train.out).step == 2
+
+
+@pytest.mark.trio
 async def test_the_chain_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
     source, out = tmp_path / "chain.db", tmp_path / "out"
     out.mkdir()

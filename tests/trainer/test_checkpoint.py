@@ -151,7 +151,7 @@ def test_the_card_says_what_was_trained_on_what_and_how_to_prove_it(tmp_path: Pa
     for said in ("ab" * 32, "cd" * 32, "1,234 tokens", f"height 71, block `{'ef' * 32}`", "4.5000 after step 2"):
         assert said in card
     assert f"tdml-chain task {'ab' * 32} --db chain.db --height 71" in card
-    assert "put there when the run ends or is interrupted" in card
+    assert "copied with every checkpoint" in card
     assert "raw bytes, 257 ids" in card
     save(checkpoint(), tmp_path / "alone")
     assert "tdml-chain" not in (tmp_path / "alone" / "README.md").read_text()

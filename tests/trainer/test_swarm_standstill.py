@@ -1,6 +1,7 @@
 """Workers that are connected and do not get on, or lack memory: the run goes on or ends by name, and never hangs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from trainer.coordinator_ports import Members, StepDone, patience_for
 from trainer.footprint import footprint
 from trainer.payloads import Reason, TensorPayload, unpack
 from trainer.worker_ports import Compute, T
+from trainer.worker_seat import Seat
+from trainer.worker_step import StepWork
 
 MANIFEST = manifest_of(stages=2, steps=4)
 
@@ -170,6 +173,27 @@ def test_a_survivor_too_small_for_all_cells_ends_the_run_by_name_once_nobody_can
     assert 100 <= ended(kit, StageFull) < 130
 
 
+def test_a_fast_replica_takes_no_more_than_it_has_memory_for_and_the_slow_one_does_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit = footprint(PAIR, 0).step
+    kit = Kit(PAIR, memory_limits=dict.fromkeys(EVERYBODY[0], limit), cell_seconds={"s0r1": 0.5})
+    held: list[int] = []
+    computed = Seat.computed
+
+    def weighed(seat: Seat, work: StepWork, *results: Any) -> None:
+        computed(seat, work, *results)
+        if work.spec.index == 0:
+            held.append(work.nbytes)
+
+    monkeypatch.setattr(Seat, "computed", weighed)
+    assert_same_model(trained(kit), trained(Kit(PAIR)))
+    assert max(held) <= limit
+    assert Reason.MEMORY_FULL in kit.workers["s0r0"].refused
+    assert {len(record.cells) for peer, record in kit.records if peer == "s0r1"} == {2}
+    assert kit.seconds < 5 * PAIR.steps
+
+
 def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pauses() -> None:
     kit = bereft(1e6, lambda _: None)
     seen: list[tuple[float, int]] = []
@@ -179,7 +203,7 @@ def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pa
             await trio.sleep(0.5)
         assert kit.coordinator.ready == ((), ("s1r0", "s1r1"))
         seen.append((trio.current_time(), len(kit.hub.log)))
-        await trio.sleep(100)
+        await trio.sleep(80)
         seen.append((trio.current_time(), len(kit.hub.log)))
 
     async def both() -> None:
@@ -191,8 +215,41 @@ def test_a_full_stage_counts_as_empty_and_its_neighbours_are_asked_again_with_pa
         in_virtual_time(both)
     (at, before), (_, later) = seen
     assert at < 60
-    assert later - before < 100 / kit.patience.floor * 40
-    assert kit.seconds > kit.patience.empty
+    assert later - before < 80 / kit.patience.floor * 40
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["dead", "frozen"])
+def test_a_dead_replica_that_keeps_its_seat_delays_the_end_of_a_full_stage_by_little(is_frozen: bool) -> None:
+    kit = bereft(2.0, lambda kit: kit.hub.join("s0r1") if is_frozen else None)
+    assert kit.patience.join < ended(kit, StageFull) < 7 * kit.patience.join
+
+
+def test_a_frozen_replica_that_is_asked_again_does_not_hide_that_its_stage_has_lost_the_other() -> None:
+    kit = Kit(MANIFEST, replicas=2)
+    seats, since = kit.governor.members, list[float]()
+    kit.governor.members = Members(0, 0, (("s0r0",), seats.stages[1]))
+
+    def freeze() -> None:
+        kit.governor.members = seats
+        kit.hub.join("s0r1")  # takes what it is sent and never answers
+
+    async def die() -> None:
+        await trio.sleep(kit.patience.join / 4)
+        kit.hub.crash("s0r0")
+        died = trio.current_time()
+        while kit.coordinator.empty_since is None:
+            await trio.sleep(0.5)
+        since.append(trio.current_time() - died)
+        kit.start("s0r0", 0)
+
+    def begin() -> None:
+        assert kit.nursery is not None
+        kit.nursery.start_soon(die)
+
+    kit.governor.hooks |= {2: freeze, 3: begin}
+    with pytest.RaisesGroup(pytest.RaisesExc(StageLost)):
+        trained(kit)
+    assert since[0] < 2 * kit.patience.tick
 
 
 def test_the_last_deadline_grows_with_the_model() -> None:
@@ -216,7 +273,7 @@ def test_lack_of_memory_for_what_comes_in_is_a_fault(
             raise error
         return unpack(payload)
 
-    monkeypatch.setattr("trainer.worker_seat.unpack", scarce)
+    monkeypatch.setattr("trainer.worker_intake.unpack", scarce)
     kit = Kit(MANIFEST, replicas=replicas)
     states = trained(kit)
     monkeypatch.undo()

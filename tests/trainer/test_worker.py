@@ -9,6 +9,7 @@ from swarm_kit import CLIENT, batches_of, in_virtual_time, manifest_of
 
 from trainer import messages as m
 from trainer import payloads
+from trainer.footprint import cell_bytes
 from trainer.payloads import Reason
 from trainer.stage import build_stage
 from trainer.state import StageState, initial_state
@@ -376,11 +377,35 @@ def test_memory_for_a_step_is_bounded() -> None:
         await bench.open()
         await bench.say(tokens(1, 0))
         await bench.say(tokens(1, 1))
-        heard = [await bench.hear() for _ in range(2)]
-        assert heard == [m.Passed(0, 1, 0, 0), m.Fault(0, 1, Reason.MEMORY_FULL, ())]
+        assert await bench.hear() == m.Passed(0, 1, 0, 0)
+        assert bench.worker.refused == {Reason.MEMORY_FULL: 1}
+        # it finishes what it has room for, and then tells that the rest must go elsewhere
+        await bench.say(m.Gradient(0, 1, 0, 1, gradient()), peer=NEXT)
+        assert isinstance(await bench.hear(), m.CellDone)
+        assert await bench.hear() == m.Fault(0, 1, Reason.MEMORY_FULL, ())
+
+    Bench(memory_limit=cell_bytes(MANIFEST, 0) * 2 - 1).run(script)
+
+
+def test_a_cell_that_goes_elsewhere_ends_the_wait_to_tell_that_another_does_not_fit() -> None:
+    async def script(bench: Bench) -> None:
+        await bench.open()
+        await bench.say(tokens(1, 0), tokens(1, 1))
+        assert await bench.hear() == m.Passed(0, 1, 0, 0)
+        await bench.say(m.Reroute(0, 1, 0, 0, TWIN))
+        assert await bench.hear() == m.Fault(0, 1, Reason.MEMORY_FULL, ())
+
+    Bench(memory_limit=cell_bytes(MANIFEST, 0) * 2 - 1).run(script)
+
+
+def test_a_cell_that_will_not_fit_is_refused_before_anything_is_computed() -> None:
+    async def script(bench: Bench) -> None:
+        await bench.open()
+        await bench.say(tokens(1, 0))
+        assert await bench.hear() == m.Fault(0, 1, Reason.MEMORY_FULL, ())
         assert bench.worker.refused == {Reason.MEMORY_FULL: 1}
 
-    Bench(memory_limit=1100).run(script)
+    Bench(memory_limit=cell_bytes(MANIFEST, 0) - 1).run(script)
 
 
 def test_memory_for_early_tensors_is_bounded_by_sender() -> None:

@@ -12,7 +12,8 @@ import trio.testing
 
 from chain.records import WorkerStatus
 from tdml_p2p.swarm.governor import ChainGovernor
-from tdml_p2p.swarm.keeping import Keeper, until_lost
+from tdml_p2p.swarm.keeping import Keeper, has_room_for, until_lost
+from tests.trainer.training_samples import small_manifest
 from trainer.coordinator import Coordinator
 from trainer.coordinator_ports import StepDone
 from trainer.state import StageState
@@ -49,12 +50,14 @@ class FakeSwarm:
         return [SimpleNamespace(state=WorkerStatus.SPARE)] * self.spares + [SimpleNamespace(state=WorkerStatus.SEATED)]
 
 
-def kept_after(swarm: FakeSwarm, steps: int, disturb: Callable[[int], None] = lambda _: None) -> Keeper:
+def kept_after(
+    swarm: FakeSwarm, steps: int, disturb: Callable[[int], None] = lambda _: None, *, has_room: bool = True
+) -> Keeper:
     """Return what is kept after so many steps of a second each, of which all but the last five have settled."""
     keepers: list[Keeper] = []
 
     async def train() -> None:
-        keepers.append(Keeper(cast(ChainGovernor, swarm)))
+        keepers.append(Keeper(cast(ChainGovernor, swarm), lambda: has_room))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keepers[0].run, swarm)
             for step in range(1, steps + 1):
@@ -100,10 +103,38 @@ def test_a_state_of_an_ended_generation_is_never_kept() -> None:
     assert not kept_after(swarm, 9, roll_back).states
 
 
-def test_nothing_is_fetched_while_every_stage_has_two() -> None:
-    swarm = FakeSwarm(ready=(("a", "c"), ("b", "d")))
-    assert not kept_after(swarm, 9).states
-    assert not swarm.fetched
+PAIRS = (("a", "c"), ("b", "d"))
+
+
+def test_states_are_kept_while_every_stage_has_two_for_both_may_vanish_together() -> None:
+    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.21)
+    keeper = kept_after(swarm, 27)
+    assert swarm.fetched == [1, 12, 23]
+    assert keeper.states[0].step == 12
+
+    def bereave(step: int) -> None:
+        swarm.ready = (("a",), ("b", "d")) if step > 12 else PAIRS
+
+    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.42)
+    assert kept_after(swarm, 27, bereave).states[0].step == 22
+    assert swarm.fetched == [1, 13, 22]
+
+
+def test_without_memory_for_two_states_they_are_kept_only_while_a_stage_hangs_on_one_worker() -> None:
+    swarm = FakeSwarm(ready=PAIRS, fetch_seconds=0.0)
+
+    def bereave(step: int) -> None:
+        swarm.ready = (("a",), ("b", "d")) if step > 6 else PAIRS
+
+    assert kept_after(swarm, 20, bereave, has_room=False).states[0].step == 12
+    assert swarm.fetched == [7, 12, 17]
+
+
+def test_there_is_room_where_the_machine_has_twice_as_much_as_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = small_manifest()
+    for available, expected in ((48 * manifest.parameters, False), (48 * manifest.parameters + 1, True), (None, True)):
+        monkeypatch.setattr("tdml_p2p.swarm.keeping.available_bytes", lambda found=available: found)
+        assert has_room_for(manifest) is expected
 
 
 def test_a_worker_that_gives_nothing_is_asked_again_at_a_later_step() -> None:

@@ -246,6 +246,47 @@ async def test_memory_that_is_applied_for_is_held_and_who_found_none_left_applie
     assert other not in seats.applicant.declined
 
 
+async def test_seats_that_a_peer_has_when_it_starts_take_memory_before_it_applies_elsewhere(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    seats, mine, other = Seats(), TASK, bytes(32)
+    state = cast(
+        State,
+        SimpleNamespace(
+            open_tasks=lambda: [SimpleNamespace(id=mine), SimpleNamespace(id=other)],
+            worker=lambda task, _: SimpleNamespace(is_present=True) if task == mine else None,
+        ),
+    )
+    assert seats.applicant.note_seats(state, SEATED, seats.sessions) == {mine}
+    assert await seats.apply(other) == []
+    assert other not in seats.applicant.declined  # nobody knows yet
+    await seats.applicant.hold(mine, MANIFEST)
+    assert seats.held(other) == largest(MANIFEST).total
+    assert seats.applicant.note_seats(state, SEATED, seats.sessions) == frozenset()
+    assert await seats.apply(other) == []
+    assert "other seats" in seats.applicant.declined[other]
+
+
+@pytest.mark.parametrize("is_measured", [False, True], ids=["nobody tells of it", "it runs"])
+async def test_a_seat_that_nobody_tells_about_is_not_waited_for_for_ever_and_one_that_runs_is_known(
+    is_measured: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    seats, mine, other = Seats(), TASK, bytes(32)
+    state = cast(
+        State,
+        SimpleNamespace(
+            open_tasks=lambda: [SimpleNamespace(id=mine)], worker=lambda *_: SimpleNamespace(is_present=True)
+        ),
+    )
+    if is_measured:
+        seats.sessions[mine] = SimpleNamespace(footprint=1, is_stopped=False)
+    assert bool(seats.applicant.note_seats(state, SEATED, seats.sessions)) is not is_measured
+    assert await seats.apply(other) == ([other] if is_measured else [])
+    await trio.sleep(61)
+    assert bool(seats.applicant.note_seats(state, SEATED, seats.sessions)) is not is_measured
+    assert await seats.apply(other) == ([] if is_measured else [other])
+
+
 async def test_what_is_too_large_in_any_case_is_not_tried_again() -> None:
     peer = applicant(Chain(), largest(MANIFEST).total - 1)
     assert peer.begin(TASK)
