@@ -1,0 +1,76 @@
+"""What a judge allows where others' results differ from its own: as much as ten times its own differ from themselves.
+
+Results are compared with the network's limits first. Only where they are beyond these, and not out of all proportion,
+does the judge execute the cell again, its last bits shaken (`trainer.spread`), and only once for a cell. Where results
+are exact, as those of an optimiser's step or inside a kernel class, there is nothing to allow.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from chain.transactions import EXACT, MAX_TOLERANCE, Sketch, Tolerance
+from chain.verdicts import Limits, deviations, is_match
+from tdml_p2p.swarm.material import Unavailable
+
+if TYPE_CHECKING:
+    from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor
+    from trainer.compare import Spread
+
+log = structlog.get_logger(__name__)
+
+
+class Doubt:
+    """A judge's second look at its own results of a cell."""
+
+    def __init__(self, reexecutor: "Reexecutor", cell: "Cell", execution: "Execution") -> None:
+        self._reexecutor = reexecutor
+        self._cell = cell
+        self._execution = execution
+        self._shaken: tuple[Execution, ...] | None = None
+
+    @property
+    def _is_exact(self) -> bool:
+        return self._cell.is_transition or bool(self._cell.kernel)
+
+    async def spread(self) -> "Spread | None":
+        """Return what the own results differ by; None where they are exact, or cannot be had a second time."""
+        from trainer.spread import spread_of
+
+        if not (shaken := await self._again()):
+            return None
+        results = [one.result for one in shaken]
+        return await trio.to_thread.run_sync(spread_of, self._execution.result, results)
+
+    async def tolerance(self, key: bytes, opened: Sketch, limits: Limits) -> Tolerance:
+        """Return the multiples of τ that an opened sketch may be off: more than one only if it is off by more."""
+        own = await trio.to_thread.run_sync(self._execution.sketch, key)
+        found = deviations(opened, own)
+        if is_match(found, limits) or not is_match(found, limits._replace(tolerance=(MAX_TOLERANCE,) * 3)):
+            return EXACT
+        others = [await trio.to_thread.run_sync(one.sketch, key) for one in await self._again()]
+        return tolerance_of(own, others, limits)
+
+    async def _again(self) -> "Sequence[Execution]":
+        if self._shaken is None and not self._is_exact:
+            try:
+                self._shaken = await self._reexecutor.again(self._cell, self._execution)
+            except Unavailable as error:
+                log.info("a cell cannot be executed a second time", reason=str(error))
+        return self._shaken or ()
+
+
+def tolerance_of(own: Sketch, others: Iterable[Sketch], limits: Limits) -> Tolerance:
+    """Return the multiples of τ that cover ten times what one's own sketches differ by, at most the largest allowed."""
+    from trainer.compare import SPREAD_FACTOR
+
+    spreads = [0.0, 0.0, 0.0]
+    for other in others:
+        found = deviations(other, own)
+        spreads = [max(one, more) if math.isfinite(more) else one for one, more in zip(spreads, found, strict=True)]
+    times = (SPREAD_FACTOR * spread / tau for spread, tau in zip(spreads, limits.tau, strict=True))
+    y, gx, gw = (min(MAX_TOLERANCE, max(1, math.ceil(one))) for one in times)
+    return y, gx, gw
