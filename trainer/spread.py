@@ -28,6 +28,11 @@ def shaken(tensor: Tensor, seed: int) -> Tensor:
     return torch.where(tensor == 0, tensor, torch.nextafter(tensor, away))
 
 
+def shaken_cell(weights: Tensor, x: Tensor, gy: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a cell reads, all of it shaken."""
+    return shaken(weights, seed), shaken(x, seed + 1), shaken(gy, seed + 2)
+
+
 def spread_of(own: CellResult, others: Iterable[CellResult]) -> Spread:
     """Return the largest deviations between one's own results; what is not finite counts for nothing."""
     y = gx = gw = 0.0

@@ -275,18 +275,18 @@ def _build(manifest: TaskManifest, index: int) -> "Stage":
 
 
 def _execute(stage: "Stage", cell: Cell, material: tuple[Buffer, Buffer, Buffer], seed: int) -> "CellResult":
-    from trainer.spread import shaken
+    from trainer.spread import shaken_cell
     from trainer.stage import CellKey, execute
     from trainer.tensors import vector_of
 
     manifest, place, (x, gy, weights) = cell.manifest, cell.wanted, material
     with span("load", place.step, place.cell):
+        given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
         state = vector_of(weights, stage.layout.total)
-        stage.load(shaken(state, seed) if seed else state)
+        if seed:
+            state, given, back = shaken_cell(state, given, back, seed)
+        stage.load(state)
     key = CellKey(0, place.step, place.cell)
-    given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
-    if seed:
-        given, back = shaken(given, seed + 1), shaken(back, seed + 2)
     with span("audit", place.step, place.cell):
         if stage.spec.is_last:
             return execute(stage, given, back, None, key)
