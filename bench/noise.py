@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +51,7 @@ from chain.hashing import digest
 from chain.params import Params
 from chain.verdicts import Deviations, deviations, is_match, limits_for
 from tdml_p2p.swarm.contradictions import tolerances
-from tdml_p2p.swarm.doubts import tolerance_of
-from tdml_p2p.swarm.reexecution import SEEDS
+from tdml_p2p.swarm.doubts import SEEDS, SKETCHED, tolerance_of
 from trainer.compare import compare
 from trainer.data import Corpus, load_batches, standard_library
 from trainer.local import train_locally
@@ -95,6 +94,8 @@ SIZES = {
 }
 
 MOMENTS = ("early", "late", "spike")
+RATES = (1.0,)
+"""Learning rates of the step after which the loss leaps."""
 
 
 @dataclass
@@ -183,17 +184,18 @@ def manifest_of(size: Size) -> TaskManifest:
     return complete(TaskManifest("llama", config, optimizer=settings, **shape))
 
 
-def moments(manifest: TaskManifest, data: Any, later: int) -> Iterator[tuple[str, StageState]]:
-    """Yield states of a training: after its first step, later, and after a step so long that the loss leaps."""
+def moments(manifest: TaskManifest, data: Any, later: int, rates: Sequence[float]) -> Iterator[tuple[str, StageState]]:
+    """Yield states of a training: after its first step, later, and after steps so long that the loss leaps."""
     early = train_locally(manifest, data, 1)
     yield MOMENTS[0], early
     after = train_locally(manifest, data, later, state=early)
     yield MOMENTS[1], after
-    wild = replace(manifest, optimizer=OptimizerSettings(learning_rate=1.0, warmup_steps=1))
-    yield MOMENTS[2], train_locally(wild, data, later + 1, state=after)
+    for rate in rates:
+        wild = replace(manifest, optimizer=OptimizerSettings(learning_rate=rate, warmup_steps=1))
+        yield f"{MOMENTS[2]} {rate:g}", train_locally(wild, data, later + 1, state=after)
 
 
-def measure(wanted: int, names: list[str]) -> Iterator[Row]:
+def measure(wanted: int, names: list[str], rates: Sequence[float] = RATES) -> Iterator[Row]:
     """Yield a row for each moment of these sizes: their part of about so many comparisons of all sizes."""
     pairs = (len(CONFIGURATIONS) + 1) * len(CONFIGURATIONS) // 2
     total = sum(size.share for size in SIZES.values())
@@ -205,8 +207,8 @@ def measure(wanted: int, names: list[str]) -> Iterator[Row]:
             manifest = manifest_of(size)
             data = load_batches(Corpus((standard_library(),), limit=1 << 20), byte_tokenizer(), manifest)
             (folder / "manifest.json").write_bytes(encode_manifest(manifest))
-            batches = max(1, round(wanted * size.share / total / pairs / STAGES / 3))
-            for moment, state in moments(manifest, data, size.later):
+            batches = max(1, round(wanted * size.share / total / pairs / STAGES / (2 + len(rates))))
+            for moment, state in moments(manifest, data, size.later, rates):
                 row = Row(name, moment)
                 for number in range(batches):
                     tokens, labels = data.batch(size.later + 2 + number // 2, number % 2)
@@ -303,7 +305,7 @@ class Judge:
     def __init__(self, own: CellResult, shaken: list[CellResult], key: bytes) -> None:
         self.own = own
         self.sketch = cell_sketch(own.y, own.gx, own.gw, key)
-        others = [cell_sketch(one.y, one.gx, one.gw, key) for one in shaken]
+        others = [cell_sketch(one.y, one.gx, one.gw, key) for one in shaken[:SKETCHED]]
         self._limits = _LIMITS._replace(tolerance=tolerance_of(self.sketch, others, _LIMITS))
         self._thresholds = tolerances(_LIMITS, spread_of(own, shaken))
 
@@ -330,7 +332,7 @@ def show(row: Row) -> None:
     shares += [worst / limit / FP32.fraud_factor for worst, limit in zip(row.whole, tau, strict=True)]
     counts = f"{row.cells:6} cells {row.comparisons:7} comparisons {row.faults} faults"
     counts += f" {row.doubts} second looks ({row.doubted:.2f})"
-    print(f"{row.size:>5} {row.moment:6} loss {row.loss:6.2f} {counts}", *(f"{one:7.4f}" for one in shares), flush=True)
+    print(f"{row.size:>5} {row.moment:9} loss {row.loss:6.2f} {counts}", *(f"{one:7.4f}" for one in shares), flush=True)
 
 
 def made(rows: list[Row], size: str = "") -> int:
@@ -343,6 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comparisons", type=int, default=100_000, help="comparisons to make of all sizes, about")
     parser.add_argument("--sizes", default=",".join(SIZES), help="models to compare, by name")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of the steps after which losses leap")
     parser.add_argument("--calibration", type=Path, help="file for the worst honest deviations")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -351,10 +354,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     started, rows = time.perf_counter(), []
-    for row in measure(arguments.comparisons, arguments.sizes.split(",")):
+    for row in measure(arguments.comparisons, arguments.sizes.split(","), arguments.rates):
         show(row)
         rows.append(row)
-        if row.moment == MOMENTS[-1]:
+        if row.moment.startswith(MOMENTS[-1]):
             print(f"{row.size:>5}: {made(rows, row.size)} comparisons, {made(rows)} so far", flush=True)
     comparisons, faults = made(rows), sum(row.faults for row in rows)
     worst = calibration_of(largest(row.whole for row in rows), largest(row.sketched for row in rows))

@@ -1,8 +1,8 @@
 """What a judge allows where others' results differ from its own: as much as ten times its own differ from themselves.
 
 Results are compared with the network's limits first. Only where they are beyond these, and not out of all proportion,
-does the judge execute the cell again, its last bits shaken (`trainer.spread`), and only once for a cell. Where results
-are exact, as those of an optimiser's step or inside a kernel class, there is nothing to allow.
+does the judge execute the cell again, its last bits shaken (`trainer.spread`). Where results are exact, as those of an
+optimiser's step or inside a kernel class, there is nothing to allow.
 """
 
 import math
@@ -22,15 +22,22 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+SEEDS = (1, 4, 7)
+"""Of the changes of last bits that whole tensors are judged by: their worst rows differ much from look to look."""
+SKETCHED = 1
+"""As many of them as sketches are judged by."""
+_ORDINARY = 0.25
+"""Of τ: what sketches of one machine differ by in training that has not gone wild is less."""
+
 
 class Doubt:
-    """A judge's second look at its own results of a cell."""
+    """A judge's second looks at its own results of a cell, none of them taken twice."""
 
     def __init__(self, reexecutor: "Reexecutor", cell: "Cell", execution: "Execution") -> None:
         self._reexecutor = reexecutor
         self._cell = cell
         self._execution = execution
-        self._shaken: tuple[Execution, ...] | None = None
+        self._looks: list[Execution] = []
 
     @property
     def _is_exact(self) -> bool:
@@ -40,9 +47,9 @@ class Doubt:
         """Return what the own results differ by; None where they are exact, or cannot be had a second time."""
         from trainer.spread import spread_of
 
-        if not (shaken := await self._again()):
+        if not (looks := await self._again(SEEDS)):
             return None
-        results = [one.result for one in shaken]
+        results = [one.result for one in looks]
         return await trio.to_thread.run_sync(spread_of, self._execution.result, results)
 
     async def tolerance(self, key: bytes, opened: Sketch, limits: Limits) -> Tolerance:
@@ -51,26 +58,31 @@ class Doubt:
         found = deviations(opened, own)
         if is_match(found, limits) or not is_match(found, limits._replace(tolerance=(MAX_TOLERANCE,) * 3)):
             return EXACT
-        others = [await trio.to_thread.run_sync(one.sketch, key) for one in await self._again()]
+        others = [await trio.to_thread.run_sync(one.sketch, key) for one in await self._again(SEEDS[:SKETCHED])]
         return tolerance_of(own, others, limits)
 
-    async def _again(self) -> "Sequence[Execution]":
-        if self._shaken is None and not self._is_exact:
-            try:
-                self._shaken = await self._reexecutor.again(self._cell, self._execution)
-            except Unavailable as error:
-                log.info("a cell cannot be executed a second time", reason=str(error))
-        return self._shaken or ()
+    async def _again(self, seeds: Sequence[int]) -> "Sequence[Execution]":
+        """Return the looks with these seeds, as far as they can be had; none where results are exact."""
+        try:
+            for seed in () if self._is_exact else seeds[len(self._looks) :]:
+                self._looks.append(await self._reexecutor.again(self._cell, self._execution, seed))
+        except Unavailable as error:
+            log.info("a cell cannot be executed a second time", reason=str(error))
+        return self._looks[: len(seeds)]
 
 
 def tolerance_of(own: Sketch, others: Iterable[Sketch], limits: Limits) -> Tolerance:
-    """Return the multiples of τ that cover ten times what one's own sketches differ by, at most the largest allowed."""
+    """Return the multiples of τ that cover ten times what one's own sketches differ by, at most the largest allowed.
+
+    Up to a quarter of τ they differ in ordinary training as well: that changes nothing.
+    """
     from trainer.compare import SPREAD_FACTOR
 
     spreads = [0.0, 0.0, 0.0]
     for other in others:
         found = deviations(other, own)
         spreads = [max(one, more) if math.isfinite(more) else one for one, more in zip(spreads, found, strict=True)]
-    times = (SPREAD_FACTOR * spread / tau for spread, tau in zip(spreads, limits.tau, strict=True))
-    y, gx, gw = (min(MAX_TOLERANCE, max(1, math.ceil(one))) for one in times)
+    shares = (spread / tau for spread, tau in zip(spreads, limits.tau, strict=True))
+    times = (math.ceil(SPREAD_FACTOR * share) if share > _ORDINARY else 1 for share in shares)
+    y, gx, gw = (min(MAX_TOLERANCE, one) for one in times)
     return y, gx, gw

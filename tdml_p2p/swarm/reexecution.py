@@ -113,8 +113,6 @@ class Execution:
         return cell_sketch(self.result.y, self.result.gx, self.result.gw, key)
 
 
-SEEDS = (1, 4)
-"""Of the changes of last bits that a second look at a cell takes."""
 _OPENED_SECONDS = 5.0
 """How much longer than for others it is waited for the inputs that a worker has opened."""
 _MAX_STAGES = 8
@@ -167,12 +165,11 @@ class Reexecutor:
         unsigned = (Input(address, "-", bytes(64)) for address in (x, gy))
         return Execution(Inputs(*unsigned), result)
 
-    async def again(self, cell: Cell, execution: Execution) -> tuple[Execution, ...]:
-        """Return executions of a cell on material whose last bits are changed; raise `Unavailable`."""
-        x, gy = execution.inputs.x.address, execution.inputs.gy.address
+    async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
+        """Return the execution of a cell on material whose last bits are changed; raise `Unavailable`."""
         with span("execute again", cell.wanted.step, cell.wanted.cell):
-            shaken = [(await self._run(cell, x, gy, seed))[0] for seed in SEEDS]
-        return tuple(replace(execution, result=result) for result in shaken)
+            result, _ = await self._run(cell, execution.inputs.x.address, execution.inputs.gy.address, seed)
+        return replace(execution, result=result)
 
     async def _run(
         self, cell: Cell, x_address: bytes, gy_address: bytes, seed: int = 0

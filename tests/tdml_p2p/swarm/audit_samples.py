@@ -117,7 +117,7 @@ class FakeReexecutor:
     compared: list[tuple[int, str, CellResult]] = field(default_factory=list)
     unsteady: tuple[float, ...] = ()
     """What each second look makes of y, in multiples of the first."""
-    second_looks: int = 0
+    second_looks: list[int] = field(default_factory=list)
 
     async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
         number = cell.wanted.cell
@@ -129,13 +129,13 @@ class FakeReexecutor:
             raise self.failures.pop(number)
         return execution_of(number)
 
-    async def again(self, cell: Cell, execution: Execution) -> tuple[Execution, ...]:
+    async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
         await trio.lowlevel.checkpoint()
-        self.second_looks += 1
         if not self.unsteady:
             raise Unavailable("gone since")
-        first = execution.result
-        return tuple(replace(execution, result=first._replace(y=first.y * factor)) for factor in self.unsteady)
+        self.second_looks.append(seed)
+        off = self.unsteady[(len(self.second_looks) - 1) % len(self.unsteady)]
+        return replace(execution, result=execution.result._replace(y=execution.result.y * off))
 
     async def is_other_kernel(self, cell: Cell) -> bool:
         await trio.lowlevel.checkpoint()
