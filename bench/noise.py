@@ -5,9 +5,9 @@ re-executed in a process for each configuration: threads, oneDNN or MKL, instruc
 splits. Every pair of results is compared twice, as in an audit: sketches, which may differ by τ, and whole tensors,
 whose worst row may differ by a hundred times that. Where a pair differs by more, both machines execute the cell again
 as judges do, with other last bits, and each allows the other ten times its own spread: only what is beyond that, from
-either side, is a fault. Prints a row for each size and moment, deviations as shares of what is allowed without a second
-look, how many comparisons needed one and the largest share of what they then allowed, a line for each size, then one
-JSON line; the exit status is 1 if anything honest was a fault.
+either side, is a fault, unless a machine finds that it cannot judge. Prints a row for each size and moment, deviations
+as shares of what is allowed without a second look, how many comparisons needed one and the largest share of what was
+then allowed, a line for each size, then one JSON line; the exit status is 1 if anything honest was a fault.
 
 `--sizes 0.2M,1M` makes those sizes' part of all comparisons: the parts of several calls add up. As many processes
 compute at once as there are cores. By arithmetic the 100M size takes 12 GB of memory (1.2 GB in each process that
@@ -51,7 +51,7 @@ from chain.hashing import digest
 from chain.params import Params
 from chain.verdicts import Deviations, deviations, is_match, limits_for
 from tdml_p2p.swarm.contradictions import tolerances
-from tdml_p2p.swarm.doubts import SEEDS, SKETCHED, tolerance_of
+from tdml_p2p.swarm.doubts import SEEDS, SKETCHED, tolerance_of, unsteadiness
 from trainer.compare import compare
 from trainer.data import Corpus, load_batches, standard_library
 from trainer.local import train_locally
@@ -112,6 +112,8 @@ class Row:
     """Comparisons that needed a second look."""
     doubted: float = 0.0
     """The largest share that any deviation then had of what was allowed."""
+    unjudged: int = 0
+    """Judgements that a machine then left to others, its own results being too unsteady."""
     whole: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     sketched: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
@@ -293,9 +295,11 @@ def _second_look(
     judges = {machine: Judge(results[machine], [look[machine] for look in shaken], key) for machine in sum(beyond, ())}
     faults = 0
     for one, other in beyond:
-        shares = [judges[a].share(judges[b]) for a, b in ((one, other), (other, one))]
-        row.doubted = max(row.doubted, *shares)
-        faults += max(shares) > 1
+        told = [judges[a].share(judges[b]) for a, b in ((one, other), (other, one))]
+        worst = max((share for share in told if share is not None), default=0.0)
+        row.unjudged += told.count(None)
+        row.doubted = max(row.doubted, worst)
+        faults += worst > 1
     return faults
 
 
@@ -306,14 +310,21 @@ class Judge:
         self.own = own
         self.sketch = cell_sketch(own.y, own.gx, own.gw, key)
         others = [cell_sketch(one.y, one.gx, one.gw, key) for one in shaken[:SKETCHED]]
-        self._limits = _LIMITS._replace(tolerance=tolerance_of(self.sketch, others, _LIMITS))
+        self._times = unsteadiness(self.sketch, others, _LIMITS)
         self._thresholds = tolerances(_LIMITS, spread_of(own, shaken))
 
-    def share(self, claimed: "Judge") -> float:
-        """Return the largest share that a deviation of the other's results has of what this one allows."""
+    def share(self, claimed: "Judge") -> float | None:
+        """Return the largest share that a deviation of the other's results has of what this one allows.
+
+        None where it says nothing.
+        """
+        found = deviations(claimed.sketch, self.sketch)
+        tolerance = tolerance_of(self._times, [found], _LIMITS)
+        if tolerance is None:
+            return None
         whole = compare(claimed.own, self.own, self._thresholds)
         pairs: list[tuple[Deviations, Deviations]] = [
-            (deviations(claimed.sketch, self.sketch), self._limits.allowed),
+            (found, _LIMITS._replace(tolerance=tolerance).allowed),
             ((whole.y, whole.gx, whole.gw), self._thresholds.limits(self._thresholds.fraud_factor)),
         ]
         return max(found / limit for side in pairs for found, limit in zip(*side, strict=True))
@@ -331,7 +342,7 @@ def show(row: Row) -> None:
     shares = [worst / limit for worst, limit in zip(row.sketched, tau, strict=True)]
     shares += [worst / limit / FP32.fraud_factor for worst, limit in zip(row.whole, tau, strict=True)]
     counts = f"{row.cells:6} cells {row.comparisons:7} comparisons {row.faults} faults"
-    counts += f" {row.doubts} second looks ({row.doubted:.2f})"
+    counts += f" {row.doubts} second looks ({row.doubted:.2f}, {row.unjudged} unjudged)"
     print(f"{row.size:>5} {row.moment:9} loss {row.loss:6.2f} {counts}", *(f"{one:7.4f}" for one in shares), flush=True)
 
 
@@ -363,7 +374,7 @@ def main() -> None:
     worst = calibration_of(largest(row.whole for row in rows), largest(row.sketched for row in rows))
     of_sizes = {row.size: made(rows, row.size) for row in rows}
     report = {"comparisons": comparisons, "of_sizes": of_sizes, "faults": faults, "worst": worst}
-    report["second_looks"] = sum(row.doubts for row in rows)
+    report |= {"second_looks": sum(row.doubts for row in rows), "unjudged": sum(row.unjudged for row in rows)}
     if arguments.calibration:
         arguments.calibration.write_text(json.dumps(report) + "\n")
     print(json.dumps({**report, "seconds": round(time.perf_counter() - started)}))

@@ -80,6 +80,8 @@ async def _check(audit: Audit, cell: Cell, reexecutor: Reexecutor, params: Param
     found = deviations(audit.opening.sketch, own)
     limits = limits_for(params)
     tolerance = await Doubt(reexecutor, cell, execution).tolerance(audit.key, audit.opening.sketch, limits)
+    if tolerance is None:
+        raise Unavailable("the model is too unsteady to compare results")
     if not is_match(found, limits._replace(tolerance=tolerance)):
         told = ", ".join(f"{name} {value:.1e}" for name, value in zip(TENSORS, found, strict=True))
         raise WrongAnswer(f"cell {audit.cell} of step {audit.step} is off by {told} from what was verified")

@@ -22,7 +22,7 @@ from chain.keys import peer_id
 from chain.params import Params
 from chain.state import Audit, Duty, State
 from chain.transactions import EXACT, Commitment, Opening, Reveal, Tolerance, reveal_commitment
-from chain.verdicts import BLANK, limits_for
+from chain.verdicts import BLANK, is_blank, limits_for
 from tdml_p2p.swarm.asking import Limit, limited_by
 from tdml_p2p.swarm.contradictions import claimed_result, disputed_results, has_false_results, has_other_inputs
 from tdml_p2p.swarm.doubts import Doubt
@@ -213,6 +213,9 @@ class Auditor:
         if answer is None or audit.opening is None:
             return
         tolerance = await self._tolerated(answer, audit, audit.opening)
+        if tolerance is None:
+            log.warning("own results are too unsteady to judge a cell", audit=audit.id.hex())
+            return
         blocks = duty.deadline - self._height - _SPARE_BLOCKS
         seconds = max(_FETCH_SECONDS, _FETCH_SHARE * blocks * self._params.block_interval_ms / 1000)
         found = await self._look(answer, audit.opening, peer_id(audit.worker), seconds)
@@ -221,11 +224,13 @@ class Auditor:
         found = found._replace(tolerance=tolerance)
         self._outbox.put(msgspec.structs.replace(answer.reveal, **found._asdict()))
 
-    async def _tolerated(self, answer: Answer, audit: Audit, opening: Opening) -> Tolerance:
-        """Return how far off the opened sketch may be for this peer, where its own results are unsteady."""
+    async def _tolerated(self, answer: Answer, audit: Audit, opening: Opening) -> Tolerance | None:
+        """Return how far off the opened sketch may be for this peer; None if it cannot tell right from false."""
         if answer.doubt is None or answer.reveal.shared == BLANK:
             return EXACT
-        return await answer.doubt.tolerance(audit.key, opening.sketch, limits_for(self._params, answer.reveal))
+        audited, limits = audit.reveal, limits_for(self._params, answer.reveal)
+        shared = None if audited is None or is_blank(audited) else audited.shared
+        return await answer.doubt.tolerance(audit.key, opening.sketch, limits, shared)
 
     async def _look(self, answer: Answer, opening: Opening, worker: str, seconds: float) -> Finding:
         """Return whether the opened trace names false inputs or results, and whether claimed ones are missing."""

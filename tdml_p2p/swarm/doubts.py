@@ -1,8 +1,9 @@
 """What a judge allows where others' results differ from its own: as much as ten times its own differ from themselves.
 
-Results are compared with the network's limits first. Only where they are beyond these, and not out of all proportion,
-does the judge execute the cell again, its last bits shaken (`trainer.spread`). Where results are exact, as those of an
-optimiser's step or inside a kernel class, there is nothing to allow.
+Results are compared with the network's limits first. Only where they are beyond these does the judge execute the cell
+again, its last bits shaken (`trainer.spread`). Where results are exact, as those of an optimiser's step or inside a
+kernel class, there is nothing to allow. Where its own sketches differ by more than anybody may tolerate, a judge that
+would find fraud in less than ten times as much says nothing.
 """
 
 import math
@@ -13,7 +14,7 @@ import structlog
 import trio
 
 from chain.transactions import EXACT, MAX_TOLERANCE, Sketch, Tolerance
-from chain.verdicts import Limits, deviations, is_match
+from chain.verdicts import Deviations, Limits, deviations, is_fraud, is_match
 from tdml_p2p.swarm.material import Unavailable
 
 if TYPE_CHECKING:
@@ -52,14 +53,23 @@ class Doubt:
         results = [one.result for one in looks]
         return await trio.to_thread.run_sync(spread_of, self._execution.result, results)
 
-    async def tolerance(self, key: bytes, opened: Sketch, limits: Limits) -> Tolerance:
-        """Return the multiples of τ that an opened sketch may be off: more than one only if it is off by more."""
+    async def tolerance(
+        self, key: bytes, opened: Sketch, limits: Limits, audited: Sketch | None = None
+    ) -> Tolerance | None:
+        """Return the multiples of τ that an opened sketch may be off: more than one only if it is off by more.
+
+        None if it, or the auditor's, is off by so much that it would be fraud, and yet not by more than the own results
+        allow: then this machine cannot tell, and should not speak.
+        """
+        if self._is_exact:
+            return EXACT
         own = await trio.to_thread.run_sync(self._execution.sketch, key)
         found = deviations(opened, own)
-        if is_match(found, limits) or not is_match(found, limits._replace(tolerance=(MAX_TOLERANCE,) * 3)):
+        between = (0.0, 0.0, 0.0) if audited is None else deviations(audited, own)
+        if is_match(found, limits) and not is_fraud(between, limits):
             return EXACT
         others = [await trio.to_thread.run_sync(one.sketch, key) for one in await self._again(SEEDS[:SKETCHED])]
-        return tolerance_of(own, others, limits)
+        return tolerance_of(unsteadiness(own, others, limits), (found, between), limits)
 
     async def _again(self, seeds: Sequence[int]) -> "Sequence[Execution]":
         """Return the looks with these seeds, as far as they can be had; none where results are exact."""
@@ -71,8 +81,8 @@ class Doubt:
         return self._looks[: len(seeds)]
 
 
-def tolerance_of(own: Sketch, others: Iterable[Sketch], limits: Limits) -> Tolerance:
-    """Return the multiples of τ that cover ten times what one's own sketches differ by, at most the largest allowed.
+def unsteadiness(own: Sketch, others: Iterable[Sketch], limits: Limits) -> Tolerance:
+    """Return the multiples of τ that cover ten times what one's own sketches differ by.
 
     Up to a quarter of τ they differ in ordinary training as well: that changes nothing.
     """
@@ -83,6 +93,14 @@ def tolerance_of(own: Sketch, others: Iterable[Sketch], limits: Limits) -> Toler
         found = deviations(other, own)
         spreads = [max(one, more) if math.isfinite(more) else one for one, more in zip(spreads, found, strict=True)]
     shares = (spread / tau for spread, tau in zip(spreads, limits.tau, strict=True))
-    times = (math.ceil(SPREAD_FACTOR * share) if share > _ORDINARY else 1 for share in shares)
+    y, gx, gw = (math.ceil(SPREAD_FACTOR * share) if share > _ORDINARY else 1 for share in shares)
+    return y, gx, gw
+
+
+def tolerance_of(times: Tolerance, differences: Iterable[Deviations], limits: Limits) -> Tolerance | None:
+    """Return what may be tolerated of this unsteadiness; None if one of these differences cannot be judged with it."""
     y, gx, gw = (min(MAX_TOLERANCE, one) for one in times)
+    most, all_of_it = (limits._replace(tolerance=one) for one in ((y, gx, gw), times))
+    if any(is_fraud(found, most) and not is_fraud(found, all_of_it) for found in differences):
+        return None
     return y, gx, gw

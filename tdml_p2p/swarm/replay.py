@@ -16,7 +16,7 @@ from chain.params import Params
 from chain.queries import Reader, open_reader
 from chain.records import Audit, AuditStatus, ClaimRecord
 from chain.state import State
-from chain.transactions import Opening
+from chain.transactions import EXACT, Opening
 from chain.verdicts import TENSORS, Deviations, Limits, deviations, finding, is_match, limits_for, wide_limits
 from tdml_p2p.blob_store import BlobStore
 from tdml_p2p.swarm.audited import audited_cell
@@ -118,7 +118,8 @@ async def replay(case: Case, reexecutor: Reexecutor, params: Params) -> dict[str
     limits = wide_limits(params) if is_unlike else limits_for(params)
     found = deviations(case.opening.sketch, own)
     doubt = Doubt(reexecutor, case.cell, execution)
-    limits = limits._replace(tolerance=await doubt.tolerance(case.audit.key, case.opening.sketch, limits))
+    tolerance = await doubt.tolerance(case.audit.key, case.opening.sketch, limits)
+    limits = limits._replace(tolerance=tolerance or EXACT)
     told: dict[str, Any] = {
         "audit": case.audit.id.hex(),
         "worker": peer_id(case.audit.worker),
@@ -128,7 +129,7 @@ async def replay(case: Case, reexecutor: Reexecutor, params: Params) -> dict[str
         "thresholds": _by_tensor(limits.allowed),
         "tolerance": list(limits.tolerance),
         "other_kernel": is_unlike,
-        "finding": finding(found, limits),
+        "finding": finding(found, limits) if tolerance else "unsteady",
         "tensors": await _tensors(case, reexecutor, execution, doubt, limits),
     }
     if case.audit.reveal is not None:
@@ -137,7 +138,8 @@ async def replay(case: Case, reexecutor: Reexecutor, params: Params) -> dict[str
         is_contradicted = contradicts(execution, case.cell, case.opening)
         told["step"] = execution.contradiction or ("another state than was claimed follows" if is_contradicted else "")
     told["machine"] = await trio.to_thread.run_sync(_machine, case.cell.manifest.precision)
-    told["confirms"] = confirms(case.audit.state, is_false=is_false(told, found, limits))
+    is_right = confirms(case.audit.state, is_false=is_false(told, found, limits))
+    told["confirms"] = is_right if tolerance else None
     return told
 
 

@@ -340,11 +340,29 @@ async def test_whole_tensors_within_ten_spreads_are_no_fraud() -> None:
     assert (reveal.contradiction, reveal.tolerance) == (False, (1, 1, 1))
 
 
+async def test_who_cannot_tell_right_from_false_says_nothing() -> None:
+    bench, factor = Bench(), 1.0 + 5000 * TAU
+    bench.reexecutor.unsteady = (1.0 + 900 * TAU,)
+    async with running(bench):
+        bench.show(audit_of(0))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.show(opened(0, opening_off(0, factor)))
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.reexecutor.second_looks
+    assert not bench.reveals()
+
+
+async def test_what_is_off_by_more_than_ten_spreads_is_fraud_however_unsteady_the_judge_is() -> None:
+    reveal, opening, _ = await told_of(20_000, 900.0)
+    assert reveal.contradiction
+    assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.AGAINST_WORKER
+
+
 @pytest.mark.parametrize("off", [0.5, 100_000.0])
-async def test_nobody_looks_again_where_nothing_is_in_doubt(off: float) -> None:
+async def test_nobody_looks_again_at_what_is_within_tau(off: float) -> None:
     reveal, _, looks = await told_of(off, 0.1)
     assert reveal.tolerance == (1, 1, 1)
-    assert looks == ([1, 4, 7] if off > 1 else [])  # at the whole tensors only
+    assert looks == ([1, 4, 7] if off > 1 else [])
 
 
 @pytest.mark.parametrize("unsteady", [(), (float("nan"),), (float("inf"), float("nan"))])
