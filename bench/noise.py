@@ -51,7 +51,7 @@ from chain.hashing import digest
 from chain.params import Params
 from chain.verdicts import Deviations, deviations, is_match, limits_for
 from tdml_p2p.swarm.contradictions import tolerances
-from tdml_p2p.swarm.doubts import SEEDS, SKETCHED, tolerance_of, unsteadiness
+from tdml_p2p.swarm.doubts import SEEDS, tolerance_of, unsteadiness
 from trainer.compare import compare
 from trainer.data import Corpus, load_batches, standard_library
 from trainer.local import train_locally
@@ -309,7 +309,7 @@ class Judge:
     def __init__(self, own: CellResult, shaken: list[CellResult], key: bytes) -> None:
         self.own = own
         self.sketch = cell_sketch(own.y, own.gx, own.gw, key)
-        others = [cell_sketch(one.y, one.gx, one.gw, key) for one in shaken[:SKETCHED]]
+        others = [cell_sketch(one.y, one.gx, one.gw, key) for one in shaken]
         self._times = unsteadiness(self.sketch, others, _LIMITS)
         self._thresholds = tolerances(_LIMITS, spread_of(own, shaken))
 

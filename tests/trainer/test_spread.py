@@ -15,7 +15,7 @@ from chain.params import Params
 from chain.transactions import EXACT, MAX_TOLERANCE
 from chain.verdicts import Deviations, deviations, is_fraud, is_match, limits_for
 from tdml_p2p.swarm.contradictions import tolerances
-from tdml_p2p.swarm.doubts import SEEDS, SKETCHED, tolerance_of, unsteadiness
+from tdml_p2p.swarm.doubts import SEEDS, tolerance_of, unsteadiness
 from tests.trainer.tolerances import FP32
 from trainer.compare import STEADY, Spread, compare, steers
 from trainer.data import Corpus, load_batches, standard_library
@@ -115,7 +115,7 @@ def apart(claimed: CellResult, own: CellResult) -> Deviations:
 
 def allowed(one: Cell) -> tuple[int, int, int]:
     """Return what a judge tolerates of a cell's sketches."""
-    times = unsteadiness(sketch(one.own), [sketch(look) for look in one.looks[:SKETCHED]], LIMITS)
+    times = unsteadiness(sketch(one.own), [sketch(look) for look in one.looks], LIMITS)
     found = tolerance_of(times, [apart(other, one.own) for other in one.others], LIMITS)
     assert found is not None
     return found

@@ -319,9 +319,15 @@ async def test_a_small_difference_is_tolerated_by_whose_own_results_are_unsteady
     assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.AGAINST_NEITHER
 
 
+async def test_as_many_looks_are_taken_as_it_needs() -> None:
+    reveal, _, looks = await told_of(20, 0.2, 1.0, 2.5)
+    assert reveal.tolerance[0] >= 24
+    assert looks == [1, 4, 7]
+
+
 async def test_steady_results_allow_no_more_than_tau() -> None:
     reveal, opening, looks = await told_of(20, 0.2)
-    assert (reveal.tolerance, reveal.contradiction, looks) == ((1, 1, 1), False, [1])
+    assert (reveal.tolerance, reveal.contradiction, looks) == ((1, 1, 1), False, [1, 4, 7])
     assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.SMALL_DEVIATION
 
 
