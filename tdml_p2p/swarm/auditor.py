@@ -259,8 +259,8 @@ class Auditor:
                     break
         limits = limits_for(self._params, answer.reveal)
         is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
-        if is_false and answer.doubt is not None and (spread := await answer.doubt.spread()):
-            is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits, spread)
+        if is_false and answer.doubt is not None:
+            is_false = await answer.doubt.stands(partial(has_false_results, answer.execution, claimed, limits))
         is_missing = len(claimed) < len(disputed)
         result = await trio.to_thread.run_sync(claimed_result, answer.execution, claimed)
         if result is not None and not is_false and not is_missing and answer.cell.manifest.quorum == 1:

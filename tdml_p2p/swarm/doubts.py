@@ -7,7 +7,7 @@ would find fraud in less than ten times as much says nothing.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 SEEDS = (1, 4, 7)
 """Of the changes of last bits, one for each look: what a cell makes of them differs much from look to look."""
+_FAR = 10
+"""How many times beyond what a look allows no other look will reach: most cheats cost a judge one."""
 _ORDINARY = 0.25
 """Of τ: what sketches of one machine differ by in training that has not gone wild is less."""
 
@@ -42,13 +44,27 @@ class Doubt:
     def _is_exact(self) -> bool:
         return self._cell.is_transition or bool(self._cell.kernel)
 
-    async def spread(self) -> "Spread | None":
+    async def stands(self, is_false: "Callable[[Spread], bool]") -> bool:
+        """Whether whole tensors are false also by what the own results differ by, in as many looks as it needs."""
+        for number in range(1, len(SEEDS) + 1):
+            spread = await self.spread(number)
+            if spread is None:
+                return True
+            if not await trio.to_thread.run_sync(is_false, spread):
+                return False
+            y, gx, gw, has_steady_zeros = spread
+            far = spread._replace(y=_FAR * y, gx=_FAR * gx, gw=_FAR * gw)
+            if has_steady_zeros and await trio.to_thread.run_sync(is_false, far):
+                return True
+        return True
+
+    async def spread(self, looks: int = len(SEEDS)) -> "Spread | None":
         """Return what the own results differ by; None where they are exact, or cannot be had a second time."""
         from trainer.spread import spread_of
 
-        if not (looks := await self._again(SEEDS)):
+        if not (executed := await self._again(SEEDS[:looks])):
             return None
-        results = [one.result for one in looks]
+        results = [one.result for one in executed]
         return await trio.to_thread.run_sync(spread_of, self._execution.result, results)
 
     async def tolerance(
@@ -69,9 +85,12 @@ class Doubt:
         times = EXACT
         for number in range(1, len(SEEDS) + 1):
             others = [await trio.to_thread.run_sync(one.sketch, key) for one in await self._again(SEEDS[:number])]
+            if not others:
+                break
             times = unsteadiness(own, others, limits)
             wider = limits._replace(tolerance=times)
-            if is_match(found, wider) and not is_fraud(between, wider):
+            far = limits._replace(tolerance=(_FAR * times[0], _FAR * times[1], _FAR * times[2]))
+            if is_fraud(found, far) or (is_match(found, wider) and not is_fraud(between, wider)):
                 break
         return tolerance_of(times, (found, between), limits)
 

@@ -339,7 +339,7 @@ async def test_a_cheat_beyond_ten_spreads_is_convicted_on_a_wrecked_model() -> N
 
 async def test_whole_tensors_within_ten_spreads_are_no_fraud() -> None:
     bench = Bench()
-    bench.reexecutor.unsteady = (1.0, 1.0, 1.0 + 30 * TAU)
+    bench.reexecutor.unsteady = (1.0 + 3 * TAU, 1.0 + 3 * TAU, 1.0 + 30 * TAU)
     claimed = altered(0, 1.0 + 200 * TAU)
     bench.reexecutor.blobs[address_of(claimed)] = claimed
     reveal = await revealed(bench, opening_of(0, y=address_of(claimed)))
@@ -368,7 +368,7 @@ async def test_what_is_off_by_more_than_ten_spreads_is_fraud_however_unsteady_th
 async def test_nobody_looks_again_at_what_is_within_tau(off: float) -> None:
     reveal, _, looks = await told_of(off, 0.1)
     assert reveal.tolerance == (1, 1, 1)
-    assert looks == ([1, 4, 7] if off > 1 else [])
+    assert looks == ([1] if off > 1 else [])  # no other look would reach as far
 
 
 @pytest.mark.parametrize("unsteady", [(), (float("nan"),), (float("inf"), float("nan"))])
