@@ -3,8 +3,11 @@
 Llamas of several sizes are trained a little; cells of their first steps, of later ones and of a loss spike are
 re-executed in a process for each configuration: threads, oneDNN or MKL, instruction sets, MKL's modes, batch
 splits. Every pair of results is compared twice, as in an audit: sketches, which may differ by τ, and whole tensors,
-whose worst row may differ by a hundred times that. Prints a row for each size and moment, deviations as shares of
-what is allowed, a line for each size, then one JSON line; the exit status is 1 if anything honest was a fault.
+whose worst row may differ by a hundred times that. Where a pair differs by more, both machines execute the cell again
+as judges do, with other last bits, and each allows the other ten times its own spread: only what is beyond that, from
+either side, is a fault, unless a machine finds that it cannot judge. Prints a row for each size and moment, deviations
+as shares of what is allowed without a second look, how many comparisons needed one and the largest share of what was
+then allowed, a line for each size, then one JSON line; the exit status is 1 if anything honest was a fault.
 
 `--sizes 0.2M,1M` makes those sizes' part of all comparisons: the parts of several calls add up. As many processes
 compute at once as there are cores. By arithmetic the 100M size takes 12 GB of memory (1.2 GB in each process that
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ import torch
 from msgspec.structs import replace
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bench.numerics import (
     FP32,
@@ -40,16 +44,20 @@ from bench.numerics import (
     record_cells,
     reexecute,
     run,
+    save_cells,
     split,
 )
 from chain.hashing import digest
 from chain.params import Params
-from chain.verdicts import deviations, is_match
+from chain.verdicts import Deviations, deviations, is_match, limits_for
+from tdml_p2p.swarm.contradictions import tolerances
+from tdml_p2p.swarm.doubts import SEEDS, tolerance_of, unsteadiness
 from trainer.compare import compare
 from trainer.data import Corpus, load_batches, standard_library
 from trainer.local import train_locally
 from trainer.manifest import OptimizerSettings, TaskManifest, complete, encode_manifest
 from trainer.sketch import cell_sketch
+from trainer.spread import shaken_cell, spread_of
 from trainer.stage import CellResult
 from trainer.state import StageState
 from trainer.tokens import byte_tokenizer
@@ -61,7 +69,7 @@ CONFIGURATIONS: dict[str, dict[str, str]] = {
     "MKL, AVX2 products, 2 threads": {"PLAIN": "1", "MKL_CBWR": "AVX2", "THREADS": "2"},
     "MKL, SSE4.2, batch split": {"PLAIN": "1", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "SPLIT": "1"},
 }
-_PARAMS = Params()
+_LIMITS = limits_for(Params())
 _AT_ONCE = os.cpu_count() or 1
 
 
@@ -86,6 +94,8 @@ SIZES = {
 }
 
 MOMENTS = ("early", "late", "spike")
+RATES = (1.0,)
+"""Learning rates of the step after which the loss leaps."""
 
 
 @dataclass
@@ -98,8 +108,20 @@ class Row:
     cells: int = 0
     comparisons: int = 0
     faults: int = 0
+    doubts: int = 0
+    """Comparisons that needed a second look."""
+    doubted: float = 0.0
+    """The largest share that any deviation then had of what was allowed."""
+    unjudged: int = 0
+    """Judgements that a machine then left to others, its own results being too unsteady."""
     whole: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     sketched: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+
+Results = Callable[[int], list[CellResult]]
+"""What every machine, this process first, makes of a stage's cell."""
+Again = Callable[[], list[Results]]
+"""Has every machine execute the cells again with other last bits, and then again."""
 
 
 class Machines:
@@ -164,17 +186,18 @@ def manifest_of(size: Size) -> TaskManifest:
     return complete(TaskManifest("llama", config, optimizer=settings, **shape))
 
 
-def moments(manifest: TaskManifest, data: Any, later: int) -> Iterator[tuple[str, StageState]]:
-    """Yield states of a training: after its first step, later, and after a step so long that the loss leaps."""
+def moments(manifest: TaskManifest, data: Any, later: int, rates: Sequence[float]) -> Iterator[tuple[str, StageState]]:
+    """Yield states of a training: after its first step, later, and after steps so long that the loss leaps."""
     early = train_locally(manifest, data, 1)
     yield MOMENTS[0], early
     after = train_locally(manifest, data, later, state=early)
     yield MOMENTS[1], after
-    wild = replace(manifest, optimizer=OptimizerSettings(learning_rate=1.0, warmup_steps=1))
-    yield MOMENTS[2], train_locally(wild, data, later + 1, state=after)
+    for rate in rates:
+        wild = replace(manifest, optimizer=OptimizerSettings(learning_rate=rate, warmup_steps=1))
+        yield f"{MOMENTS[2]} {rate:g}", train_locally(wild, data, later + 1, state=after)
 
 
-def measure(wanted: int, names: list[str]) -> Iterator[Row]:
+def measure(wanted: int, names: list[str], rates: Sequence[float] = RATES) -> Iterator[Row]:
     """Yield a row for each moment of these sizes: their part of about so many comparisons of all sizes."""
     pairs = (len(CONFIGURATIONS) + 1) * len(CONFIGURATIONS) // 2
     total = sum(size.share for size in SIZES.values())
@@ -186,37 +209,125 @@ def measure(wanted: int, names: list[str]) -> Iterator[Row]:
             manifest = manifest_of(size)
             data = load_batches(Corpus((standard_library(),), limit=1 << 20), byte_tokenizer(), manifest)
             (folder / "manifest.json").write_bytes(encode_manifest(manifest))
-            batches = max(1, round(wanted * size.share / total / pairs / STAGES / 3))
-            for moment, state in moments(manifest, data, size.later):
+            batches = max(1, round(wanted * size.share / total / pairs / STAGES / (2 + len(rates))))
+            for moment, state in moments(manifest, data, size.later, rates):
                 row = Row(name, moment)
                 for number in range(batches):
                     tokens, labels = data.batch(size.later + 2 + number // 2, number % 2)
                     batch = {"tokens": tokens.contiguous(), "labels": labels.contiguous()}
                     save_file(batch, folder / "batch.safetensors")
                     states = split(manifest, state)
-                    compare_all(row, manifest, states, record_cells(folder, manifest, states), machines.execute(folder))
+                    looks = Looks(machines, folder, manifest, states, record_cells(folder, manifest, states))
+                    compare_all(row, looks.first(), looks.again)
                 row.loss /= batches
                 yield row
 
 
-def compare_all(
-    row: Row, manifest: TaskManifest, states: list[torch.Tensor], cells: list[Cell], files: list[Path]
-) -> None:
+class Looks:
+    """All machines' executions of a micro-batch's cells: as they are, and shaken where a difference asks for it."""
+
+    def __init__(
+        self, machines: Machines, folder: Path, manifest: TaskManifest, states: list[Tensor], cells: list[Cell]
+    ) -> None:
+        self._machines = machines
+        self._folder = folder
+        self._manifest = manifest
+        self._states = states
+        self._cells = cells
+        self._shaken: list[Results] = []
+
+    def first(self) -> Results:
+        """Return the results of the cells as they are."""
+        return self._executed(self._folder, self._states, self._cells)
+
+    def again(self) -> list[Results]:
+        """Return the results of the shaken cells, executed at the first call."""
+        self._shaken = self._shaken or [self._second(seed) for seed in SEEDS]
+        return self._shaken
+
+    def _second(self, seed: int) -> Results:
+        folder = self._folder / f"shaken{seed}"
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_bytes(encode_manifest(self._manifest))
+        states, cells = [], []
+        for weights, (x, labels, gy) in zip(self._states, self._cells, strict=True):
+            back = labels if gy is None else gy
+            assert back is not None
+            weights, x, back = shaken_cell(weights, x, back, seed)
+            states.append(weights)
+            cells.append((x, back, None) if gy is None else (x, None, back))
+        save_cells(folder, states, cells)
+        return self._executed(folder, states, cells)
+
+    def _executed(self, folder: Path, states: list[Tensor], cells: list[Cell]) -> Results:
+        files = self._machines.execute(folder)
+        return lambda stage: [run(self._manifest, states, cells, stage), *(_read(file, stage) for file in files)]
+
+
+def compare_all(row: Row, first: Results, again: Again) -> None:
     """Add to `row` what every two results of a micro-batch's cells differ by."""
-    for index in range(STAGES):
-        results = [run(manifest, states, cells, index), *(_read(file, index) for file in files)]
+    for stage in range(STAGES):
+        results = first(stage)
         key = digest("noise", row.size.encode(), row.moment.encode(), row.cells.to_bytes(8, "big"))
         sketches = [cell_sketch(one.y, one.gx, one.gw, key) for one in results]
-        if index == STAGES - 1:
+        if stage == STAGES - 1:
             row.loss += float(results[0].y.mean())
         row.cells += 1
+        beyond = []
         for one, other in itertools.combinations(range(len(results)), 2):
-            found = compare(results[one], results[other], FP32)
-            short = deviations(sketches[one], sketches[other])
+            sides = ((one, other), (other, one))
+            found = [compare(results[claimed], results[own], FP32) for claimed, own in sides]
+            short = [deviations(sketches[claimed], sketches[own]) for claimed, own in sides]
             row.comparisons += 1
-            row.faults += found.is_fraud or not is_match(short, _PARAMS)
-            row.whole = largest([row.whole, [found.y, found.gx, found.gw]])
-            row.sketched = largest([row.sketched, list(short)])
+            row.whole = largest([row.whole, *([each.y, each.gx, each.gw] for each in found)])
+            row.sketched = largest([row.sketched, *map(list, short)])
+            if any(each.is_fraud for each in found) or not all(is_match(each, _LIMITS) for each in short):
+                beyond.append((one, other))
+        row.doubts += len(beyond)
+        if beyond:
+            row.faults += _second_look(row, results, [look(stage) for look in again()], beyond, key)
+
+
+def _second_look(
+    row: Row, results: list[CellResult], shaken: list[list[CellResult]], beyond: list[tuple[int, int]], key: bytes
+) -> int:
+    """Return how many of these pairs are beyond what one of the two allows that has executed the cell again."""
+    judges = {machine: Judge(results[machine], [look[machine] for look in shaken], key) for machine in sum(beyond, ())}
+    faults = 0
+    for one, other in beyond:
+        told = [judges[a].share(judges[b]) for a, b in ((one, other), (other, one))]
+        worst = max((share for share in told if share is not None), default=0.0)
+        row.unjudged += told.count(None)
+        row.doubted = max(row.doubted, worst)
+        faults += worst > 1
+    return faults
+
+
+class Judge:
+    """A machine that has executed a cell, and again with other last bits."""
+
+    def __init__(self, own: CellResult, shaken: list[CellResult], key: bytes) -> None:
+        self.own = own
+        self.sketch = cell_sketch(own.y, own.gx, own.gw, key)
+        others = [cell_sketch(one.y, one.gx, one.gw, key) for one in shaken]
+        self._times = unsteadiness(self.sketch, others, _LIMITS)
+        self._thresholds = tolerances(_LIMITS, spread_of(own, shaken))
+
+    def share(self, claimed: "Judge") -> float | None:
+        """Return the largest share that a deviation of the other's results has of what this one allows.
+
+        None where it says nothing.
+        """
+        found = deviations(claimed.sketch, self.sketch)
+        tolerance = tolerance_of(self._times, [found], _LIMITS)
+        if tolerance is None:
+            return None
+        whole = compare(claimed.own, self.own, self._thresholds)
+        pairs: list[tuple[Deviations, Deviations]] = [
+            (found, _LIMITS._replace(tolerance=tolerance).allowed),
+            ((whole.y, whole.gx, whole.gw), self._thresholds.limits(self._thresholds.fraud_factor)),
+        ]
+        return max(found / limit for side in pairs for found, limit in zip(*side, strict=True))
 
 
 def _read(file: Path, index: int) -> CellResult:
@@ -231,7 +342,8 @@ def show(row: Row) -> None:
     shares = [worst / limit for worst, limit in zip(row.sketched, tau, strict=True)]
     shares += [worst / limit / FP32.fraud_factor for worst, limit in zip(row.whole, tau, strict=True)]
     counts = f"{row.cells:6} cells {row.comparisons:7} comparisons {row.faults} faults"
-    print(f"{row.size:>5} {row.moment:6} loss {row.loss:6.2f} {counts}", *(f"{one:7.4f}" for one in shares), flush=True)
+    counts += f" {row.doubts} second looks ({row.doubted:.2f}, {row.unjudged} unjudged)"
+    print(f"{row.size:>5} {row.moment:9} loss {row.loss:6.2f} {counts}", *(f"{one:7.4f}" for one in shares), flush=True)
 
 
 def made(rows: list[Row], size: str = "") -> int:
@@ -244,6 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comparisons", type=int, default=100_000, help="comparisons to make of all sizes, about")
     parser.add_argument("--sizes", default=",".join(SIZES), help="models to compare, by name")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of the steps after which losses leap")
     parser.add_argument("--calibration", type=Path, help="file for the worst honest deviations")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -252,15 +365,16 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     started, rows = time.perf_counter(), []
-    for row in measure(arguments.comparisons, arguments.sizes.split(",")):
+    for row in measure(arguments.comparisons, arguments.sizes.split(","), arguments.rates):
         show(row)
         rows.append(row)
-        if row.moment == MOMENTS[-1]:
+        if row.moment.startswith(MOMENTS[-1]):
             print(f"{row.size:>5}: {made(rows, row.size)} comparisons, {made(rows)} so far", flush=True)
     comparisons, faults = made(rows), sum(row.faults for row in rows)
     worst = calibration_of(largest(row.whole for row in rows), largest(row.sketched for row in rows))
     of_sizes = {row.size: made(rows, row.size) for row in rows}
     report = {"comparisons": comparisons, "of_sizes": of_sizes, "faults": faults, "worst": worst}
+    report |= {"second_looks": sum(row.doubts for row in rows), "unjudged": sum(row.unjudged for row in rows)}
     if arguments.calibration:
         arguments.calibration.write_text(json.dumps(report) + "\n")
     print(json.dumps({**report, "seconds": round(time.perf_counter() - started)}))

@@ -152,12 +152,17 @@ def record_cells(folder: Path, manifest: TaskManifest, states: list[Tensor]) -> 
         gx = execute(loaded(manifest, states[index], index), *cells[0]).gx
         if index:
             cells.insert(0, (inputs[index - 1], None, gx))
+    save_cells(folder, states, cells)
+    return cells
+
+
+def save_cells(folder: Path, states: list[Tensor], cells: list[Cell]) -> None:
+    """Save the stages' cells for the processes that execute them."""
     saved = {f"w{index}": weights for index, weights in enumerate(states)}
     for index, (x, labels, gy) in enumerate(cells):
         parts = {"x": x, "labels": labels, "gy": gy}
         saved.update({f"{name}{index}": part for name, part in parts.items() if part is not None})
     save_file({name: part.clone() for name, part in saved.items()}, folder / "cells.safetensors")
-    return cells
 
 
 def loaded(manifest: TaskManifest, weights: Tensor, index: int) -> Stage:

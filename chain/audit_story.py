@@ -82,9 +82,10 @@ def audit_story(reader: Chronicle, audit: Audit) -> dict[str, Any]:
         "claim": audit.claim.hex(),
         "claimed": _claimed(claim),
         "trace": _trace(opening.trace) if opening else None,
-        "thresholds": _by_tensor(limits.tau),
+        "thresholds": _by_tensor(limits.allowed),
         "fraud_factor": limits.fraud_factor,
         "other_kernel": reveal is not None and reveal.other_kernel,
+        "tolerance": list(limits.tolerance),
     }
     if opening and reveal:
         found = deviations(opening.sketch, reveal.shared)
@@ -159,7 +160,9 @@ def _ballot(state: State, audit: Audit, told: Reveal) -> Ballot:
     """Return what a re-execution says of accused and accuser."""
     assert audit.opening is not None
     assert audit.reveal is not None
-    return (step_ballot if _is_step(state, audit) else ballot)(told, audit.opening.sketch, audit.reveal, state.params)
+    if _is_step(state, audit):
+        return step_ballot(told, audit.opening.sketch, audit.reveal, state.params)
+    return ballot(told, audit.opening.sketch, audit.reveal, state.params, is_passed=audit.is_reopened)
 
 
 def _tally(state: State, audit: Audit) -> dict[str, str] | None:

@@ -56,6 +56,7 @@ class Reason(StrEnum):
     NOT_OWED = "not-owed"  # The sender owes nothing of that kind now.
     WRONG_COMMITMENT = "wrong-commitment"  # The reveal is not what was committed to.
     MISPLACED = "misplaced"  # Inputs shown, or a word on them, where no auditor can have been misled.
+    EXACT_RESULTS = "exact-results"  # A tolerance where results are exact: an optimiser's step, a kernel class's task.
     FALSE_OPENING = "false-opening"  # The opening does not lead to the claim's root.
     BAD_EVIDENCE = "bad-evidence"  # The two votes do not conflict, or are not authentic.
     EVIDENCE_OLD = "evidence-old"  # Its stake may have left since: outside the evidence window.

@@ -30,6 +30,12 @@ Kernel = Annotated[bytes, Meta(max_length=32)]
 """A kernel class: nothing, or the 32-byte digest of a machine's known answers."""
 Shown = Annotated[bytes, Meta(max_length=512)]
 """Two signed inputs of a cell, in the encoding of the peers: addresses, senders, signatures."""
+MAX_TOLERANCE = 100
+"""Less than any result that was not computed is off by: nobody who has not executed a cell passes by tolerance."""
+Times = Annotated[int, Meta(ge=1, le=MAX_TOLERANCE)]
+Tolerance = tuple[Times, Times, Times]
+"""Multiples of τ, of y, gx and gw."""
+EXACT: Tolerance = (1, 1, 1)
 
 
 class Transfer(Record, frozen=True, tag=1):
@@ -203,6 +209,8 @@ class Reveal(Record, frozen=True):
     machine is of another kernel class than the task's workers: it can only tell what is wide of the mark.
     `shown` are inputs, signed by who may send them, that an auditor was given in place of those of the opened trace;
     `misled` is a voter's word that they are so signed: what the auditor computed on them is no false result.
+    `tolerance` are the multiples of τ, of y, gx and gw, that the revealer allows where its own results, executed again
+    with other last bits, are that unsteady; they count in its own comparisons only.
     """
 
     audit: Hash
@@ -215,6 +223,7 @@ class Reveal(Record, frozen=True):
     other_kernel: bool = False
     shown: Shown = b""
     misled: bool = False
+    tolerance: Tolerance = EXACT
 
 
 class RevealAll(Record, frozen=True, tag=17):
@@ -324,5 +333,5 @@ def reveal_commitment(account: bytes, reveal: Reveal) -> bytes:
 
     What speaks of an opening is left out: that comes after the commitment.
     """
-    before = structs.replace(reveal, contradiction=False, missing=False, shown=b"", misled=False)
+    before = structs.replace(reveal, contradiction=False, missing=False, shown=b"", misled=False, tolerance=EXACT)
     return digest("reveal", account, encode(before))

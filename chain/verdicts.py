@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from msgspec import structs
+
 from chain.params import Params
 from chain.records import Voter
-from chain.transactions import SKETCH_BYTES, Reveal, Sketch
+from chain.transactions import EXACT, SKETCH_BYTES, Reveal, Sketch, Tolerance
 
 TENSORS = ("y", "gx", "gw")
 PROJECTIONS = 32
@@ -24,10 +26,23 @@ Deviations = tuple[float, float, float]
 
 
 class Limits(NamedTuple):
-    """Thresholds τ of y, gx and gw, and the multiple of them above which a deviation is fraud."""
+    """Thresholds τ of y, gx and gw, the multiple that is fraud above it, and those that match all the same."""
 
     tau: Deviations
     fraud_factor: int
+    tolerance: Tolerance = EXACT
+
+    @property
+    def allowed(self) -> Deviations:
+        """The largest deviations that match."""
+        y, gx, gw = (max(1, times) * tau for times, tau in zip(self.tolerance, self.tau, strict=True))
+        return y, gx, gw
+
+    @property
+    def gross(self) -> Deviations:
+        """The largest deviations that are no fraud."""
+        y, gx, gw = (max(self.fraud_factor, times) * tau for times, tau in zip(self.tolerance, self.tau, strict=True))
+        return y, gx, gw
 
 
 class Ballot(StrEnum):
@@ -64,13 +79,13 @@ def _deviation(claimed: bytes, own: bytes) -> float:
 
 
 def is_match(found: Deviations, limits: Limits) -> bool:
-    """Whether every tensor is within its threshold τ."""
-    return all(value <= tau for value, tau in zip(found, limits.tau, strict=True))
+    """Whether every tensor is within its threshold τ, or as many of them as are tolerated."""
+    return all(value <= limit for value, limit in zip(found, limits.allowed, strict=True))
 
 
 def is_fraud(found: Deviations, limits: Limits) -> bool:
-    """Whether some tensor deviates by more than the fraud factor times τ."""
-    return any(value > limits.fraud_factor * tau for value, tau in zip(found, limits.tau, strict=True))
+    """Whether some tensor deviates by more than the fraud factor times τ, and more than is tolerated."""
+    return any(value > limit for value, limit in zip(found, limits.gross, strict=True))
 
 
 def finding(found: Deviations, limits: Limits) -> str:
@@ -81,9 +96,13 @@ def finding(found: Deviations, limits: Limits) -> str:
 
 
 def limits_for(params: Params, *reveals: Reveal | None) -> Limits:
-    """Return the limits for comparing these re-executions: wide if one is of another kernel class than the task."""
+    """Return the limits for comparing these re-executions: wide if one is of another kernel class than the task.
+
+    Who compares is the first of them: its tolerance counts, and nobody's else.
+    """
     is_wide = any(entry is not None and entry.other_kernel for entry in reveals)
-    return wide_limits(params) if is_wide else _limits(params.tau, params.fraud_factor)
+    limits = wide_limits(params) if is_wide else _limits(params.tau, params.fraud_factor)
+    return limits if not reveals or reveals[0] is None else limits._replace(tolerance=reveals[0].tolerance)
 
 
 def wide_limits(params: Params) -> Limits:
@@ -101,10 +120,18 @@ def is_blank(reveal: Reveal) -> bool:
     return reveal.missing and not reveal.contradiction and reveal.shared == BLANK
 
 
-def ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> Ballot:
+def rests_on_tolerance(reveal: Reveal, opened: Sketch, params: Params) -> bool:
+    """Whether an opened result matches a re-execution only by what its reveal tolerates."""
+    return reveal.tolerance != EXACT and not is_match(
+        deviations(opened, reveal.shared), limits_for(params, structs.replace(reveal, tolerance=EXACT))
+    )
+
+
+def ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params, *, is_passed: bool = False) -> Ballot:
     """Return what a voter's re-execution says of the opened result of a cell and of the auditor's.
 
-    An auditor that was given other inputs than were opened, signed by who may send them, is not judged.
+    An auditor that was given other inputs than were opened, signed by who may send them, is not judged. Where its audit
+    has passed, it answers for a tolerance without which it would not have: the voter must find the same.
     """
     if is_blank(reveal):
         return Ballot.DATA_MISSING
@@ -115,6 +142,8 @@ def ballot(reveal: Reveal, opened: Sketch, audited: Reveal, params: Params) -> B
     between = deviations(audited.shared, reveal.shared)
     is_judged = not is_blank(audited) and not reveal.misled
     auditor = is_judged and is_fraud(between, limits_for(params, reveal, audited))
+    if is_passed and rests_on_tolerance(audited, opened, params):
+        auditor = auditor or not is_match(found, limits)
     if worker:
         return Ballot.AGAINST_BOTH if auditor else Ballot.AGAINST_WORKER
     if auditor:

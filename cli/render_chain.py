@@ -142,7 +142,9 @@ def _deviations(data: Answer, title: str = "deviation of the claim from the audi
         mark = paint("✓", "green") if is_inside else paint("✕", "red")
         lines.append(f"  {name:<3} {mark} {_number(found[name]):>9}  tolerance {_number(limits[name])}")
     wide = " (a machine of another kernel class than the workers': wide tolerances)" if data.get("other_kernel") else ""
-    return f"{title}: {data.get('finding', '')}{wide}\n" + "\n".join(lines)
+    is_unsteady = max(data.get("tolerance") or [1]) > 1
+    own = " (the judge's own results are unsteady: it tolerates more than τ)" if is_unsteady else ""
+    return f"{title}: {data.get('finding', '')}{wide}{own}\n" + "\n".join(lines)
 
 
 def _number(value: Any) -> str:

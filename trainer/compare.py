@@ -6,10 +6,14 @@ the network's (`bench/numerics.py` measures what honest configurations of fp32 d
 Where nothing of a cell reaches a parameter its gradient is exactly zero, on every machine: rows of an embedding whose
 tokens do not occur. AdamW divides by the size of past gradients, so there the smallest gradient moves a weight by the
 whole learning rate, and no relative measure sees it. Such stretches of gw are therefore compared with nothing.
+
+What a judge's own results of the cell differ by when their last bits are shaken (`trainer.spread`) widens both limits:
+nobody is held to what the judge cannot hold itself.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +29,22 @@ _NOTHING = 1e-10
 """A hundredth of AdamW's epsilon: a gradient of this size moves a weight by a hundredth of the learning rate."""
 
 
+SPREAD_FACTOR = 10
+"""How many times what its own results differ by a judge allows others' to differ from them."""
+
+
+class Spread(NamedTuple):
+    """What one machine's own results of a cell differ by, and whether they are zero in the same stretches."""
+
+    y: float = 0.0
+    gx: float = 0.0
+    gw: float = 0.0
+    has_steady_zeros: bool = True
+
+
+STEADY = Spread()
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """Largest honest deviation of each tensor (τ), and the multiple above which a deviation is fraud."""
@@ -33,6 +53,14 @@ class Thresholds:
     gx: float
     gw: float
     fraud_factor: float
+    spread: Spread = STEADY
+
+    def limits(self, factor: float) -> tuple[float, float, float]:
+        """Return so many τ of each tensor, or what the judge's own spread allows, if that is more."""
+        y, gx, gw, _ = self.spread
+        pairs = ((self.y, y), (self.gx, gx), (self.gw, gw))
+        a, b, c = (max(factor * tau, SPREAD_FACTOR * own) for tau, own in pairs)
+        return a, b, c
 
 
 @dataclass(frozen=True)
@@ -50,11 +78,18 @@ def compare(claimed: CellResult, own: CellResult, thresholds: Thresholds) -> Com
     """Return how far `claimed` is from `own`: a match within τ, fraud above the fraud factor times τ."""
     y = deviation(by_token(steady(claimed.y)), by_token(steady(own.y)))
     gx = deviation(by_token(claimed.gx), by_token(own.gx))
-    gw = deviation(_by_chunk(claimed.gw), _by_chunk(own.gw))
-    if own.y.dim() in (2, 3) and gw > 0 and steers(claimed.gw, own.gw):
+    gw = deviation(chunked(claimed.gw), chunked(own.gw))
+    if is_sequence(own) and thresholds.spread.has_steady_zeros and gw > 0 and steers(claimed.gw, own.gw):
         gw = math.inf
-    worst = max(y / thresholds.y, gx / thresholds.gx, gw / thresholds.gw)
-    return Comparison(y, gx, gw, worst <= 1.0, worst > thresholds.fraud_factor)
+    found = (y, gx, gw)
+    is_match = all(value <= limit for value, limit in zip(found, thresholds.limits(1), strict=True))
+    gross = thresholds.limits(thresholds.fraud_factor)
+    return Comparison(*found, is_match, any(value > limit for value, limit in zip(found, gross, strict=True)))
+
+
+def is_sequence(result: CellResult) -> bool:
+    """Whether a cell is of sequences, and not of images."""
+    return result.y.dim() in (2, 3)
 
 
 def deviation(claimed: Tensor, own: Tensor) -> float:
@@ -91,6 +126,7 @@ def by_token(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-def _by_chunk(vector: Tensor) -> Tensor:
+def chunked(vector: Tensor) -> Tensor:
+    """Return a flat gradient in rows of 1024."""
     flat = vector.reshape(-1)
     return functional.pad(flat, (0, -flat.numel() % _CHUNK)).view(-1, _CHUNK)

@@ -16,7 +16,7 @@ from chain.ledger.transitions import leaves_of
 from chain.reasons import Reason, Refused
 from chain.records import Audit, AuditStatus, ClaimRecord, Voter, status_of
 from chain.state import Table
-from chain.transactions import Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
+from chain.transactions import EXACT, Commit, Commitment, Open, Opening, Reveal, RevealAll, reveal_commitment
 from chain.verdicts import (
     Ballot,
     ballot,
@@ -28,6 +28,7 @@ from chain.verdicts import (
     is_match,
     limits_for,
     quorum,
+    rests_on_tolerance,
     step_ballot,
     tally,
 )
@@ -129,6 +130,8 @@ def _reveal(book: Book, sender: bytes, entry: Reveal) -> None:
         raise Refused(Reason.OTHER_KERNEL)
     if _is_misplaced(audit, entry, is_step=audit.cell == task.transition):
         raise Refused(Reason.MISPLACED)
+    if entry.tolerance != EXACT and (task.kernel or audit.cell == task.transition):
+        raise Refused(Reason.EXACT_RESULTS)
     match entry.round:
         case 0:
             _judge_audit(book, book.set_audit(audit, reveal=entry))
@@ -172,7 +175,8 @@ def _judge_audit(book: Book, audit: Audit) -> None:
     is_right = is_match(found, limits_for(book.params, audit.reveal))
     if is_right and not audit.reveal.contradiction and not audit.reveal.missing:
         end_audit(book, audit, AuditStatus.PASSED)
-        draw_second(book, audit)
+        rests = rests_on_tolerance(audit.reveal, audit.opening.sketch, book.params)
+        draw_second(book, audit, is_certain=rests)
         return
     book.note(
         "disputed",
@@ -265,7 +269,9 @@ def _ballot(book: Book, audit: Audit, entry: Reveal) -> Ballot:
     assert audit.opening is not None
     assert audit.reveal is not None
     is_step = audit.cell == book.task(audit.task).transition
-    return (step_ballot if is_step else ballot)(entry, audit.opening.sketch, audit.reveal, book.params)
+    if is_step:
+        return step_ballot(entry, audit.opening.sketch, audit.reveal, book.params)
+    return ballot(entry, audit.opening.sketch, audit.reveal, book.params, is_passed=audit.is_reopened)
 
 
 def _accuser(book: Book, audit: Audit) -> Voter:

@@ -16,13 +16,17 @@ from chain.records import Audit, AuditStatus, ClaimRecord
 from chain.state import Marker, Table
 
 
-def draw_second(book: Book, audit: Audit) -> None:
-    """Draw whether a cell whose audit has just passed is audited once more, and by whom."""
+def draw_second(book: Book, audit: Audit, *, is_certain: bool) -> None:
+    """Draw whether a cell whose audit has just passed is audited once more, and by whom.
+
+    It is certain where the audit passed by its auditor's tolerance only, in a network with second audits.
+    """
     record: ClaimRecord = book.claim(audit.claim)
     is_current = audit.generation == book.task(audit.task).generation and not record.is_void
     if audit.first is not None or not is_current or audit.is_reopened:
         return
-    if chance(book.seed, digest("re-audit", audit.id), book.params.reaudit_rate):
+    rate = book.params.reaudit_rate
+    if (is_certain and rate) or chance(book.seed, digest("re-audit", audit.id), rate):
         count = start_audit(Pools(book), record, audit.cell, second_id(audit.id), audit)
         _count(book, audit, count)
 

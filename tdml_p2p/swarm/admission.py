@@ -14,6 +14,7 @@ import trio
 from chain.params import Params
 from chain.records import Audit, AuditStatus
 from chain.verdicts import TENSORS, deviations, is_match, limits_for
+from tdml_p2p.swarm.doubts import Doubt
 from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.reexecution import Cell, Reexecutor
 
@@ -77,6 +78,10 @@ async def _check(audit: Audit, cell: Cell, reexecutor: Reexecutor, params: Param
     execution = await reexecutor.replay(cell, trace.x, trace.gy)
     own = await trio.to_thread.run_sync(execution.sketch, audit.key)
     found = deviations(audit.opening.sketch, own)
-    if not is_match(found, limits_for(params)):
+    limits = limits_for(params)
+    tolerance = await Doubt(reexecutor, cell, execution).tolerance(audit.key, audit.opening.sketch, limits)
+    if tolerance is None:
+        raise Unavailable("the model is too unsteady to compare results")
+    if not is_match(found, limits._replace(tolerance=tolerance)):
         told = ", ".join(f"{name} {value:.1e}" for name, value in zip(TENSORS, found, strict=True))
         raise WrongAnswer(f"cell {audit.cell} of step {audit.step} is off by {told} from what was verified")

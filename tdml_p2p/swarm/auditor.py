@@ -21,10 +21,11 @@ import trio
 from chain.keys import peer_id
 from chain.params import Params
 from chain.state import Audit, Duty, State
-from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
-from chain.verdicts import BLANK, limits_for
+from chain.transactions import EXACT, Commitment, Opening, Reveal, Tolerance, reveal_commitment
+from chain.verdicts import BLANK, is_blank, limits_for
 from tdml_p2p.swarm.asking import Limit, limited_by
 from tdml_p2p.swarm.contradictions import claimed_result, disputed_results, has_false_results, has_other_inputs
+from tdml_p2p.swarm.doubts import Doubt
 from tdml_p2p.swarm.evidence import EvidenceStore, keep_evidence
 from tdml_p2p.swarm.inputs import misleads, to_show
 from tdml_p2p.swarm.material import Buffer, Unavailable
@@ -53,6 +54,7 @@ class Answer:
     execution: Execution | None
     cell: Cell
     reveal: Reveal
+    doubt: Doubt | None
 
 
 class Finding(NamedTuple):
@@ -62,6 +64,7 @@ class Finding(NamedTuple):
     missing: bool = False
     shown: bytes = b""
     misled: bool = False
+    tolerance: Tolerance = EXACT
 
 
 class Auditor:
@@ -165,7 +168,8 @@ class Auditor:
         reveal = Reveal(
             duty.audit, duty.round, secrets.token_bytes(32), shared, own, False, execution is None, is_other
         )
-        self._answers[duty.audit, duty.round] = Answer(execution, cell, reveal)
+        doubt = Doubt(self._reexecutor, cell, execution) if execution is not None else None
+        self._answers[duty.audit, duty.round] = Answer(execution, cell, reveal, doubt)
         while len(self._answers) > _KEPT_EXECUTIONS:
             del self._answers[next(iter(self._answers))]
         if not duty.round:
@@ -208,12 +212,25 @@ class Auditor:
         answer = self._answers.get((duty.audit, duty.round))
         if answer is None or audit.opening is None:
             return
+        tolerance = await self._tolerated(answer, audit, audit.opening)
+        if tolerance is None:
+            log.warning("own results are too unsteady to judge a cell", audit=audit.id.hex())
+            return
         blocks = duty.deadline - self._height - _SPARE_BLOCKS
         seconds = max(_FETCH_SECONDS, _FETCH_SHARE * blocks * self._params.block_interval_ms / 1000)
         found = await self._look(answer, audit.opening, peer_id(audit.worker), seconds)
         if audit.reveal is not None and _is_misled(answer, audit.reveal, audit.opening):
             found = found._replace(misled=True)
+        found = found._replace(tolerance=tolerance)
         self._outbox.put(msgspec.structs.replace(answer.reveal, **found._asdict()))
+
+    async def _tolerated(self, answer: Answer, audit: Audit, opening: Opening) -> Tolerance | None:
+        """Return how far off the opened sketch may be for this peer; None if it cannot tell right from false."""
+        if answer.doubt is None or answer.reveal.shared == BLANK:
+            return EXACT
+        audited, limits = audit.reveal, limits_for(self._params, answer.reveal)
+        shared = None if audited is None or is_blank(audited) else audited.shared
+        return await answer.doubt.tolerance(audit.key, opening.sketch, limits, shared)
 
     async def _look(self, answer: Answer, opening: Opening, worker: str, seconds: float) -> Finding:
         """Return whether the opened trace names false inputs or results, and whether claimed ones are missing."""
@@ -242,6 +259,8 @@ class Auditor:
                     break
         limits = limits_for(self._params, answer.reveal)
         is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
+        if is_false and answer.doubt is not None:
+            is_false = await answer.doubt.stands(partial(has_false_results, answer.execution, claimed, limits))
         is_missing = len(claimed) < len(disputed)
         result = await trio.to_thread.run_sync(claimed_result, answer.execution, claimed)
         if result is not None and not is_false and not is_missing and answer.cell.manifest.quorum == 1:

@@ -10,7 +10,7 @@ from tdml_p2p.swarm.material import Buffer
 
 if TYPE_CHECKING:
     from tdml_p2p.swarm.reexecution import Execution
-    from trainer.compare import Thresholds
+    from trainer.compare import Spread, Thresholds
     from trainer.stage import CellResult
 
 RESULTS = ("y", "gx", "gw")
@@ -30,11 +30,11 @@ def disputed_results(execution: "Execution", opened: Trace) -> dict[str, bytes]:
     return {name: theirs for name, own, theirs in pairs if own != theirs}
 
 
-def tolerances(limits: Limits) -> "Thresholds":
-    """Return a network's limits as whole tensors are compared with."""
-    from trainer.compare import Thresholds
+def tolerances(limits: Limits, spread: "Spread | None" = None) -> "Thresholds":
+    """Return a network's limits as whole tensors are compared with, where the judge's own results differ so much."""
+    from trainer.compare import STEADY, Thresholds
 
-    return Thresholds(*limits.tau, fraud_factor=limits.fraud_factor)
+    return Thresholds(*limits.tau, fraud_factor=limits.fraud_factor, spread=spread or STEADY)
 
 
 def claimed_result(execution: "Execution", claimed: Mapping[str, Buffer]) -> "CellResult | None":
@@ -51,9 +51,11 @@ def claimed_result(execution: "Execution", claimed: Mapping[str, Buffer]) -> "Ce
     return CellResult(**theirs, boundaries=())
 
 
-def has_false_results(execution: "Execution", claimed: Mapping[str, Buffer], limits: Limits) -> bool:
+def has_false_results(
+    execution: "Execution", claimed: Mapping[str, Buffer], limits: Limits, spread: "Spread | None" = None
+) -> bool:
     """Whether one of the claimed tensors is fraud, or no tensor of its kind at all."""
     from trainer.compare import compare
 
     theirs = claimed_result(execution, claimed)
-    return theirs is None or compare(theirs, execution.result, tolerances(limits)).is_fraud
+    return theirs is None or compare(theirs, execution.result, tolerances(limits, spread)).is_fraud

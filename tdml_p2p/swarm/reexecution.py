@@ -4,7 +4,7 @@ Torch is loaded, in the thread that computes, when the first cell is executed.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -165,7 +165,16 @@ class Reexecutor:
         unsigned = (Input(address, "-", bytes(64)) for address in (x, gy))
         return Execution(Inputs(*unsigned), result)
 
-    async def _run(self, cell: Cell, x_address: bytes, gy_address: bytes) -> "tuple[CellResult, tuple[Buffer, ...]]":
+    async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
+        """Return the execution of a cell on material whose last bits are changed; raise `Unavailable`."""
+        with span("execute again", cell.wanted.step, cell.wanted.cell):
+            result, _ = await self._run(cell, execution.inputs.x.address, execution.inputs.gy.address, seed)
+        return replace(execution, result=result)
+
+    async def _run(
+        self, cell: Cell, x_address: bytes, gy_address: bytes, seed: int = 0
+    ) -> "tuple[CellResult, tuple[Buffer, ...]]":
+        """Return the result on this material, its last bits shaken if there is a seed, and what it rests on."""
         place = cell.wanted
         with span("fetch", place.step, place.cell):
             x, gy, root = await all_of((x_address, gy_address, cell.state), lambda one: self._fetch(one, cell.holders))
@@ -175,7 +184,7 @@ class Reexecutor:
                 weights = await self._fetch(address, cell.holders)
             async with self._turn:
                 stage = await self._stage(cell)
-                result = await self._compute(partial(_execute, stage, cell, x, gy, weights))
+                result = await self._compute(partial(_execute, stage, cell, (x, gy, weights), seed))
         except ValueError as error:  # signed for and rightly addressed, and yet nothing that a stage takes
             raise Unavailable(f"the material cannot be used: {error}") from None
         return result, (encode_manifest(cell.manifest), root, weights, x, gy, *await self._base_parts(cell))
@@ -262,15 +271,19 @@ def _build(manifest: TaskManifest, index: int) -> "Stage":
     return build_stage(manifest, index)
 
 
-def _execute(stage: "Stage", cell: Cell, x: Buffer, gy: Buffer, weights: Buffer) -> "CellResult":
+def _execute(stage: "Stage", cell: Cell, material: tuple[Buffer, Buffer, Buffer], seed: int) -> "CellResult":
+    from trainer.spread import shaken_cell
     from trainer.stage import CellKey, execute
     from trainer.tensors import vector_of
 
-    manifest, place = cell.manifest, cell.wanted
+    manifest, place, (x, gy, weights) = cell.manifest, cell.wanted, material
     with span("load", place.step, place.cell):
-        stage.load(vector_of(weights, stage.layout.total))
+        given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
+        state = vector_of(weights, stage.layout.total)
+        if seed:
+            state, given, back = shaken_cell(state, given, back, seed)
+        stage.load(state)
     key = CellKey(0, place.step, place.cell)
-    given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
     with span("audit", place.step, place.cell):
         if stage.spec.is_last:
             return execute(stage, given, back, None, key)

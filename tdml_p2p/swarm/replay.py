@@ -16,11 +16,12 @@ from chain.params import Params
 from chain.queries import Reader, open_reader
 from chain.records import Audit, AuditStatus, ClaimRecord
 from chain.state import State
-from chain.transactions import Opening
+from chain.transactions import EXACT, Opening
 from chain.verdicts import TENSORS, Deviations, Limits, deviations, finding, is_match, limits_for, wide_limits
 from tdml_p2p.blob_store import BlobStore
 from tdml_p2p.swarm.audited import audited_cell
 from tdml_p2p.swarm.contradictions import tolerances
+from tdml_p2p.swarm.doubts import Doubt
 from tdml_p2p.swarm.evidence import EvidenceStore
 from tdml_p2p.swarm.inputs import decode_wanted, encode
 from tdml_p2p.swarm.material import Unavailable
@@ -116,16 +117,20 @@ async def replay(case: Case, reexecutor: Reexecutor, params: Params) -> dict[str
     is_unlike = await reexecutor.is_other_kernel(case.cell)
     limits = wide_limits(params) if is_unlike else limits_for(params)
     found = deviations(case.opening.sketch, own)
+    doubt = Doubt(reexecutor, case.cell, execution)
+    tolerance = await doubt.tolerance(case.audit.key, case.opening.sketch, limits)
+    limits = limits._replace(tolerance=tolerance or EXACT)
     told: dict[str, Any] = {
         "audit": case.audit.id.hex(),
         "worker": peer_id(case.audit.worker),
         "status": str(case.audit.state),
         "inputs": await _inputs(case, reexecutor),
         "deviations": _by_tensor(found),
-        "thresholds": _by_tensor(limits.tau),
+        "thresholds": _by_tensor(limits.allowed),
+        "tolerance": list(limits.tolerance),
         "other_kernel": is_unlike,
-        "finding": finding(found, limits),
-        "tensors": await _tensors(case, reexecutor, execution, limits),
+        "finding": finding(found, limits) if tolerance else "unsteady",
+        "tensors": await _tensors(case, reexecutor, execution, doubt, limits),
     }
     if case.audit.reveal is not None:
         told["auditor_deviations"] = _by_tensor(deviations(case.audit.reveal.shared, own))
@@ -133,7 +138,8 @@ async def replay(case: Case, reexecutor: Reexecutor, params: Params) -> dict[str
         is_contradicted = contradicts(execution, case.cell, case.opening)
         told["step"] = execution.contradiction or ("another state than was claimed follows" if is_contradicted else "")
     told["machine"] = await trio.to_thread.run_sync(_machine, case.cell.manifest.precision)
-    told["confirms"] = confirms(case.audit.state, is_false=is_false(told, found, limits))
+    is_right = confirms(case.audit.state, is_false=is_false(told, found, limits))
+    told["confirms"] = is_right if tolerance else None
     return told
 
 
@@ -199,7 +205,9 @@ async def _inputs(case: Case, reexecutor: Reexecutor) -> str:
     return "signed by their senders" if same else "others than were signed for"
 
 
-async def _tensors(case: Case, reexecutor: Reexecutor, execution: Execution, limits: Limits) -> dict[str, Any]:
+async def _tensors(
+    case: Case, reexecutor: Reexecutor, execution: Execution, doubt: Doubt, limits: Limits
+) -> dict[str, Any]:
     """Return the whole tensors' deviations, as far as the claimed ones differ and can be had."""
     from trainer.compare import compare
     from trainer.stage import CellResult
@@ -223,6 +231,8 @@ async def _tensors(case: Case, reexecutor: Reexecutor, execution: Execution, lim
             told[name] = "of another size"
     parts = CellResult(**theirs, boundaries=())
     compared = await trio.to_thread.run_sync(compare, parts, result, tolerances(limits))
+    if not compared.is_match and (spread := await doubt.spread()):
+        compared = await trio.to_thread.run_sync(compare, parts, result, tolerances(limits, spread))
     told = {name: told.get(name, _plain(getattr(compared, name))) for name in TENSORS}
     return told | ({} if compared.is_match and "of another size" not in told.values() else {"false": True})
 

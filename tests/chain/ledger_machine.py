@@ -163,12 +163,13 @@ class Machine(RuleBasedStateMachine):
     @rule(
         key=EVERYBODY,
         off=st.sampled_from([FRAUD, FRAUD, SMALL, 0.0]),
-        how=st.sampled_from(["work", "lie", "tell", "miss", "show", "believe"]),
+        how=st.sampled_from(["work", "lie", "tell", "miss", "show", "believe", "bear"]),
     )
     def turn(self, key: PrivateKey, off: float, how: str) -> None:
         """Let somebody become dishonest, or honest again."""
         players = self.players
         kinds = {"tell": "contradicts", "miss": "misses", "show": "shows", "believe": "believes"}
+        kinds["bear"] = "tolerates"
         if how in kinds:
             setattr(players, kinds[how], getattr(players, kinds[how]) ^ {key.account})
         else:
@@ -221,7 +222,7 @@ class Machine(RuleBasedStateMachine):
             self.players.claim_all(2)
             self.players.block()
         players = self.players
-        told = (players.contradicts, players.misses, players.shows, players.believes)
+        told = (players.contradicts, players.misses, players.shows, players.believes, players.tolerates)
         for kept in (players.deviation, players.lies, *told, players.silent):
             kept.clear()
 

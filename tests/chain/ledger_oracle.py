@@ -217,10 +217,21 @@ def ballots_are_what_was_revealed(block: Block) -> None:
         for entry in payload.entries if isinstance(payload, RevealAll) else ():
             audit = rows(block.after, T.AUDITS).get(entry.audit)
             assert audit is not None, "a reveal of no audit was taken"
+            task = rows(block.after, T.TASKS)[audit.task]
+            is_exact = bool(task.kernel) or audit.cell == task.microbatches
+            assert not is_exact or entry.tolerance == (1, 1, 1), "what is exact was tolerated"
+            if entry.round == 0 and str(audit.state) == "passed":
+                _is_within(audit, entry, params)
             if entry.round != 2 or audit.state not in judged:
                 continue
             voter = next(v for v in audit.voters if v.account == sender)
             assert voter.said == _said(block, audit, entry, params)
+
+
+def _is_within(audit: Any, entry: Any, params: Any) -> None:
+    taus = params.wide_tau if entry.other_kernel else params.tau
+    found = zip(_apart(audit.opening.sketch, entry.shared), taus, entry.tolerance, strict=True)
+    assert all(v <= own * tau / 1e9 for v, tau, own in found), "passed beyond what its auditor allows"
 
 
 def _said(block: Block, audit: Any, entry: Any, params: Any) -> int:
@@ -231,23 +242,34 @@ def _said(block: Block, audit: Any, entry: Any, params: Any) -> int:
     taus = [params.wide_tau if one else params.tau for one in wide]
     factors = [params.wide_factor if one else params.fraud_factor for one in wide]
     off = [
-        any(v > factor * tau / 1e9 for v, tau in zip(_apart(sketch, entry.shared), limits, strict=True))
+        any(
+            v > max(factor, own) * tau / 1e9
+            for v, tau, own in zip(_apart(sketch, entry.shared), limits, entry.tolerance, strict=True)
+        )
         for sketch, limits, factor in zip((audit.opening.sketch, audit.reveal.shared), taus, factors, strict=True)
     ]
+    found = zip(_apart(audit.opening.sketch, entry.shared), taus[0], entry.tolerance, strict=True)
+    is_off = any(v > own * tau / 1e9 for v, tau, own in found)
     nothing = [r.missing and not r.contradiction and not any(r.shared) for r in (entry, audit.reveal)]
     if nothing[0]:
         return 4
     if entry.contradiction and not any(entry.shared):
         return 0
     assert audit.reveal.shown or not entry.misled, "a word on inputs that nobody has shown was taken"
-    against = (off[0] or entry.contradiction, off[1] and not nothing[1] and not entry.misled)
+    answers = audit.is_reopened and _rests_on_tolerance(audit, params) and is_off
+    against = (off[0] or entry.contradiction, answers or (off[1] and not nothing[1] and not entry.misled))
     plain = [(True, False), (False, True), (True, True), (False, False)].index(against)
     if plain == 3 and entry.missing:
         return 4
-    found = zip(_apart(audit.opening.sketch, entry.shared), taus[0], strict=True)
-    if plain == 3 and any(v > tau / 1e9 for v, tau in found):
+    if plain == 3 and is_off:
         return 5
     return 6 if plain == 3 and entry.misled else plain
+
+
+def _rests_on_tolerance(audit: Any, params: Any) -> bool:
+    """Whether an audit passed only because its auditor allowed more than τ."""
+    found = zip(_apart(audit.opening.sketch, audit.reveal.shared), params.tau, strict=True)
+    return any(one > 1 for one in audit.reveal.tolerance) and any(v > tau / 1e9 for v, tau in found)
 
 
 def _said_of_step(audit: Any, entry: Any, params: Any) -> int:

@@ -84,6 +84,7 @@ class Players:
     misses: set[bytes] = field(default_factory=set)
     shows: set[bytes] = field(default_factory=set)
     believes: set[bytes] = field(default_factory=set)
+    tolerates: set[bytes] = field(default_factory=set)
     silent: set[bytes] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     """Kinds of events and reasons of refusals so far."""
@@ -160,6 +161,7 @@ class Players:
                 swarm.deviation, swarm.lies, swarm.contradicts = self.deviation, self.lies, self.contradicts
                 swarm.step_deviation = self.deviation
                 swarm.misses, swarm.shows, swarm.believes = self.misses, self.shows, self.believes
+                swarm.tolerates = self.tolerates
                 name = (key.account, duty.audit, duty.round, audit.key)
                 if dice.random() < share and (duty.kind != "reveal" or name in swarm._pending):
                     self.send(key, swarm.answer(key, duty))

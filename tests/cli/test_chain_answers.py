@@ -133,6 +133,7 @@ def test_an_audit_from_the_claim_to_the_slash(data: Data, text: Text, names: dic
     assert (audit["status"], audit["finding"], audit["worker"]) == ("convicted", "fraud", names["CHEAT"])
     assert audit["deviations"] == {"y": 2.0, "gx": 2.0, "gw": 2.0}
     assert audit["thresholds"] == {"y": 2.5e-6, "gx": 2.7e-5, "gw": 3.5e-5}
+    assert audit["tolerance"] == [1, 1, 1]
     assert [vote["role"] for vote in audit["votes"]] == ["third", "voter", "voter", "voter", "voter"]
     assert {vote["ballot"] for vote in audit["votes"]} == {"against-worker"}
     assert audit["tally"] == {

@@ -133,6 +133,13 @@ def test_a_peer_replays_an_audit(run: Run, daemon: FakeDaemon, confirms: bool | 
     assert ("contradicts" in found.err) is (confirms is False)
 
 
+@pytest.mark.parametrize("tolerance", [[1, 1, 1], [1, 40, 1]])
+def test_a_tolerance_is_told(run: Run, daemon: FakeDaemon, tolerance: list[int]) -> None:
+    daemon.reply(f"/replays/{REPLAYED['audit']}", {**REPLAYED, "confirms": True, "tolerance": tolerance})
+    found = run("tdml-chain", "audit", REPLAYED["audit"], "--replay", "--home", daemon.home)
+    assert ("own results are unsteady" in found.out) is (max(tolerance) > 1)
+
+
 def test_a_replay_without_its_material_says_so(run: Run, chain_db: Path, names: dict[str, str]) -> None:
     found = run("tdml-chain", "audit", names["AUDIT"], "--replay", "--db", chain_db)
     assert found.code == 1

@@ -1,7 +1,7 @@
 """Audits and stand-ins for the chain's state, the outbox and the re-executor, for the tests of the auditor."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import msgspec
@@ -20,6 +20,7 @@ from tdml_p2p.swarm.outbox import Entry, Outbox
 from tdml_p2p.swarm.reexecution import Cell, Execution, Keep, Reexecutor, results_of
 from tests.tdml_p2p.swarm.trace_samples import tensor_of
 from tests.trainer.swarm_kit import manifest_of
+from trainer.content import address_of
 from trainer.stage import CellResult
 
 TASK = bytes(range(32))
@@ -79,6 +80,13 @@ def opening_of(cell: int, **changes: bytes) -> Opening:
     return Opening(name_of(cell), bytes(32), trace, (), execution_of(cell).sketch(audit_of(cell).key))
 
 
+def opening_off(cell: int, factor: float) -> Opening:
+    """Return the opening of a worker whose y is so many times the honest one, as its sketch says."""
+    opening, execution = opening_of(cell, y=address_of(altered(cell, factor))), execution_of(cell)
+    y = replace(execution, result=execution.result._replace(y=execution.result.y * factor))
+    return msgspec.structs.replace(opening, sketch=y.sketch(audit_of(cell).key))
+
+
 class FakeOutbox:
     """Keeps what is put in it, with the height at which it was."""
 
@@ -107,6 +115,9 @@ class FakeReexecutor:
     two_faced: set[int] = field(default_factory=set)
     """Cells of which neighbours were sent other results than are claimed."""
     compared: list[tuple[int, str, CellResult]] = field(default_factory=list)
+    unsteady: tuple[float, ...] = ()
+    """What each second look makes of y, in multiples of the first."""
+    second_looks: list[int] = field(default_factory=list)
 
     async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
         number = cell.wanted.cell
@@ -117,6 +128,14 @@ class FakeReexecutor:
         if number in self.failures:
             raise self.failures.pop(number)
         return execution_of(number)
+
+    async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
+        await trio.lowlevel.checkpoint()
+        if not self.unsteady:
+            raise Unavailable("gone since")
+        self.second_looks.append(seed)
+        off = self.unsteady[(len(self.second_looks) - 1) % len(self.unsteady)]
+        return replace(execution, result=execution.result._replace(y=execution.result.y * off))
 
     async def is_other_kernel(self, cell: Cell) -> bool:
         await trio.lowlevel.checkpoint()

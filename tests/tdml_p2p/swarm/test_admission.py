@@ -13,7 +13,7 @@ from msgspec import structs
 from chain.params import Params
 from chain.records import Audit, AuditStatus
 from tdml_p2p.swarm.admission import CELLS, WrongAnswer, known_answers
-from tdml_p2p.swarm.reexecution import Cell, Reexecutor
+from tdml_p2p.swarm.reexecution import Cell, Execution, Reexecutor
 from tests.tdml_p2p.swarm.test_reexecution import Material, inline
 from tests.tdml_p2p.swarm.test_replay import Judged
 from trainer.stage import CellResult
@@ -70,6 +70,33 @@ async def test_a_machine_that_computes_wrongly_finds_out() -> None:
     faulty = Reexecutor(judged.material.fetch, judged.material.ask, broken)
     with pytest.raises(WrongAnswer, match=r"gw 9\.\de-03"):
         await ask(judged, faulty, AuditStatus.PASSED)
+
+
+class Rough(Reexecutor):
+    """A machine of other kernels on a model that grows rounding: off by 3 τ of gw, and by so much from itself."""
+
+    spread = 0.0
+
+    async def replay(self, cell: Cell, x: bytes, gy: bytes) -> Execution:
+        return self._off(await super().replay(cell, x, gy), 1e-4)
+
+    async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
+        return self._off(execution, self.spread)
+
+    def _off(self, execution: Execution, off: float) -> Execution:
+        return Execution(execution.inputs, execution.result._replace(gw=execution.result.gw * (1 + off)))
+
+
+@pytest.mark.parametrize(("spread", "answers"), [(0.0, None), (1e-4, 1)])
+async def test_a_machine_is_held_to_what_it_can_hold_itself(spread: float, answers: int | None) -> None:
+    judged = Judged(Material())
+    rough = Rough(judged.material.fetch, judged.material.ask, inline)
+    rough.spread = spread
+    if answers is None:
+        with pytest.raises(WrongAnswer, match=r"gw 1\.0e-04"):
+            await ask(judged, rough, AuditStatus.PASSED)
+    else:
+        assert await ask(judged, rough, AuditStatus.PASSED) == (answers, 0)
 
 
 @pytest.mark.parametrize("status", [AuditStatus.FAULTED, AuditStatus.CONVICTED, AuditStatus.UNDECIDED])

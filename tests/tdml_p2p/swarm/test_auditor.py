@@ -12,7 +12,7 @@ import trio.testing
 
 from chain.keys import PrivateKey, peer_id
 from chain.records import Audit, AuditStatus, Voter
-from chain.transactions import Commitment, Opening, Reveal, reveal_commitment
+from chain.transactions import MAX_TOLERANCE, Commitment, Opening, Reveal, reveal_commitment
 from chain.verdicts import Ballot, ballot, is_blank
 from tdml_p2p.swarm.inputs import (
     Descriptor,
@@ -35,6 +35,7 @@ from tests.tdml_p2p.swarm.audit_samples import (
     execution_of,
     name_of,
     opening_of,
+    opening_off,
     status,
 )
 from trainer.content import address_of
@@ -294,6 +295,92 @@ async def test_neighbours_are_asked_only_about_a_claim_that_is_right(
     bench = Bench()
     await revealed(bench, opening_of(0, **changes), 60)
     assert not bench.reexecutor.compared
+
+
+TAU = 2.5e-6
+"""What is allowed of y."""
+
+
+async def told_of(off: float, *unsteady: float) -> tuple[Reveal, Opening, list[int]]:
+    """Return what is revealed of a y that is off by so many τ, with second looks off by so many, and these."""
+    bench, factor = Bench(), 1.0 + off * TAU
+    bench.reexecutor.unsteady = tuple(1.0 + one * TAU for one in unsteady)
+    bench.reexecutor.blobs[address_of(altered(0, factor))] = altered(0, factor)
+    opening = opening_off(0, factor)
+    return await revealed(bench, opening), opening, bench.reexecutor.second_looks
+
+
+async def test_a_small_difference_is_tolerated_by_whose_own_results_are_unsteady() -> None:
+    reveal, opening, looks = await told_of(20, 2.5, 1.0)
+    assert not reveal.contradiction
+    assert 24 <= reveal.tolerance[0] <= 26
+    assert reveal.tolerance[1:] == (1, 1)
+    assert looks == [1]
+    assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.AGAINST_NEITHER
+
+
+async def test_as_many_looks_are_taken_as_it_needs() -> None:
+    reveal, _, looks = await told_of(20, 0.2, 1.0, 2.5)
+    assert reveal.tolerance[0] >= 24
+    assert looks == [1, 4, 7]
+
+
+async def test_steady_results_allow_no_more_than_tau() -> None:
+    reveal, opening, looks = await told_of(20, 0.2)
+    assert (reveal.tolerance, reveal.contradiction, looks) == ((1, 1, 1), False, [1, 4, 7])
+    assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.SMALL_DEVIATION
+
+
+async def test_a_cheat_beyond_ten_spreads_is_convicted_on_a_wrecked_model() -> None:
+    reveal, opening, _ = await told_of(310, 30.0, 10.0)
+    assert reveal.contradiction
+    assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.AGAINST_WORKER
+
+
+async def test_whole_tensors_within_ten_spreads_are_no_fraud() -> None:
+    bench = Bench()
+    bench.reexecutor.unsteady = (1.0 + 3 * TAU, 1.0 + 3 * TAU, 1.0 + 30 * TAU)
+    claimed = altered(0, 1.0 + 200 * TAU)
+    bench.reexecutor.blobs[address_of(claimed)] = claimed
+    reveal = await revealed(bench, opening_of(0, y=address_of(claimed)))
+    assert (reveal.contradiction, reveal.tolerance) == (False, (1, 1, 1))
+
+
+async def test_who_cannot_tell_right_from_false_says_nothing() -> None:
+    bench, factor = Bench(), 1.0 + 5000 * TAU
+    bench.reexecutor.unsteady = (1.0 + 900 * TAU,)
+    async with running(bench):
+        bench.show(audit_of(0))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.show(opened(0, opening_off(0, factor)))
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.reexecutor.second_looks
+    assert not bench.reveals()
+
+
+async def test_what_is_off_by_more_than_ten_spreads_is_fraud_however_unsteady_the_judge_is() -> None:
+    reveal, opening, _ = await told_of(20_000, 900.0)
+    assert reveal.contradiction
+    assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.AGAINST_WORKER
+
+
+@pytest.mark.parametrize("off", [0.5, 100_000.0])
+async def test_nobody_looks_again_at_what_is_within_tau(off: float) -> None:
+    reveal, _, looks = await told_of(off, 0.1)
+    assert reveal.tolerance == (1, 1, 1)
+    assert looks == ([1] if off > 1 else [])  # no other look would reach as far
+
+
+@pytest.mark.parametrize("unsteady", [(), (float("nan"),), (float("inf"), float("nan"))])
+async def test_who_cannot_look_again_or_finds_no_number_allows_nothing_more(unsteady: tuple[float, ...]) -> None:
+    reveal, opening, _ = await told_of(310, *unsteady)
+    assert (reveal.contradiction, reveal.tolerance) == (True, (1, 1, 1))
+    assert ballot(reveal, opening.sketch, reveal, Bench().params) == Ballot.AGAINST_WORKER
+
+
+async def test_nobody_tolerates_more_than_the_largest_tolerance() -> None:
+    reveal, _, _ = await told_of(90, 1000.0)
+    assert reveal.tolerance == (MAX_TOLERANCE, 1, 1)
 
 
 async def test_equal_results_are_asked_of_nobody() -> None:

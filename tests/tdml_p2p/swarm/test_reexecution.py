@@ -206,3 +206,30 @@ async def test_signed_inputs_that_no_stage_takes_are_unavailable(name: str, data
     setattr(material, name, data)
     with pytest.raises(Unavailable):
         await material.run()
+
+
+async def test_a_second_look_reads_other_last_bits_and_changes_nothing_of_the_first() -> None:
+    client, material = frozenset([peer_id(CLIENT.account)]), Material()
+    cell = Cell(WANTED, MANIFEST, material.state, (HOLDER,), Senders(client, client))
+    reexecutor = Reexecutor(material.fetch, material.ask, inline)
+    first = await reexecutor.run(cell)
+    looks = [await reexecutor.again(cell, first, seed) for seed in (1, 1, 4)]
+    after = await reexecutor.run(cell)
+    assert torch.equal(first.result.y, after.result.y)
+    assert torch.equal(first.result.gw, after.result.gw)
+    assert torch.equal(looks[0].result.gw, looks[1].result.gw)
+    assert not torch.equal(looks[0].result.gw, looks[2].result.gw)
+    for look in looks:
+        assert look.inputs == first.inputs
+        assert not torch.equal(look.result.gw, first.result.gw)
+        assert torch.allclose(look.result.gw, first.result.gw, rtol=1e-4, atol=1e-7)
+
+
+async def test_material_that_is_gone_gives_no_second_look() -> None:
+    client, material = frozenset([peer_id(CLIENT.account)]), Material()
+    cell = Cell(WANTED, MANIFEST, material.state, (HOLDER,), Senders(client, client))
+    reexecutor = Reexecutor(material.fetch, material.ask, inline)
+    first = await reexecutor.run(cell)
+    material.blobs.clear()
+    with pytest.raises(Unavailable):
+        await reexecutor.again(cell, first, 1)

@@ -81,6 +81,37 @@ async def test_a_false_claim_does_not(wanted: AuditStatus, said: bool | None) ->
     assert told["auditor_deviations"]["y"] == 0.0
 
 
+class Unsteady(Reexecutor):
+    """A machine whose second looks differ from the first by so much of y."""
+
+    off = 0.0
+
+    async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
+        look = await super().again(cell, execution, seed)
+        return Execution(look.inputs, execution.result._replace(y=execution.result.y * (1 + self.off)))
+
+
+@pytest.mark.parametrize(
+    ("spread", "off", "finding", "said"),
+    [
+        (0.0, 2e-5, "fault", False),
+        (1e-5, 2e-5, "match", True),
+        (1e-5, 1e-3, "fraud", False),
+        (1e-2, 1e-3, "unsteady", None),
+    ],
+)
+async def test_a_replay_allows_what_this_machine_cannot_hold_itself(
+    spread: float, off: float, finding: str, said: bool | None
+) -> None:
+    judged = Judged(Material())
+    judged.reexecutor = Unsteady(judged.material.fetch, judged.material.ask, inline)
+    judged.reexecutor.off = spread
+    told = await replay(await judged.case(AuditStatus.PASSED, 1 + off), judged.reexecutor, Params())
+    assert (told["finding"], told["confirms"]) == (finding, said)
+    assert (max(told["tolerance"]) > 1) is (finding != "unsteady" and spread > 0)
+    assert told["thresholds"]["y"] == pytest.approx(2.5e-6 * told["tolerance"][0])
+
+
 async def test_a_sketch_of_other_results_than_those_claimed_is_no_way_out() -> None:
     judged = Judged(Material())
     case = await judged.case(AuditStatus.CONVICTED, -1.0)
