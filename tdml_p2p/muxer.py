@@ -35,6 +35,7 @@ from libp2p.stream_muxer.yamux.yamux import (
     YamuxStream,
 )
 
+from tdml_p2p.batched_noise import batch
 from tdml_p2p.streams import shielded
 
 log = structlog.get_logger(__name__)
@@ -207,7 +208,8 @@ class Muxer(Yamux):
             if not data:
                 raise ConnectionClosedError("the peer closed the connection", transport="tcp")
             inbox += data
-        taken = bytes(inbox[:count])
+        with memoryview(inbox) as view:
+            taken = bytes(view[:count])
         del inbox[:count]
         return taken
 
@@ -302,6 +304,7 @@ class Muxers(MuxerMultistream):
     async def new_conn(self, conn: Any, peer_id: Any) -> Any:
         """Return the multiplexed connection over a secured one."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        batch(conn)
         muxer = Muxer(conn, peer_id, is_initiator=conn.is_initiator, on_close=_nothing)
         return self._annotate_connection(muxer, conn, protocol)
 

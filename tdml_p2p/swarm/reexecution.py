@@ -136,6 +136,8 @@ class Reexecutor:
         self.bases = BaseShelf(fetch, compute)
         self._steps = StepAuditor(self._fetch, self._ask, compute)
         self._stages: dict[tuple[bytes, int], Stage] = {}
+        self._loaded: dict[tuple[bytes, int], bytes] = {}
+        """Of stages that hold weights now, the address of these."""
         self._turn = trio.Lock()
 
     async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
@@ -150,7 +152,7 @@ class Reexecutor:
                 execution, material = await self._steps.run(cell)
             else:
                 inputs = await self.inputs(cell)
-                result, material = await self._run(cell, inputs.x.address, inputs.gy.address)
+                result, material = await self._run(cell, inputs.x.address, inputs.gy.address, is_kept=keep is not None)
                 execution = Execution(inputs, result)
             if keep is not None:
                 with limited_by(None):
@@ -165,20 +167,44 @@ class Reexecutor:
         unsigned = (Input(address, "-", bytes(64)) for address in (x, gy))
         return Execution(Inputs(*unsigned), result)
 
-    async def _run(self, cell: Cell, x_address: bytes, gy_address: bytes) -> "tuple[CellResult, tuple[Buffer, ...]]":
+    async def _run(
+        self, cell: Cell, x_address: bytes, gy_address: bytes, *, is_kept: bool = False
+    ) -> "tuple[CellResult, tuple[Buffer, ...]]":
+        """Return a cell's results, and the blobs behind them if they are to be kept."""
         place = cell.wanted
         with span("fetch", place.step, place.cell):
             x, gy, root = await all_of((x_address, gy_address, cell.state), lambda one: self._fetch(one, cell.holders))
         try:
             address = await self._compute(partial(_weights_of, bytes(root), cell.state))
-            with span("fetch weights", place.step, place.cell):
-                weights = await self._fetch(address, cell.holders)
-            async with self._turn:
-                stage = await self._stage(cell)
-                result = await self._compute(partial(_execute, stage, cell, x, gy, weights))
+            result, weights = await self._on_weights(cell, (x, gy), address, is_fetched=is_kept)
         except ValueError as error:  # signed for and rightly addressed, and yet nothing that a stage takes
             raise Unavailable(f"the material cannot be used: {error}") from None
+        if weights is None or not is_kept:
+            return result, ()
         return result, (encode_manifest(cell.manifest), root, weights, x, gy, *await self._base_parts(cell))
+
+    async def _on_weights(
+        self, cell: Cell, given: tuple[Buffer, Buffer], address: bytes, *, is_fetched: bool
+    ) -> "tuple[CellResult, Buffer | None]":
+        """Return a cell's results on the weights of an address, and these if they were fetched.
+
+        The cells of one state come one after another: what the stage still holds of the last one is neither fetched nor
+        hashed nor loaded again.
+        """
+        name, place = (cell.manifest.address, cell.wanted.stage), cell.wanted
+        while True:
+            weights: Buffer | None = None
+            if is_fetched or self._loaded.get(name) != address:
+                with span("fetch weights", place.step, place.cell):
+                    weights = await self._fetch(address, cell.holders)
+            async with self._turn:
+                stage = await self._stage(cell)
+                if weights is None and self._loaded.get(name) != address:
+                    continue  # another cell has come in between
+                self._loaded.pop(name, None)
+                result = await self._compute(partial(_execute, stage, cell, *given, weights))
+                self._loaded[name] = address
+                return result, weights
 
     async def _base_parts(self, cell: Cell) -> tuple[Buffer, ...]:
         """Return the frozen weights under adapters, part by part."""
@@ -246,7 +272,9 @@ class Reexecutor:
                 stage.load_base(await self.bases.get(manifest, index, cell.holders))
             self._stages[manifest.address, index] = stage
             while len(self._stages) > _MAX_STAGES:
-                del self._stages[next(iter(self._stages))]
+                oldest = next(iter(self._stages))
+                del self._stages[oldest]
+                self._loaded.pop(oldest, None)
         return stage
 
 
@@ -262,13 +290,14 @@ def _build(manifest: TaskManifest, index: int) -> "Stage":
     return build_stage(manifest, index)
 
 
-def _execute(stage: "Stage", cell: Cell, x: Buffer, gy: Buffer, weights: Buffer) -> "CellResult":
+def _execute(stage: "Stage", cell: Cell, x: Buffer, gy: Buffer, weights: Buffer | None) -> "CellResult":
     from trainer.stage import CellKey, execute
     from trainer.tensors import vector_of
 
     manifest, place = cell.manifest, cell.wanted
-    with span("load", place.step, place.cell):
-        stage.load(vector_of(weights, stage.layout.total))
+    if weights is not None:  # else the stage holds them already
+        with span("load", place.step, place.cell):
+            stage.load(vector_of(weights, stage.layout.total))
     key = CellKey(0, place.step, place.cell)
     given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
     with span("audit", place.step, place.cell):
