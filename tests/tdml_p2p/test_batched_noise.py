@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
-from noise.connection import Keypair, NoiseConnection
+from noise.connection import NoiseConnection
 from noise.exceptions import NoiseInvalidMessage
 
 from tdml_p2p.batched_noise import BatchedNoise, batch
