@@ -43,6 +43,7 @@ from tdml_p2p.swarm.tracing import MAX_TRACE_REQUEST_BYTES, TRACE_PROTOCOL, Trac
 from tdml_p2p.swarm.transport import SwarmTransport
 from trainer.faults import COMPUTE_ERRORS
 from trainer.manifest import TaskManifest
+from trainer.modest import ModestThread
 from trainer.runtime import prepare_memory, prepare_process, release_memory
 from trainer.trace import Recorder, lane, recording, span
 from trainer.worker_ports import ThreadCompute
@@ -63,16 +64,18 @@ _BASE_SECONDS = 1.0
 
 
 class _Compute(ThreadCompute):
-    """Torch work in one thread; the first piece loads torch."""
+    """Torch work in one thread, which may give way to all others; the first piece loads torch."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, thread: ModestThread | None = None) -> None:
         super().__init__()
         self._threads = threads
+        self._thread = thread
         self._is_ready = False
 
     async def __call__(self, work: Callable[[], T], /) -> T:
         """Return what `work` returns, run in a thread."""
-        return await super().__call__(partial(self._prepared, work))
+        prepared = partial(self._prepared, work)
+        return await super().__call__(prepared if self._thread is None else partial(self._thread.run, prepared))
 
     def _prepared(self, work: Callable[[], T]) -> T:
         if not self._is_ready:
@@ -103,7 +106,9 @@ class SwarmService:
         self.library = Library(peer.network, self._local_blob)
         self._outbox = Outbox(peer.engine.submit)
         self._evidence = EvidenceStore(peer.home.evidence_path, peer.network.blobs.store)
-        self._reexecutor = Reexecutor(self.library.fetch, self._ask, self._compute, self._recorder_of)
+        # audits take turns with a peer's own training, and give way to that of others
+        audits = self._compute if peer.config.work else _Compute(peer.config.threads, ModestThread())
+        self._reexecutor = Reexecutor(self.library.fetch, self._ask, audits, self._recorder_of)
         self._auditor = Auditor(
             self._account,
             self._outbox,
@@ -118,6 +123,7 @@ class SwarmService:
         self.applicant = Applicant(
             self._engine, self._compute, peer.config.memory, self._known_answers, self._held_memory
         )
+        self._is_idle = True
         self._taken: set[bytes] = set()
         self._wanted: set[bytes] = set()
         self._sources: list[Callable[[bytes], memoryview | None]] = []
@@ -125,7 +131,7 @@ class SwarmService:
 
     async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the chain and do what it asks of this peer, until cancelled."""
-        if self._peer.config.work:
+        if self._peer.config.work or self._peer.config.validate:  # whoever has stake audits
             prepare_memory()  # before the threads whose arenas it forbids
         self._peer.network.on_request(PROTOCOL, self._serve_inputs, MAX_REQUEST_BYTES)
         tracing = TraceService(self._recorder_for)
@@ -165,7 +171,8 @@ class SwarmService:
             manifest = self.library.manifest(task.manifest)
             if manifest is not None and len(manifest.seated) == task.stages:
                 self._follow(state, task, manifest, nursery)
-        if self._forget_ended(state):
+        was_idle, self._is_idle = self._is_idle, not state.open_tasks() and next(state.active_audits(), None) is None
+        if self._forget_ended(state) or (self._is_idle and not was_idle):
             nursery.start_soon(trio.to_thread.run_sync, release_memory)
         self._auditor.on_state(state)
 
