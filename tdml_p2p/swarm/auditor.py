@@ -43,6 +43,7 @@ _RETRY_SECONDS = 0.5
 _SPARE_BLOCKS = 2
 _REVEALS_AT_ONCE = 8
 """Workers that keep their tensors back make others' reveals wait no longer than this many can."""
+_MANY = 4
 _LANES = ("open", "reveal", "commit", "judge")
 
 
@@ -112,6 +113,11 @@ class Auditor:
             # the chain gives more time for audits taken in the order of their draws, but not for disputes
             lane = "judge" if duty.kind == "commit" and duty.round else duty.kind
             self._lanes[lane][0].send_nowait((duty, audit))
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more re-executions are owed than come up at once now and then."""
+        return sum(kind == "commit" for kind, _, _ in self._due) > _MANY
 
     async def run(self) -> None:
         """Answer duties until cancelled; openings wait for nothing, and reveals not for re-executions."""

@@ -467,3 +467,13 @@ async def test_what_is_no_number_and_the_same_bits_is_not_called_false(monkeypat
 
     monkeypatch.setattr(audit_samples, "execution_of", broken)
     assert not (await revealed(Bench(), audit_samples.opening_of(0))).contradiction
+
+
+async def test_who_owes_many_re_executions_is_behind() -> None:
+    bench = Bench()
+    bench.show(*(audit_of(cell) for cell in range(4)))
+    assert not bench.auditor.is_behind
+    bench.show(audit_of(4))
+    assert bench.auditor.is_behind
+    bench.show(opened(4, opening_of(4)))
+    assert not bench.auditor.is_behind
