@@ -33,6 +33,9 @@ MAX_SPAN = 2
 ABSENT = "blob-absent"
 
 T = TypeVar("T")
+Buffer = bytes | memoryview
+Keep = Callable[[int, Buffer], Awaitable[None]]
+"""Takes a verified chunk by its number."""
 
 
 class WantIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
@@ -109,7 +112,7 @@ class Blobs:
         index = await transfer.find()
         buffer = memoryview(bytearray(index.size))
 
-        async def keep(number: int, chunk: bytes) -> None:
+        async def keep(number: int, chunk: Buffer) -> None:
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
             self.bytes_fetched += len(chunk)
 
@@ -126,7 +129,7 @@ class Blobs:
         part = self.store.partial_path(address)
         missing = await trio.to_thread.run_sync(_missing_chunks, part, index)
 
-        async def keep(number: int, chunk: bytes) -> None:
+        async def keep(number: int, chunk: Buffer) -> None:
             await trio.to_thread.run_sync(_write_at, part, number * CHUNK_BYTES, chunk)
             self.bytes_fetched += len(chunk)
 
@@ -151,21 +154,20 @@ class Blobs:
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
         return buffer
 
-    async def _serve(self, sender: str, data: bytes) -> bytes:
+    async def _serve(self, sender: str, data: bytes) -> Buffer:
         want = decode_want(data)
         index = await self.store.index(want.address) if self._may_have(sender, want.address) else None
         if index is None:
             raise Refused(ABSENT)
         if isinstance(want, WantIndex):
             only = await self.store.chunk(want.address, 0) if len(index.chunks) == 1 else b""
-            return _encoder.encode(IndexReply(index, only or b""))
+            return _encoder.encode(IndexReply(index, bytes(only or b"")))
         if want.number + want.count > len(index.chunks):
             raise Refused(ABSENT)
-        numbers = range(want.number, want.number + want.count)
-        chunks = [chunk for number in numbers if (chunk := await self.store.chunk(want.address, number)) is not None]
-        if len(chunks) < want.count:
+        chunks = await self.store.chunk(want.address, want.number, want.count)
+        if chunks is None:
             raise Refused(ABSENT)
-        return chunks[0] if want.count == 1 else b"".join(chunks)
+        return chunks
 
 
 class _Transfer:
@@ -235,7 +237,7 @@ class _Transfer:
                 self._delays[peer] += waiting.cancelled_caught
         return found[0] if found else None
 
-    async def run(self, missing: set[int], keep: Callable) -> None:
+    async def run(self, missing: set[int], keep: Keep) -> None:
         """Fetch the chunks `missing` and hand each, verified, to `keep`."""
         if self._first is not None and 0 in missing and self._are_true(range(1), self._first):
             await keep(0, self._first)
@@ -256,7 +258,7 @@ class _Transfer:
         if failed:
             raise failed[0]
 
-    async def _take(self, span: range, lane: int, keep: Callable) -> None:
+    async def _take(self, span: range, lane: int, keep: Keep) -> None:
         """Fetch chunks that follow each other, each alone if nobody has them all; raise `BlobUnavailable`."""
         data = await self._part(span, lane)
         parts = [span] if data is not None else [range(number, number + 1) for number in span]
@@ -264,9 +266,10 @@ class _Transfer:
             found = data or await self._part(part, lane)
             if found is None:
                 raise self._unavailable()
+            view = memoryview(found)
             for number in part:
                 start = (number - part.start) * CHUNK_BYTES
-                await keep(number, found[start : start + CHUNK_BYTES])
+                await keep(number, view[start : start + CHUNK_BYTES])
 
     async def _part(self, span: range, lane: int) -> bytes | None:
         """Return verified chunks, from the least faulty, slow and empty provider first; lanes spread over equals."""
@@ -342,7 +345,7 @@ def _missing_chunks(part: Path, index: BlobIndex) -> set[int]:
     return missing
 
 
-def _write_at(part: Path, offset: int, chunk: bytes) -> None:
+def _write_at(part: Path, offset: int, chunk: Buffer) -> None:
     part.touch()
     try:
         with part.open("r+b") as file:
