@@ -97,7 +97,7 @@ class Auditor:
         """Take up the duties of a new final state; those that are over are forgotten."""
         self._height, self._params = state.height, state.params
         self._end_limits()
-        duties = sorted(state.duties(self._account), key=lambda duty: duty.drawn_at)
+        duties = sorted(state.duties(self._account), key=partial(_turn, state))
         self._due = {(duty.kind, duty.audit, duty.round) for duty in duties}
         self._busy &= self._due
         rounds = {(duty.audit, duty.round) for duty in duties}
@@ -257,6 +257,12 @@ class Auditor:
         if result is not None and not is_false and not is_missing and answer.cell.manifest.quorum == 1:
             is_missing = await self._reexecutor.handed_others(answer.cell, worker, result, limits, until)
         return Finding(is_false, is_missing)
+
+
+def _turn(state: State, duty: Duty) -> tuple[int, bytes]:
+    """Return when a duty is taken up: in the order of the draws, the cells of one claim (one state) together."""
+    audit = state.audit(duty.audit)
+    return duty.drawn_at, b"" if audit is None else audit.claim
 
 
 def _is_misled(answer: Answer, audited: Reveal, opening: Opening) -> bool:

@@ -477,3 +477,13 @@ async def test_who_owes_many_re_executions_is_behind() -> None:
     assert bench.auditor.is_behind
     bench.show(opened(4, opening_of(4)))
     assert not bench.auditor.is_behind
+
+
+async def test_the_cells_of_one_claim_are_executed_together_in_the_order_of_the_draws() -> None:
+    bench = Bench()
+    claims = {0: 9, 1: 8, 2: 9, 3: 8}
+    async with running(bench):
+        late = audit_of(4, drawn_at=2, claim=bytes(32))
+        bench.show(late, *(audit_of(cell, claim=bytes([claim]) * 32) for cell, claim in claims.items()))
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.reexecutor.started == [1, 3, 0, 2, 4]
