@@ -76,13 +76,12 @@ class BlobStore:
             return index
         return await trio.to_thread.run_sync(self._read_index, address)
 
-    async def chunk(self, address: bytes, number: int) -> bytes | None:
-        """Return one chunk of a held blob, up to 1 MiB."""
+    async def chunk(self, address: bytes, number: int, count: int = 1) -> bytes | memoryview | None:
+        """Return one chunk of a held blob, up to 1 MiB, or `count` that follow each other; not copied from memory."""
         held = self._in_memory(address)
         if held is not None:
-            start = number * CHUNK_BYTES
-            return bytes(memoryview(held).cast("B")[start : start + CHUNK_BYTES])
-        return await trio.to_thread.run_sync(self._read_chunk, address, number)
+            return memoryview(held).cast("B")[number * CHUNK_BYTES : (number + count) * CHUNK_BYTES]
+        return await trio.to_thread.run_sync(self._read_chunks, address, number, count)
 
     def path(self, address: bytes) -> Path | None:
         """Return the file of a blob held on disk."""
@@ -146,13 +145,13 @@ class BlobStore:
             return None
         return index if index.address() == address else None
 
-    def _read_chunk(self, address: bytes, number: int) -> bytes | None:
+    def _read_chunks(self, address: bytes, number: int, count: int) -> bytes | None:
         path = self.path(address)
         if path is None:
             return None
         with path.open("rb") as file:
             file.seek(number * CHUNK_BYTES)
-            return file.read(CHUNK_BYTES)
+            return file.read(count * CHUNK_BYTES)
 
 
 def _guarded(folder: Path, work: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""`/tdml/blob/1`: content-addressed transfer from several providers, verified chunk by chunk on arrival."""
+"""`/tdml/blob/2`: content-addressed transfer from several providers, verified chunk by chunk on arrival."""
 
 import errno
 from collections import Counter
@@ -18,7 +18,7 @@ from trainer.content import CHUNK_BYTES, MAX_BLOB_BYTES, Address, BlobIndex
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL = "/tdml/blob/1"
+PROTOCOL = "/tdml/blob/2"
 MAX_REQUEST_BYTES = 256
 _MAX_REPLY_BYTES = 4 << 20
 _INDEX_BYTES_PER_CHUNK = 40
@@ -26,11 +26,16 @@ _MAX_CHUNKS = MAX_BLOB_BYTES // CHUNK_BYTES
 _SECONDS = 30.0
 _PATIENCE_SECONDS = 3.0
 """How long one provider may keep a request to itself; then another one is asked as well."""
-_PARALLEL = 4
+_PARALLEL = 3
+MAX_SPAN = 2
+"""Chunks of one reply: a stream of its own costs half as much as a chunk. All lanes' replies may fly at once."""
 
 ABSENT = "blob-absent"
 
 T = TypeVar("T")
+Buffer = bytes | memoryview
+Keep = Callable[[int, Buffer], Awaitable[None]]
+"""Takes a verified chunk by its number."""
 
 
 class WantIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
@@ -40,10 +45,11 @@ class WantIndex(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class WantChunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=2):
-    """Ask for one chunk."""
+    """Ask for one chunk, or for some that follow each other."""
 
     address: Address
     number: Annotated[int, msgspec.Meta(ge=0, lt=_MAX_CHUNKS)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_SPAN)] = 1
 
 
 class IndexReply(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -106,7 +112,7 @@ class Blobs:
         index = await transfer.find()
         buffer = memoryview(bytearray(index.size))
 
-        async def keep(number: int, chunk: bytes) -> None:
+        async def keep(number: int, chunk: Buffer) -> None:
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
             self.bytes_fetched += len(chunk)
 
@@ -123,7 +129,7 @@ class Blobs:
         part = self.store.partial_path(address)
         missing = await trio.to_thread.run_sync(_missing_chunks, part, index)
 
-        async def keep(number: int, chunk: bytes) -> None:
+        async def keep(number: int, chunk: Buffer) -> None:
             await trio.to_thread.run_sync(_write_at, part, number * CHUNK_BYTES, chunk)
             self.bytes_fetched += len(chunk)
 
@@ -148,18 +154,20 @@ class Blobs:
             buffer[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)] = chunk
         return buffer
 
-    async def _serve(self, sender: str, data: bytes) -> bytes:
+    async def _serve(self, sender: str, data: bytes) -> Buffer:
         want = decode_want(data)
         index = await self.store.index(want.address) if self._may_have(sender, want.address) else None
         if index is None:
             raise Refused(ABSENT)
         if isinstance(want, WantIndex):
             only = await self.store.chunk(want.address, 0) if len(index.chunks) == 1 else b""
-            return _encoder.encode(IndexReply(index, only or b""))
-        chunk = await self.store.chunk(want.address, want.number) if want.number < len(index.chunks) else None
-        if chunk is None:
+            return _encoder.encode(IndexReply(index, bytes(only or b"")))
+        if want.number + want.count > len(index.chunks):
             raise Refused(ABSENT)
-        return chunk
+        chunks = await self.store.chunk(want.address, want.number, want.count)
+        if chunks is None:
+            raise Refused(ABSENT)
+        return chunks
 
 
 class _Transfer:
@@ -229,9 +237,9 @@ class _Transfer:
                 self._delays[peer] += waiting.cancelled_caught
         return found[0] if found else None
 
-    async def run(self, missing: set[int], keep: Callable) -> None:
+    async def run(self, missing: set[int], keep: Keep) -> None:
         """Fetch the chunks `missing` and hand each, verified, to `keep`."""
-        if self._first is not None and 0 in missing and self._is_true(0, self._first):
+        if self._first is not None and 0 in missing and self._are_true(range(1), self._first):
             await keep(0, self._first)
             missing.discard(0)
         queue = sorted(missing, reverse=True)
@@ -239,9 +247,8 @@ class _Transfer:
 
         async def work(lane: int) -> None:
             while queue and not failed:
-                number = queue.pop()
                 try:
-                    await keep(number, await self._chunk(number, lane))
+                    await self._take(_next_span(queue), lane, keep)
                 except BlobUnavailable as error:
                     failed.append(error)
 
@@ -251,34 +258,52 @@ class _Transfer:
         if failed:
             raise failed[0]
 
-    async def _chunk(self, number: int, lane: int) -> bytes:
-        """Return a verified chunk, from the least faulty, slow and empty provider first; lanes spread over equals."""
+    async def _take(self, span: range, lane: int, keep: Keep) -> None:
+        """Fetch chunks that follow each other, each alone if nobody has them all; raise `BlobUnavailable`."""
+        data = await self._part(span, lane)
+        parts = [span] if data is not None else [range(number, number + 1) for number in span]
+        for part in parts:
+            found = data or await self._part(part, lane)
+            if found is None:
+                raise self._unavailable()
+            view = memoryview(found)
+            for number in part:
+                start = (number - part.start) * CHUNK_BYTES
+                await keep(number, view[start : start + CHUNK_BYTES])
+
+    async def _part(self, span: range, lane: int) -> bytes | None:
+        """Return verified chunks, from the least faulty, slow and empty provider first; lanes spread over equals."""
         order = sorted(
             range(len(self._providers)),
             key=lambda i: (*self._record(self._providers[i]), (i - lane) % len(self._providers)),
         )
+        want = WantChunk(self._address, span.start, len(span))
 
         async def attempt(peer: str) -> bytes | None:
             if self._faults[peer] >= 3:
                 return None
-            chunk = await self._ask(peer, WantChunk(self._address, number), CHUNK_BYTES)
-            if chunk is None or self._is_true(number, chunk):
-                return chunk
+            data = await self._ask(peer, want, len(span) * CHUNK_BYTES)
+            if data is None or self._are_true(span, data):
+                return data
             self._blame(peer)
             return None
 
-        chunk = await self._first_of([self._providers[i] for i in order], attempt)
-        if chunk is None:
-            raise self._unavailable()
-        return chunk
+        return await self._first_of([self._providers[i] for i in order], attempt)
 
     def _record(self, peer: str) -> tuple[int, int, int]:
         # a provider that lacks one chunk may have the others, yet who has had all is asked before
         return self._faults[peer], self._delays[peer], self._lacks[peer]
 
-    def _is_true(self, number: int, chunk: bytes) -> bool:
-        size = min(CHUNK_BYTES, self._index.size - number * CHUNK_BYTES)
-        return len(chunk) == size and blake3(chunk).digest() == self._index.chunks[number]
+    def _are_true(self, span: range, data: bytes) -> bool:
+        """Whether these are the bytes of the chunks of a span, which only the last may be shorter than others."""
+        size = min(span.stop * CHUNK_BYTES, self._index.size) - span.start * CHUNK_BYTES
+        if len(data) != size:
+            return False
+        view, first = memoryview(data), span.start
+        parts = (view[(number - first) * CHUNK_BYTES :][:CHUNK_BYTES] for number in span)
+        return all(
+            blake3(part).digest() == self._index.chunks[number] for number, part in zip(span, parts, strict=True)
+        )
 
     async def _ask(self, peer: str, want: WantIndex | WantChunk, limit: int) -> bytes | None:
         try:
@@ -301,6 +326,14 @@ class _Transfer:
         return BlobUnavailable(f"{self._address.hex()} has no provider left ({told or 'none was named'})")
 
 
+def _next_span(queue: list[int]) -> range:
+    """Take the next chunks that follow each other off the end of a queue, smallest last."""
+    first = last = queue.pop()
+    while queue and queue[-1] == last + 1 and last + 1 - first < MAX_SPAN:
+        last = queue.pop()
+    return range(first, last + 1)
+
+
 def _missing_chunks(part: Path, index: BlobIndex) -> set[int]:
     """Return the chunks that an earlier attempt did not leave whole in `part`."""
     missing = set(range(len(index.chunks)))
@@ -312,7 +345,7 @@ def _missing_chunks(part: Path, index: BlobIndex) -> set[int]:
     return missing
 
 
-def _write_at(part: Path, offset: int, chunk: bytes) -> None:
+def _write_at(part: Path, offset: int, chunk: Buffer) -> None:
     part.touch()
     try:
         with part.open("r+b") as file:

@@ -35,6 +35,7 @@ from libp2p.stream_muxer.yamux.yamux import (
     YamuxStream,
 )
 
+from tdml_p2p.batched_noise import batch
 from tdml_p2p.streams import shielded
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,8 @@ WINDOW_STALL_SECONDS = 60.0
 MAX_BUFFERED_BYTES = 96 << 20
 """Bytes of unread stream data of one connection."""
 _FRAME_BYTES = 65_519 - 12
+_FRAMES_AT_ONCE = 4
+"""What is queued together: a turn of the event loop for each frame would cost more than its cipher."""
 _QUEUED_BYTES = 512 * 1024
 _MAX_ANSWER_BYTES = 4 << 20
 _BATCH_BYTES = 256 * 1024
@@ -80,10 +83,13 @@ class Stream(YamuxStream):
         start = 0
         while start < len(view):
             await self._wait_for_window()
-            size = min(self._window, _FRAME_BYTES, len(view) - start)
+            size = min(self._window, _FRAMES_AT_ONCE * _FRAME_BYTES, len(view) - start)
             self._window -= size
-            header = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, 0, self.stream_id, size)
-            await self.conn._write_frame(b"".join((header, view[start : start + size])))
+            parts = list[bytes | memoryview]()
+            for first in range(start, start + size, _FRAME_BYTES):
+                part = view[first : min(first + _FRAME_BYTES, start + size)]
+                parts += [struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, 0, self.stream_id, len(part)), part]
+            await self.conn._write_frame(b"".join(parts))
             start += size
 
     async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
@@ -180,13 +186,17 @@ class Muxer(Yamux):
             raise _Violation("the peer ignores the receive window")
         if length + sum(map(len, self.stream_buffers.values())) > MAX_BUFFERED_BYTES:
             raise _Violation("too much unread data")
-        with trio.fail_after(_BODY_SECONDS):
-            data = await self._take(length)
+        if len(self._inbox) < length:
+            with trio.fail_after(_BODY_SECONDS):
+                await self._fill(length)
         buffer = self.stream_buffers.get(stream.stream_id) if stream else None
         if stream is None or buffer is None:
+            del self._inbox[:length]
             return  # the rest of a stream that was closed here
         stream.recv_window -= length
-        buffer += data
+        with memoryview(self._inbox) as inbox, inbox[:length] as data:
+            buffer += data
+        del self._inbox[:length]
         self.stream_events[stream.stream_id].set()
 
     def _on_end(self, stream: YamuxStream, is_reset: bool) -> None:
@@ -201,15 +211,18 @@ class Muxer(Yamux):
 
     async def _take(self, count: int) -> bytes:
         """Return the next `count` bytes of the connection."""
-        inbox = self._inbox
-        while len(inbox) < count:
+        await self._fill(count)
+        taken = bytes(self._inbox[:count])
+        del self._inbox[:count]
+        return taken
+
+    async def _fill(self, count: int) -> None:
+        """Wait until `count` bytes of the connection are here."""
+        while len(self._inbox) < count:
             data = await self.secured_conn.read(None)
             if not data:
                 raise ConnectionClosedError("the peer closed the connection", transport="tcp")
-            inbox += data
-        taken = bytes(inbox[:count])
-        del inbox[:count]
-        return taken
+            self._inbox += data
 
     async def open_stream(self) -> Any:
         """Return a new stream towards the peer."""
@@ -302,6 +315,7 @@ class Muxers(MuxerMultistream):
     async def new_conn(self, conn: Any, peer_id: Any) -> Any:
         """Return the multiplexed connection over a secured one."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        batch(conn)
         muxer = Muxer(conn, peer_id, is_initiator=conn.is_initiator, on_close=_nothing)
         return self._annotate_connection(muxer, conn, protocol)
 

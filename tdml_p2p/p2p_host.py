@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 NEGOTIATE_SECONDS = 20
 CLOSE_SECONDS = 5.0
+_READ_BYTES = 256 * 1024
 Handler = Callable[[Any], Awaitable[None]]
 
 
@@ -60,7 +61,7 @@ class _ReadAhead(ReadWriteCloser):
         if n == 0:
             return b""
         if self._start == len(self._ahead):
-            self._ahead, self._start = await self._stream.read(None), 0
+            self._ahead, self._start = await self._stream.read(_READ_BYTES), 0
         end = len(self._ahead) if n is None else min(self._start + n, len(self._ahead))
         taken = self._ahead[self._start : end]
         self._start = end

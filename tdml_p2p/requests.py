@@ -20,7 +20,7 @@ from tdml_p2p.streams import StreamEnded, abandon, finish, read_exactly, write
 
 log = structlog.get_logger(__name__)
 
-Handler = Callable[[str, bytes], Awaitable[bytes]]
+Handler = Callable[[str, bytes], Awaitable[bytes | memoryview]]
 
 READ_SECONDS = 10.0
 SERVE_SECONDS = 60.0
@@ -29,6 +29,8 @@ MAX_FLYING_BYTES = 128 << 20
 MAX_FLYING_BYTES_OF_ONE = 16 << 20
 """Reply bytes that wait to be read: of all peers, and of one. Who has none on its way is always answered."""
 _OK, _REFUSED = 0, 1
+_JOINED_BYTES = 60 * 1024
+"""Of a reply, what is copied beside its length, to go in one frame with it."""
 
 
 class RequestReason(StrEnum):
@@ -154,7 +156,7 @@ class Requests:
         fits = own + size <= MAX_FLYING_BYTES_OF_ONE and self.flying.total() + size <= MAX_FLYING_BYTES
         return not own or fits
 
-    async def _run_handler(self, handler: Handler, sender: str, data: bytes) -> tuple[int, bytes]:
+    async def _run_handler(self, handler: Handler, sender: str, data: bytes) -> tuple[int, bytes | memoryview]:
         try:
             with trio.fail_after(SERVE_SECONDS):
                 return _OK, await handler(sender, data)
@@ -191,10 +193,14 @@ async def _exchange(stream: Any, peer: str, data: bytes, limit: int) -> bytes:
     return reply
 
 
-async def _answer(stream: Any, status: int, data: bytes) -> None:
+async def _answer(stream: Any, status: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
     try:
         with trio.fail_after(SERVE_SECONDS):
-            await write(stream, bytes([status]) + len(data).to_bytes(4, "big") + data)
+            head = bytes([status]) + len(view).to_bytes(4, "big")
+            await write(stream, head + bytes(view[:_JOINED_BYTES]))
+            if len(view) > _JOINED_BYTES:
+                await write(stream, view[_JOINED_BYTES:])
     except (trio.TooSlowError, StreamEnded):
         await abandon(stream)
         return

@@ -49,13 +49,11 @@ async def read_exactly(stream: Any, count: int) -> bytes:
     """Return exactly `count` bytes; raise `StreamEnded`. The caller has bounded `count`."""
     if count == 0:
         return b""
-    piece = await read_some(stream, count)
-    if len(piece) == count:
-        return piece
-    buffer = bytearray(piece)
-    while len(buffer) < count:
-        buffer += await read_some(stream, count - len(buffer))
-    return bytes(buffer)
+    pieces, missing = list[bytes](), count
+    while missing:
+        pieces.append(await read_some(stream, missing))
+        missing -= len(pieces[-1])
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 async def read_some(stream: Any, limit: int) -> bytes:

@@ -44,6 +44,7 @@ _RETRY_SECONDS = 0.5
 _SPARE_BLOCKS = 2
 _REVEALS_AT_ONCE = 8
 """Workers that keep their tensors back make others' reveals wait no longer than this many can."""
+_MANY = 4
 _LANES = ("open", "reveal", "commit", "judge")
 
 
@@ -99,11 +100,13 @@ class Auditor:
         """Take up the duties of a new final state; those that are over are forgotten."""
         self._height, self._params = state.height, state.params
         self._end_limits()
-        duties = sorted(state.duties(self._account), key=lambda duty: duty.drawn_at)
+        duties = sorted(state.duties(self._account), key=partial(_turn, state))
         self._due = {(duty.kind, duty.audit, duty.round) for duty in duties}
         self._busy &= self._due
         rounds = {(duty.audit, duty.round) for duty in duties}
         self._asked = {name: since for name, since in self._asked.items() if name in rounds}
+        active = {audit.id for audit in state.active_audits()}
+        self._answers = {name: answer for name, answer in self._answers.items() if name[0] in active}
         for duty in duties:
             name = (duty.kind, duty.audit, duty.round)
             audit = state.audit(duty.audit)
@@ -113,6 +116,11 @@ class Auditor:
             # the chain gives more time for audits taken in the order of their draws, but not for disputes
             lane = "judge" if duty.kind == "commit" and duty.round else duty.kind
             self._lanes[lane][0].send_nowait((duty, audit))
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more re-executions are owed than come up at once now and then."""
+        return sum(kind == "commit" for kind, _, _ in self._due) > _MANY
 
     async def run(self) -> None:
         """Answer duties until cancelled; openings wait for nothing, and reveals not for re-executions."""
@@ -258,7 +266,9 @@ class Auditor:
                 if len(claimed) == len(disputed):
                     break
         limits = limits_for(self._params, answer.reveal)
-        is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
+        is_false = False
+        if claimed:  # else all is, bit for bit, what was claimed
+            is_false = await trio.to_thread.run_sync(has_false_results, answer.execution, claimed, limits)
         if is_false and answer.doubt is not None:
             is_false = await answer.doubt.stands(partial(has_false_results, answer.execution, claimed, limits))
         is_missing = len(claimed) < len(disputed)
@@ -266,6 +276,12 @@ class Auditor:
         if result is not None and not is_false and not is_missing and answer.cell.manifest.quorum == 1:
             is_missing = await self._reexecutor.handed_others(answer.cell, worker, result, limits, until)
         return Finding(is_false, is_missing)
+
+
+def _turn(state: State, duty: Duty) -> tuple[int, bytes]:
+    """Return when a duty is taken up: in the order of the draws, the cells of one claim (one state) together."""
+    audit = state.audit(duty.audit)
+    return duty.drawn_at, b"" if audit is None else audit.claim
 
 
 def _is_misled(answer: Answer, audited: Reveal, opening: Opening) -> bool:

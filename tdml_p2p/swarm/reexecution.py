@@ -136,6 +136,8 @@ class Reexecutor:
         self.bases = BaseShelf(fetch, compute)
         self._steps = StepAuditor(self._fetch, self._ask, compute)
         self._stages: dict[tuple[bytes, int], Stage] = {}
+        self._loaded: dict[tuple[bytes, int], bytes] = {}
+        """Of stages that hold weights now, the address of these."""
         self._turn = trio.Lock()
 
     async def run(self, cell: Cell, keep: Keep | None = None) -> Execution:
@@ -150,7 +152,7 @@ class Reexecutor:
                 execution, material = await self._steps.run(cell)
             else:
                 inputs = await self.inputs(cell)
-                result, material = await self._run(cell, inputs.x.address, inputs.gy.address)
+                result, material = await self._run(cell, inputs.x.address, inputs.gy.address, is_kept=keep is not None)
                 execution = Execution(inputs, result)
             if keep is not None:
                 with limited_by(None):
@@ -168,26 +170,49 @@ class Reexecutor:
     async def again(self, cell: Cell, execution: Execution, seed: int) -> Execution:
         """Return the execution of a cell on material whose last bits are changed; raise `Unavailable`."""
         with span("execute again", cell.wanted.step, cell.wanted.cell):
-            result, _ = await self._run(cell, execution.inputs.x.address, execution.inputs.gy.address, seed)
+            inputs = execution.inputs
+            result, _ = await self._run(cell, inputs.x.address, inputs.gy.address, seed=seed)
         return replace(execution, result=result)
 
     async def _run(
-        self, cell: Cell, x_address: bytes, gy_address: bytes, seed: int = 0
+        self, cell: Cell, x_address: bytes, gy_address: bytes, *, is_kept: bool = False, seed: int = 0
     ) -> "tuple[CellResult, tuple[Buffer, ...]]":
-        """Return the result on this material, its last bits shaken if there is a seed, and what it rests on."""
+        """Return a cell's results, last bits shaken if there is a seed, and the blobs behind them if they are kept."""
         place = cell.wanted
         with span("fetch", place.step, place.cell):
             x, gy, root = await all_of((x_address, gy_address, cell.state), lambda one: self._fetch(one, cell.holders))
         try:
             address = await self._compute(partial(_weights_of, bytes(root), cell.state))
-            with span("fetch weights", place.step, place.cell):
-                weights = await self._fetch(address, cell.holders)
-            async with self._turn:
-                stage = await self._stage(cell)
-                result = await self._compute(partial(_execute, stage, cell, (x, gy, weights), seed))
+            result, weights = await self._on_weights(cell, (x, gy), address, is_fetched=is_kept, seed=seed)
         except ValueError as error:  # signed for and rightly addressed, and yet nothing that a stage takes
             raise Unavailable(f"the material cannot be used: {error}") from None
+        if weights is None or not is_kept:
+            return result, ()
         return result, (encode_manifest(cell.manifest), root, weights, x, gy, *await self._base_parts(cell))
+
+    async def _on_weights(
+        self, cell: Cell, given: tuple[Buffer, Buffer], address: bytes, *, is_fetched: bool, seed: int
+    ) -> "tuple[CellResult, Buffer | None]":
+        """Return a cell's results on the weights of an address, and these if they were fetched.
+
+        The cells of one state come one after another: what the stage still holds of the last one is neither fetched nor
+        hashed nor loaded again.
+        """
+        name, place = (cell.manifest.address, cell.wanted.stage), cell.wanted
+        while True:
+            weights: Buffer | None = None
+            if is_fetched or seed or self._loaded.get(name) != address:
+                with span("fetch weights", place.step, place.cell):
+                    weights = await self._fetch(address, cell.holders)
+            async with self._turn:
+                stage = await self._stage(cell)
+                if weights is None and self._loaded.get(name) != address:
+                    continue  # another cell has come in between
+                self._loaded.pop(name, None)
+                result = await self._compute(partial(_execute, stage, cell, (*given, weights), seed))
+                if not seed:
+                    self._loaded[name] = address
+                return result, weights
 
     async def _base_parts(self, cell: Cell) -> tuple[Buffer, ...]:
         """Return the frozen weights under adapters, part by part."""
@@ -255,7 +280,9 @@ class Reexecutor:
                 stage.load_base(await self.bases.get(manifest, index, cell.holders))
             self._stages[manifest.address, index] = stage
             while len(self._stages) > _MAX_STAGES:
-                del self._stages[next(iter(self._stages))]
+                oldest = next(iter(self._stages))
+                del self._stages[oldest]
+                self._loaded.pop(oldest, None)
         return stage
 
 
@@ -271,18 +298,23 @@ def _build(manifest: TaskManifest, index: int) -> "Stage":
     return build_stage(manifest, index)
 
 
-def _execute(stage: "Stage", cell: Cell, material: tuple[Buffer, Buffer, Buffer], seed: int) -> "CellResult":
+def _execute(stage: "Stage", cell: Cell, material: tuple[Buffer, Buffer, Buffer | None], seed: int) -> "CellResult":
+    """Return a cell's results, of material whose last bits are shaken if there is a seed.
+
+    Without weights the stage holds them already.
+    """
     from trainer.spread import shaken_cell
     from trainer.stage import CellKey, execute
     from trainer.tensors import vector_of
 
     manifest, place, (x, gy, weights) = cell.manifest, cell.wanted, material
-    with span("load", place.step, place.cell):
-        given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
-        state = vector_of(weights, stage.layout.total)
-        if seed:
-            state, given, back = shaken_cell(state, given, back, seed)
-        stage.load(state)
+    given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
+    if weights is not None:
+        with span("load", place.step, place.cell):
+            state = vector_of(weights, stage.layout.total)
+            if seed:
+                state, given, back = shaken_cell(state, given, back, seed)
+            stage.load(state)
     key = CellKey(0, place.step, place.cell)
     with span("audit", place.step, place.cell):
         if stage.spec.is_last:

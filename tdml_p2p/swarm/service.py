@@ -5,7 +5,7 @@ Torch, and all that needs it, is loaded in the compute thread with the first wor
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -20,6 +20,7 @@ from tdml_p2p.swarm.admission import known_answers
 from tdml_p2p.swarm.applying import Applicant
 from tdml_p2p.swarm.audited import audited_cell
 from tdml_p2p.swarm.auditor import Auditor
+from tdml_p2p.swarm.computing import ModestCompute, TorchCompute
 from tdml_p2p.swarm.discretion import may_have_gradient
 from tdml_p2p.swarm.evidence import EvidenceStore, keep_evidence
 from tdml_p2p.swarm.inputs import (
@@ -43,7 +44,7 @@ from tdml_p2p.swarm.tracing import MAX_TRACE_REQUEST_BYTES, TRACE_PROTOCOL, Trac
 from tdml_p2p.swarm.transport import SwarmTransport
 from trainer.faults import COMPUTE_ERRORS
 from trainer.manifest import TaskManifest
-from trainer.runtime import prepare_memory, prepare_process, release_memory
+from trainer.runtime import prepare_memory, release_memory
 from trainer.trace import Recorder, lane, recording, span
 from trainer.worker_ports import ThreadCompute
 
@@ -57,29 +58,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 StageFactory = Callable[[TaskManifest, int], "StageLike"]
-T = TypeVar("T")
 _INPUTS_SECONDS = 10.0
 _BASE_SECONDS = 1.0
-
-
-class _Compute(ThreadCompute):
-    """Torch work in one thread; the first piece loads torch."""
-
-    def __init__(self, threads: int) -> None:
-        super().__init__()
-        self._threads = threads
-        self._is_ready = False
-
-    async def __call__(self, work: Callable[[], T], /) -> T:
-        """Return what `work` returns, run in a thread."""
-        return await super().__call__(partial(self._prepared, work))
-
-    def _prepared(self, work: Callable[[], T]) -> T:
-        if not self._is_ready:
-            prepare_process(self._threads)
-            self._is_ready = True
-        with lane("compute"):
-            return work()
 
 
 def _builder(recompute: bool) -> StageFactory:
@@ -99,11 +79,13 @@ class SwarmService:
         self._engine: ChainEngine = peer.engine
         self._account = peer.key.account
         self._factory = stage_factory or _builder(peer.config.recompute)
-        self._compute = _Compute(peer.config.threads)
+        self._compute = TorchCompute(peer.config.threads)
         self.library = Library(peer.network, self._local_blob)
         self._outbox = Outbox(peer.engine.submit)
         self._evidence = EvidenceStore(peer.home.evidence_path, peer.network.blobs.store)
-        self._reexecutor = Reexecutor(self.library.fetch, self._ask, self._compute, self._recorder_of)
+        # audits take turns with a peer's own training, and give way to that of others
+        audits = self._compute if peer.config.work else ModestCompute(peer.config.threads, self._is_behind)
+        self._reexecutor = Reexecutor(self.library.fetch, self._ask, audits, self._recorder_of)
         self._auditor = Auditor(
             self._account,
             self._outbox,
@@ -118,6 +100,7 @@ class SwarmService:
         self.applicant = Applicant(
             self._engine, self._compute, peer.config.memory, self._known_answers, self._held_memory
         )
+        self._is_idle = True
         self._taken: set[bytes] = set()
         self._wanted: set[bytes] = set()
         self._sources: list[Callable[[bytes], memoryview | None]] = []
@@ -125,7 +108,7 @@ class SwarmService:
 
     async def run(self, *, task_status: "TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Follow the chain and do what it asks of this peer, until cancelled."""
-        if self._peer.config.work:
+        if self._peer.config.work or self._peer.config.validate:  # whoever has stake audits
             prepare_memory()  # before the threads whose arenas it forbids
         self._peer.network.on_request(PROTOCOL, self._serve_inputs, MAX_REQUEST_BYTES)
         tracing = TraceService(self._recorder_for)
@@ -168,7 +151,8 @@ class SwarmService:
                 if task.id in unmeasured:
                     nursery.start_soon(self.applicant.hold, task.id, manifest)
                 self._follow(state, task, manifest, nursery)
-        if self._forget_ended(state):
+        was_idle, self._is_idle = self._is_idle, not state.open_tasks() and next(state.active_audits(), None) is None
+        if self._forget_ended(state) or (self._is_idle and not was_idle):
             nursery.start_soon(trio.to_thread.run_sync, release_memory)
         self._auditor.on_state(state)
 
@@ -344,6 +328,9 @@ class SwarmService:
             raise Unavailable(str(error)) from None
 
     # audits
+
+    def _is_behind(self) -> bool:
+        return self._auditor.is_behind
 
     async def _open_audit(self, audit: Audit) -> Opening | None:
         session = self._sessions.get(audit.task)

@@ -175,12 +175,49 @@ async def test_two_providers_with_a_half_each_make_a_whole() -> None:
 
             async def half(sender: str, request: bytes, serve=serve, rest: int = rest) -> bytes:
                 want = decode_want(request)
-                if isinstance(want, WantChunk) and want.number % 2 != rest:
+                if isinstance(want, WantChunk) and (want.count > 1 or want.number % 2 != rest):
                     raise Refused(ABSENT)
                 return await serve(sender, request)
 
             holder.on_request(PROTOCOL, half, 256)
         assert bytes(await reader.blobs.fetch(address, [even.peer, odd.peer])) == data
+
+
+@pytest.mark.parametrize("false", [0, CHUNK_BYTES - 1, CHUNK_BYTES, 2 * CHUNK_BYTES - 1])
+async def test_a_false_byte_in_either_chunk_of_a_reply_is_found(false: int) -> None:
+    async with meshed(2) as (liar, reader):
+        data = content(2 * CHUNK_BYTES)
+        address = await liar.blobs.put(data)
+        serve = liar.blobs._serve
+
+        async def lie(sender: str, request: bytes) -> bytes:
+            reply = bytearray(await serve(sender, request))
+            if isinstance(decode_want(request), WantChunk):
+                reply[false] ^= 1
+            return bytes(reply)
+
+        liar.on_request(PROTOCOL, lie, 256)
+        with pytest.raises(BlobUnavailable, match="false bytes"):
+            await reader.blobs.fetch(address, [liar.peer])
+        assert reader.limits.penalty(liar.peer) > 0
+
+
+async def test_chunks_that_follow_each_other_come_in_one_reply() -> None:
+    async with meshed(2) as (holder, reader):
+        data = content(5 * CHUNK_BYTES + 7)
+        address = await holder.blobs.put(data)
+        asked: list[tuple[int, int]] = []
+        serve = holder.blobs._serve
+
+        async def count(sender: str, request: bytes) -> bytes:
+            want = decode_want(request)
+            if isinstance(want, WantChunk):
+                asked.append((want.number, want.count))
+            return await serve(sender, request)
+
+        holder.on_request(PROTOCOL, count, 256)
+        assert bytes(await reader.blobs.fetch(address, [holder.peer])) == data
+        assert sorted(asked) == [(0, 2), (2, 2), (4, 2)]
 
 
 async def test_who_holds_nothing_is_not_asked_for_every_chunk() -> None:
@@ -227,6 +264,8 @@ async def test_a_download_continues_where_it_stopped(tmp_path: Path) -> None:
             async def until_three(sender: str, request: bytes) -> bytes:
                 want = decode_want(request)
                 if isinstance(want, WantChunk):
+                    if want.count > 1:
+                        raise Refused(ABSENT)
                     asked.append(want.number)
                     if len(asked) > 3:
                         raise Refused(ABSENT)
@@ -250,7 +289,7 @@ async def test_a_download_continues_where_it_stopped(tmp_path: Path) -> None:
 async def test_requests_beyond_the_blob_are_refused() -> None:
     async with meshed(2) as (first, second):
         address = await first.blobs.put(content(10))
-        for want in (WantChunk(address, 1), WantChunk(bytes(32), 0), WantIndex(bytes(32))):
+        for want in (WantChunk(address, 1), WantChunk(address, 0, 2), WantChunk(bytes(32), 0), WantIndex(bytes(32))):
             with pytest.raises(RequestFailed) as failed:
                 await second.request(first.peer, PROTOCOL, _encoder.encode(want), limit=100, timeout=5)
             assert failed.value.reason == ABSENT

@@ -224,3 +224,28 @@ async def test_a_ping_is_answered() -> None:
         with trio.fail_after(5):
             assert await right.read(12) == frame(2, 2, 0, 77)
         await end.close()
+
+
+async def test_what_is_queued_together_stays_in_frames_of_one_noise_message() -> None:
+    sent = bytes(range(256)) * 1000
+    async with pair() as (first, second):
+        stream, other = await joined(first, second)
+        units: list[bytes] = []
+        write = first._write_frame
+
+        async def keep(data: bytes) -> None:
+            units.append(data)
+            await write(data)
+
+        first._write_frame = keep
+        await stream.write(sent)
+        assert await read_all(other, len(sent)) == sent
+    frames, sizes = b"".join(units), list[int]()
+    while frames:
+        version, kind, flags, number, length = struct.unpack_from(YAMUX_HEADER_FORMAT, frames)
+        assert (version, kind, flags, number) == (0, 0, 0, stream.stream_id)
+        sizes.append(length)
+        frames = frames[12 + length :]
+    assert len(units) == 1
+    assert max(sizes) == muxer._FRAME_BYTES
+    assert sum(sizes) == len(sent)

@@ -24,6 +24,8 @@ from tdml_p2p.swarm.inputs import (
     signed_input,
 )
 from tdml_p2p.swarm.material import Unavailable
+from tdml_p2p.swarm.reexecution import Execution
+from tests.tdml_p2p.swarm import audit_samples
 from tests.tdml_p2p.swarm.audit_samples import (
     MANIFEST,
     ME,
@@ -525,3 +527,50 @@ async def test_a_new_auditor_commits_after_a_redraw() -> None:
         bench.show(audit_of(0, redraws=1))
         await trio.testing.wait_all_tasks_blocked()
     assert bench.commitments() == [name_of(0)]
+
+
+async def test_results_are_let_go_when_their_audit_has_ended() -> None:
+    """They are as large as a stage each."""
+    bench = Bench()
+    async with running(bench):
+        bench.show(audit_of(0), audit_of(1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(bench.auditor._answers) == 2
+        bench.show(opened(1, opening_of(1)))
+        await trio.testing.wait_all_tasks_blocked()
+        bench.audits.pop(name_of(0))
+        bench.show()
+        assert [identity for identity, _ in bench.auditor._answers] == [name_of(1)]
+        bench.audits.pop(name_of(1))
+        bench.show()
+        assert not bench.auditor._answers
+    assert len(bench.reveals()) == 1
+
+
+async def test_what_is_no_number_and_the_same_bits_is_not_called_false(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(cell: int) -> Execution:
+        honest = execution_of(cell)
+        return Execution(honest.inputs, honest.result._replace(gw=torch.full((20,), torch.nan)))
+
+    monkeypatch.setattr(audit_samples, "execution_of", broken)
+    assert not (await revealed(Bench(), audit_samples.opening_of(0))).contradiction
+
+
+async def test_who_owes_many_re_executions_is_behind() -> None:
+    bench = Bench()
+    bench.show(*(audit_of(cell) for cell in range(4)))
+    assert not bench.auditor.is_behind
+    bench.show(audit_of(4))
+    assert bench.auditor.is_behind
+    bench.show(opened(4, opening_of(4)))
+    assert not bench.auditor.is_behind
+
+
+async def test_the_cells_of_one_claim_are_executed_together_in_the_order_of_the_draws() -> None:
+    bench = Bench()
+    claims = {0: 9, 1: 8, 2: 9, 3: 8}
+    async with running(bench):
+        late = audit_of(4, drawn_at=2, claim=bytes(32))
+        bench.show(late, *(audit_of(cell, claim=bytes([claim]) * 32) for cell, claim in claims.items()))
+        await trio.testing.wait_all_tasks_blocked()
+    assert bench.reexecutor.started == [1, 3, 0, 2, 4]

@@ -233,3 +233,49 @@ async def test_material_that_is_gone_gives_no_second_look() -> None:
     material.blobs.clear()
     with pytest.raises(Unavailable):
         await reexecutor.again(cell, first, 1)
+
+
+async def test_the_cells_of_one_state_have_its_weights_fetched_once() -> None:
+    material, first, fetched = Material(), build_stage(MANIFEST, 0), list[bytes]()
+    later = StageState(0, STATE.weights * 2, STATE.m, STATE.v)
+    roots = (material.state, Material(later).give(later.manifest.encode()))
+    material.blobs |= Material(later).blobs
+
+    async def fetch(address: bytes, holders: Sequence[str]) -> bytes:
+        fetched.append(address)
+        return await material.fetch(address, holders)
+
+    client = frozenset([peer_id(CLIENT.account)])
+    reexecutor = Reexecutor(fetch, material.ask, inline)
+    batch = small_batches(MANIFEST).batch(1, 0)
+    for turn in (0, 0, 1, 0):
+        cell = Cell(WANTED, MANIFEST, roots[turn], (HOLDER,), Senders(client, client))
+        execution = await reexecutor.run(cell)
+        first.load((STATE, later)[turn].weights)
+        expected = execute(first, batch.tokens, batch.labels, None, CellKey(0, WANTED.step, WANTED.cell))
+        assert torch.equal(execution.result.gw, expected.gw)
+    weights = [address for address in fetched if address in (STATE.manifest.weights, later.manifest.weights)]
+    assert weights == [STATE.manifest.weights, later.manifest.weights, STATE.manifest.weights]
+
+
+async def test_evidence_has_the_weights_that_were_not_fetched_again() -> None:
+    material, kept = Material(), list[bytes]()
+
+    async def keep(_inputs: object, blobs: Sequence[bytes | memoryview]) -> None:
+        await trio.lowlevel.checkpoint()
+        kept.extend(map(bytes, blobs))
+
+    client = frozenset([peer_id(CLIENT.account)])
+    cell = Cell(WANTED, MANIFEST, material.state, (HOLDER,), Senders(client, client))
+    reexecutor = Reexecutor(material.fetch, material.ask, inline)
+    await reexecutor.run(cell)
+    await reexecutor.run(cell, keep)
+    assert material.blobs[STATE.manifest.weights] in kept
+
+
+async def test_a_state_without_weights_is_unavailable() -> None:
+    material = Material()
+    empty = msgspec.structs.replace(STATE.manifest, weights=material.give(b""))
+    material.state = material.give(empty.encode())
+    with trio.fail_after(20), pytest.raises(Unavailable):
+        await material.run()
