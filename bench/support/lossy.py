@@ -1,6 +1,9 @@
 """A small model trained on the same tokens with each encoding between its two stages and two replicas."""
 
 import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,8 +25,9 @@ _LAST = 10
 def equal_tokens(steps: int) -> dict[str, Any]:
     """Return, by compression, the mean loss of the last steps, its change, and bytes between stages for a token."""
     train = TrainConfig("llama-tiny", (standard_library(),), steps=steps, batch=4, microbatches=4, sequence=64)
-    prepared = prepare(train)
-    losses = {name: _train(prepared, wire) for name, wire in WIRE.items()}
+    with tempfile.TemporaryDirectory() as folder:  # for the tokens
+        prepared = prepare(replace(train, out=Path(folder)))
+        losses = {name: _train(prepared, wire) for name, wire in WIRE.items()}
     exact = statistics.mean(losses["none"][-_LAST:])
     width = prepared.manifest.hidden
     found = {}
