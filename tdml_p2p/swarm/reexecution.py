@@ -292,12 +292,12 @@ def _build(manifest: TaskManifest, index: int) -> "Stage":
 
 def _execute(stage: "Stage", cell: Cell, x: Buffer, gy: Buffer, weights: Buffer | None) -> "CellResult":
     from trainer.stage import CellKey, execute
-    from trainer.tensors import vector_of
+    from trainer.tensors import view_of
 
     manifest, place = cell.manifest, cell.wanted
     if weights is not None:  # else the stage holds them already
         with span("load", place.step, place.cell):
-            stage.load(vector_of(weights, stage.layout.total))
+            stage.load(view_of(weights, stage.layout.total))
     key = CellKey(0, place.step, place.cell)
     given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
     with span("audit", place.step, place.cell):
