@@ -9,8 +9,8 @@ done with them many steps later, so steps count after three times as many cells,
 
 Prints one JSON object: medians of tokens per second over all rounds with their spread, ratios of the medians, and
 `with_waits`, which counts what a step waits for settled audits. `per_cpu_second` divides by the processor time of all
-processes, chain and audits included, which a busy machine changes less. `audited` is how many audits ended for each cell
-of the counted steps: 0.11 at the usual rate once those of newcomers are over.
+processes, chain and audits included, which a busy machine changes less. `audited` is how many audits ended for a
+counted cell: 0.11 at the usual rate once those of newcomers are over.
 """
 
 import argparse
