@@ -66,6 +66,7 @@ def _row(training: Training, runs: list[Run]) -> Run:
         "chain_bytes_per_cell": round(statistics.median(run["chain_bytes"] for run in runs) / cells),
         **wire,
         "audits": [run["audits"] for run in runs],
+        "audited": [run["audited"] for run in runs],
         "peak_memory": runs[-1]["peak_memory"],
     }
 

@@ -179,10 +179,18 @@ def _figures(events: list[dict[str, Any]], training: Training) -> Run:
         "waits": [event["waited"] for event in counted],
         "losses": [event["loss"] for event in events],
         "audits": events[-1]["audits"],
+        "audited": _audited(events, training),
         "generations": events[-1]["generation"] + 1,
         "peak_memory": events[-1]["memory"],
         **_of_links([event["links"] for event in events[training.warm_up - 1 :]]),
     }
+
+
+def _audited(events: list[dict[str, Any]], training: Training) -> float:
+    """Return how many audits ended for a cell of the steps that count: more than the rate while newcomers' still do."""
+    before = events[training.warm_up - 1]["audits"] if training.warm_up else 0
+    cells = len(events[training.warm_up :]) * training.microbatches * training.stages
+    return round((events[-1]["audits"] - before) / max(cells, 1), 3)
 
 
 def _carried(switch: Switch | None) -> list[int]:

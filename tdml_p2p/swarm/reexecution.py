@@ -305,13 +305,13 @@ def _execute(stage: "Stage", cell: Cell, material: tuple[Buffer, Buffer, Buffer 
     """
     from trainer.spread import shaken_cell
     from trainer.stage import CellKey, execute
-    from trainer.tensors import vector_of
+    from trainer.tensors import view_of
 
     manifest, place, (x, gy, weights) = cell.manifest, cell.wanted, material
     given, back = _tensor(x, input_of(manifest, place.stage)), _tensor(gy, gradient_of(manifest, place.stage))
     if weights is not None:
         with span("load", place.step, place.cell):
-            state = vector_of(weights, stage.layout.total)
+            state = view_of(weights, stage.layout.total)
             if seed:
                 state, given, back = shaken_cell(state, given, back, seed)
             stage.load(state)

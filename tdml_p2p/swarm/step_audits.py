@@ -197,9 +197,9 @@ def _decoded(data: Buffer, wire: Dtype, size: int) -> "torch.Tensor":
 
 
 def _vector(data: Buffer, size: int) -> "torch.Tensor":
-    from trainer.tensors import vector_of
+    from trainer.tensors import view_of
 
-    return vector_of(data, size)
+    return view_of(data, size)
 
 
 def _result(state: "StageState") -> "CellResult":
