@@ -15,7 +15,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bench.support.links import Link, why_not
@@ -27,16 +29,16 @@ _NEWCOMER_CELLS = 50
 Run = dict[str, Any]
 
 
-def audits(training: Training, rounds: int) -> dict[str, Run]:
-    """Return the cost of auditing at each rate, in alternation."""
+def audits(training: Training, rounds: int, rates: Sequence[float] = RATES) -> dict[str, Run]:
+    """Return the cost of auditing at each rate, the first being none, in alternation."""
     settled = 3 * -(-_NEWCOMER_CELLS // training.microbatches)
-    runs: dict[float, list[Run]] = {rate: [] for rate in RATES}
+    runs: dict[float, list[Run]] = {rate: [] for rate in rates}
     for _ in range(rounds):
         for rate, found in runs.items():
             found.append(run_swarm(replace(training, audit_rate=rate, warm_up=settled)))
             print("audits", rate, statistics.median(found[-1]["seconds"]), file=sys.stderr, flush=True)
     rows = {rate: _row(training, found) for rate, found in runs.items()}
-    bare = rows[RATES[0]]
+    bare = rows[rates[0]]
     for row in rows.values():
         row["extra_cpu"] = round(row["cpu_per_1000_tokens"] / bare["cpu_per_1000_tokens"] - 1, 3)
         row["speed"] = round(row["tokens_per_second"] / bare["tokens_per_second"], 3)
@@ -79,13 +81,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--model", default="llama-tiny")
     parser.add_argument("--only", nargs="+", choices=("audits", "shapes"), default=("audits", "shapes"))
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a cell")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES[1:], help="rates of auditing beside none")
     options = parser.parse_args()
-    training = Training(options.model, steps=options.steps)
+    training = Training(options.model, steps=options.steps, batch=options.batch)
     started = time.monotonic()
-    parts = {"audits": audits, "shapes": shapes}
+    parts = {"audits": partial(audits, rates=(0.0, *options.rates)), "shapes": shapes}
     found = {name: parts[name](training, options.rounds) for name in options.only}
     load = {"seconds": round(time.monotonic() - started), "load_average": os.getloadavg()}
-    print(json.dumps({**found, "model": options.model, **load}))
+    print(json.dumps({**found, "model": options.model, "batch": options.batch, **load}))
 
 
 if __name__ == "__main__":
