@@ -106,7 +106,7 @@ def poisoning(liar: Network, state: StageState, poison: Poison) -> Answer:
     """Return how a liar that has the state answers."""
 
     async def answer(sender: str, request: bytes) -> bytes:
-        return poison.of(state, request, await liar.blobs._serve(sender, request))
+        return poison.of(state, request, bytes(await liar.blobs._serve(sender, request)))
 
     return answer
 
