@@ -31,7 +31,7 @@ Run = dict[str, Any]
 
 def audits(training: Training, rounds: int, rates: Sequence[float] = RATES) -> dict[str, Run]:
     """Return the cost of auditing at each rate, the first being none, in alternation."""
-    settled = 3 * -(-_NEWCOMER_CELLS // training.microbatches)
+    settled = 6 * -(-_NEWCOMER_CELLS // training.microbatches)
     runs: dict[float, list[Run]] = {rate: [] for rate in rates}
     for _ in range(rounds):
         for rate, found in runs.items():

@@ -39,7 +39,7 @@ def ways(training: Training, hivemind: Path | None) -> dict[str, Callable[[], Ru
     """Return how to measure each way of training, by name, in the order of a round."""
     threads = min(os.cpu_count() or 1, training.stages)
     # a worker does every micro-batch of a step at one replica a stage
-    settled = 3 * -(-NEWCOMER_CELLS // training.microbatches)
+    settled = 6 * -(-NEWCOMER_CELLS // training.microbatches)
     audited = max(training.steps, USUAL_STEPS)  # an audit or two a step: a few steps would be a matter of luck
     usual = replace(training, audit_rate=0.1, warm_up=max(settled, training.warm_up), steps=audited)
     found: dict[str, Callable[[], Run]] = {

@@ -7,15 +7,19 @@ one and steps its optimiser after each micro-batch; the client computes nothing 
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch==2.13.0", "hivemind==1.1.12", "transformers==5.23.0")
 _ROOT = Path(__file__).parents[2]
+_MOST_SECONDS = 1800.0
 Run = dict[str, Any]
 
 
@@ -35,9 +39,17 @@ def run_hivemind(job: Any, folder: Path) -> Run:
 
     def start(*arguments: str) -> "subprocess.Popen[str]":
         command = [str(python), "-m", "bench.support.hivemind_rival", job.encode(), *arguments]
-        return subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=-3, text=True, cwd=_ROOT)
+        started = subprocess.Popen(
+            command, env=environment, stdin=-1, stdout=-1, stderr=-3, text=True, cwd=_ROOT, start_new_session=True
+        )
+        everyone.append(started)
+        return started
 
+    everyone: list[subprocess.Popen[str]] = []
     servers: list[subprocess.Popen[str]] = []
+    watch = threading.Timer(_MOST_SECONDS, _end, [everyone])
+    watch.daemon = True
+    watch.start()
     try:
         address = ""
         for index in range(len(job.cuts)):
@@ -52,6 +64,14 @@ def run_hivemind(job: Any, folder: Path) -> Run:
     finally:
         for server in servers:
             server.communicate()
+        watch.cancel()
+
+
+def _end(processes: "list[subprocess.Popen[str]]") -> None:
+    """End processes with all that they have started: hivemind now and then hangs when it starts."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _line(process: "subprocess.Popen[str]") -> Run:
