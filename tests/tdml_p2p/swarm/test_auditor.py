@@ -1,8 +1,7 @@
 """The auditor answers every duty in its time, and nothing that goes wrong in one audit reaches another."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 import msgspec
 import pytest
@@ -40,22 +39,18 @@ from tests.tdml_p2p.swarm.audit_samples import (
     opening_off,
     status,
 )
+from tests.tdml_p2p.swarm.session_kit import without_threads
 from trainer.content import address_of
 from trainer.tensors import buffer_of
 
-T = TypeVar("T")
 CLIENT = PrivateKey(bytes([8]) * 32)
 
 
 @pytest.fixture(autouse=True)
-def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _inline() -> Iterator[None]:
     """Do the work of threads at once: virtual time does not wait for threads."""
-
-    async def at_once(work: Callable[..., T], *args: object) -> T:
-        await trio.lowlevel.checkpoint()
-        return work(*args)
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    with without_threads():
+        yield
 
 
 @asynccontextmanager

@@ -1,7 +1,6 @@
 """What a worker handed its neighbours against what it claims: signed inputs that these hold are proof, nothing else."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import pytest
@@ -16,13 +15,13 @@ from tdml_p2p.swarm.handed import Handed, is_gross
 from tdml_p2p.swarm.inputs import Descriptor, Senders, Wanted, decode_wanted, encode, expected_messages, signed_input
 from tdml_p2p.swarm.material import Unavailable
 from tdml_p2p.swarm.reexecution import Cell
+from tests.tdml_p2p.swarm.session_kit import without_threads
 from tests.trainer.swarm_kit import manifest_of
 from trainer.content import address_of
 from trainer.manifest import TaskManifest
 from trainer.payloads import Dtype, pack
 from trainer.stage import CellResult
 
-T = TypeVar("T")
 TASK = bytes(range(32))
 WORKER, BEFORE, AFTER, OTHER = (PrivateKey(bytes([number]) * 32) for number in range(2, 6))
 LIMITS: Limits = limits_for(Params())
@@ -30,14 +29,10 @@ SHAPE = (2, 8, 16)
 
 
 @pytest.fixture(autouse=True)
-def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _inline() -> Iterator[None]:
     """Do the work of threads at once: virtual time does not wait for threads."""
-
-    async def at_once(work: Callable[..., T], *args: object) -> T:
-        await trio.lowlevel.checkpoint()
-        return work(*args)
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    with without_threads():
+        yield
 
 
 def result() -> CellResult:
