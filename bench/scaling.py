@@ -2,9 +2,9 @@
 
 Swarms of real peers train a small model. `audits` compares rates of auditing: extra processor seconds of all processes
 for a token, and tokens per second, over those without audits; the steps that count come after the newcomers' first
-cells and their audits. `shapes` has the processor seconds of a thousand tokens, and bytes of a cell on wire and chain,
-as the swarm grows. Processor time is of all processes, chain and client included; it counts on a busy machine, tokens
-per second only within one run.
+cells; their audits may end later, and `audited` tells how many did for each cell. `shapes` has the processor seconds of
+a thousand tokens, and bytes of a cell on wire and chain, as the swarm grows. Processor time is of all processes, chain
+and client included; it counts on a busy machine, tokens per second only within one run.
 
 Prints one JSON object. Bytes on the wire are counted where peers can have network namespaces of their own.
 """
