@@ -2,13 +2,14 @@
 
 Prints one JSON object: megabytes per second (10^6) of one-way transfer for several sizes of message, by
 tensor frames, by a bare stream of the same host, and by a bare stream of libp2p's own host with Noise, each
-with the processor seconds of both processes for 10^9 bytes; and the milliseconds of a small request and its
-reply. The other process is this file with `--serve`.
+with the processor seconds of both processes for 10^9 bytes, the same of blobs that are fetched by their address;
+and the milliseconds of a small request and its reply. The other process is this file with `--serve`.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tdml_p2p.host import Network, NetworkConfig
 from tdml_p2p.peers import peer_info
 from tdml_p2p.streams import READ_BYTES, WRITE_BYTES, StreamEnded, read_exactly, read_some
 from tdml_p2p.tensors import Frame
+from trainer.content import address_of
 
 CHAIN = bytes(32)
 SESSION = bytes(range(32))
@@ -63,7 +65,12 @@ async def echo(_sender: str, data: bytes) -> bytes:
     return data
 
 
-async def serve() -> None:
+def blob(size: int) -> bytes:
+    """Return bytes of which no chunk is like another."""
+    return random.Random(size).randbytes(size)
+
+
+async def serve(sizes: list[int]) -> None:
     """Take everything until standard input closes; acknowledge every tensor frame with a small one."""
     stock = stock_host(bytes([4]) * 32)
     config = NetworkConfig()
@@ -71,6 +78,8 @@ async def serve() -> None:
         network.host.set_stream_handler(RAW, absorb)
         stock.set_stream_handler(RAW, absorb)
         network.on_request(ECHO, echo, 1 << 20)
+        for size in sizes:
+            await network.blobs.put(blob(size))
         frames = network.tensors.open_session(SESSION)
         addresses = {"network": network.addresses[0], "stock": str(stock.get_addrs()[0])}
         print(json.dumps(addresses), flush=True)
@@ -129,6 +138,15 @@ async def tensor_speed(network: Network, frames: Any, peer: str, size: int, coun
     return size * count / (trio.current_time() - start) / 1e6
 
 
+async def blob_speed(network: Network, peer: str, address: bytes, size: int, count: int) -> float:
+    """Return the MB/s of fetching a blob `count` times."""
+    await network.blobs.fetch(address, [peer])
+    start = trio.current_time()
+    for _ in range(count):
+        await network.blobs.fetch(address, [peer])
+    return size * count / (trio.current_time() - start) / 1e6
+
+
 async def request_milliseconds(network: Network, peer: str, count: int) -> float:
     """Return the median time of a 64-byte request and its reply."""
     taken = []
@@ -153,6 +171,7 @@ async def measure(addresses: dict[str, str], sizes: list[int], total: int, round
                 "raw": partial(raw_speed, network.host, ID.from_string(peer), size, count),
                 "tensor": partial(tensor_speed, network, frames, peer, size, count),
                 "stock": partial(raw_speed, stock, stock_info.peer_id, size, count),
+                "blob": partial(blob_speed, network, peer, address_of(blob(size)), size, count),
             }
             speeds, used = await _alternate(ways, rounds, pid)
             best = {name: round(max(values), 1) for name, values in speeds.items()}
@@ -196,11 +215,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if options.serve:
-        trio.run(serve)
+        trio.run(serve, options.sizes)
         return
-    child = subprocess.Popen(
-        [sys.executable, "-m", "bench.transport", "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    sizes = [str(size) for size in options.sizes]
+    command = [sys.executable, "-m", "bench.transport", "--serve", "--sizes", *sizes]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None
     assert child.stdout is not None
     try:

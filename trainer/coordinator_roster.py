@@ -25,7 +25,10 @@ class Status(StrEnum):
 
 @dataclass
 class Member:
-    """A seated worker; `asked` is what it was last asked to prepare, (generation, step)."""
+    """A seated worker; `asked` is what it was last asked to prepare, (generation, step).
+
+    `root` is that of the last state it is known to hold: the one it came with, then of each committed step.
+    """
 
     peer: str
     stage: int

@@ -231,7 +231,7 @@ class Swarm:
         self.state.clear_rounds()
         for member in (*self.state.roster.of(Status.PREPARING), *self.state.roster.of(Status.READY)):
             if member.peer in took_part:
-                member.failures = 0
+                member.failures, member.root = 0, self.state.roots[book.step, member.stage]
             else:
                 is_dissenter = member.peer in dissenters
                 self.repairs.leave_out(member, Reason.STATE_MISMATCH if is_dissenter else "late")

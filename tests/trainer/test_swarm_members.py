@@ -174,6 +174,7 @@ def test_the_last_worker_of_a_stage_hands_its_state_over_and_leaves(stage: int) 
     kit.governor.hooks[4] = leave
     assert_same_model(trained(kit), undisturbed())
     assert PeerJoined(4, stage, "new") in kit.events
+    assert of_kind(kit, PeerLeft) == [PeerLeft(4, stage, f"s{stage}r0", "unseated")]
     assert len(steps_of(kit)) == MANIFEST.steps
 
 
