@@ -5,7 +5,8 @@ bytes the refusal's name.
 """
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -26,8 +27,10 @@ READ_SECONDS = 10.0
 SERVE_SECONDS = 60.0
 MAX_REASON_BYTES = 256
 MAX_FLYING_BYTES = 128 << 20
-MAX_FLYING_BYTES_OF_ONE = 16 << 20
-"""Reply bytes that wait to be read: of all peers, and of one. Who has none on its way is always answered."""
+MAX_FLYING_BYTES_OF_ONE = 32 << 20
+"""Reply bytes that wait to be read: of all peers, and of one."""
+ALWAYS_BYTES = 4 << 20
+"""A reply that a peer gets whatever waits to be read by others, if it has no other on its way."""
 _OK, _REFUSED = 0, 1
 _JOINED_BYTES = 60 * 1024
 """Of a reply, what is copied beside its length, to go in one frame with it."""
@@ -91,10 +94,21 @@ class Requests:
         """Return the peer's reply of up to `limit` bytes; raise `RequestFailed`."""
         try:
             with trio.fail_after(timeout):
-                stream = await self._open(peer, protocol)
-                return await _exchange(stream, peer, data, limit)
+                async with self.reply(peer, protocol, data, limit) as reply:
+                    return await reply.read(reply.size)
         except trio.TooSlowError:
             raise RequestFailed(peer, RequestReason.TIMEOUT) from None
+
+    @asynccontextmanager
+    async def reply(self, peer: str, protocol: str, data: bytes, limit: int) -> AsyncIterator["Reply"]:
+        """Give a reply of up to `limit` bytes, to be read in parts in the caller's time; raise `RequestFailed`."""
+        stream = await self._open(peer, protocol)
+        reply = Reply(peer, stream)
+        try:
+            await reply.begin(data, limit)
+            yield reply
+        finally:
+            await (finish(stream) if reply.is_read else abandon(stream))
 
     async def _open(self, peer: str, protocol: str) -> Any:
         try:
@@ -154,7 +168,7 @@ class Requests:
         """Whether a reply may wait to be read: a peer that does not read keeps no other from its answers."""
         own = self.flying[sender]
         fits = own + size <= MAX_FLYING_BYTES_OF_ONE and self.flying.total() + size <= MAX_FLYING_BYTES
-        return not own or fits
+        return fits or (not own and size <= ALWAYS_BYTES)
 
     async def _run_handler(self, handler: Handler, sender: str, data: bytes) -> tuple[int, bytes | memoryview]:
         try:
@@ -174,23 +188,44 @@ class Requests:
         return _REFUSED, reason.encode()[:MAX_REASON_BYTES]
 
 
-async def _exchange(stream: Any, peer: str, data: bytes, limit: int) -> bytes:
-    is_done = False
-    try:
-        await write(stream, len(data).to_bytes(4, "big") + data)
-        status, *length = await read_exactly(stream, 5)
+class Reply:
+    """A peer's answer on its way: `size` bytes, of which the rest is yet to be read."""
+
+    def __init__(self, peer: str, stream: Any) -> None:
+        self.size = 0
+        self._peer = peer
+        self._stream = stream
+        self._rest: int | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether nothing more comes."""
+        return self._rest == 0
+
+    async def begin(self, data: bytes, limit: int) -> None:
+        """Send the request and read the length of the answer; raise `RequestFailed`, also with the peer's refusal."""
+        try:
+            await write(self._stream, len(data).to_bytes(4, "big") + data)
+            status, *length = await read_exactly(self._stream, 5)
+        except StreamEnded:
+            raise RequestFailed(self._peer, RequestReason.BROKEN) from None
         size = int.from_bytes(bytes(length), "big")
         if size > (limit if status == _OK else MAX_REASON_BYTES):
-            raise RequestFailed(peer, RequestReason.REPLY_TOO_LARGE)
-        reply = await read_exactly(stream, size)
-        is_done = True
-    except StreamEnded:
-        raise RequestFailed(peer, RequestReason.BROKEN) from None
-    finally:
-        await (finish(stream) if is_done else abandon(stream))
-    if status != _OK:
-        raise RequestFailed(peer, reply.decode("utf-8", "replace"))
-    return reply
+            raise RequestFailed(self._peer, RequestReason.REPLY_TOO_LARGE)
+        self.size = self._rest = size
+        if status != _OK:
+            raise RequestFailed(self._peer, (await self.read(size)).decode("utf-8", "replace"))
+
+    async def read(self, count: int) -> bytes:
+        """Return the next `count` bytes; raise `RequestFailed` when they do not come, `ValueError` beyond the end."""
+        if self._rest is None or count > self._rest:
+            raise ValueError(f"{count} bytes are more than is left of the reply")
+        try:
+            data = await read_exactly(self._stream, count)
+        except StreamEnded:
+            raise RequestFailed(self._peer, RequestReason.BROKEN) from None
+        self._rest -= count
+        return data
 
 
 async def _answer(stream: Any, status: int, data: bytes | memoryview) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from tdml_p2p.blobs import BlobUnavailable
+from tdml_p2p.blob_transfer import BlobUnavailable
 from tdml_p2p.host import Network
 from tdml_p2p.swarm.material import Buffer, Unavailable
 from trainer.manifest import MAX_MANIFEST_BYTES, ManifestError, TaskManifest, decode_manifest

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trio
 
-from tdml_p2p.blobs import ABSENT, PROTOCOL, IndexReply, WantIndex, _encoder, decode_want
+from tdml_p2p.blob_transfer import ABSENT, PROTOCOL, IndexReply, WantIndex, _encoder, decode_want
 from tdml_p2p.host import Network
 from tdml_p2p.requests import Refused
 from tdml_p2p.swarm.library import Library

@@ -4,6 +4,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -11,11 +12,12 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdml_p2p import blobs
+from tdml_p2p import blob_transfer
 from tdml_p2p.blob_store import BlobStore, DiskFull
-from tdml_p2p.blobs import ABSENT, PROTOCOL, BlobUnavailable, WantChunk, WantIndex, _encoder, decode_want
+from tdml_p2p.blob_transfer import ABSENT, PROTOCOL, BlobUnavailable, WantChunk, WantIndex, _encoder, decode_want
 from tdml_p2p.host import Network
-from tdml_p2p.requests import Refused, RequestFailed
+from tdml_p2p.requests import Refused, RequestFailed, RequestReason
+from tdml_p2p.streams import abandon, finish, read_exactly, write
 from tests.tdml_p2p.network_kit import CHAIN, QUICK, key, meshed, until
 from trainer.content import CHUNK_BYTES, address_of, index_of
 
@@ -127,7 +129,7 @@ async def test_a_lying_provider_is_found_out_and_the_honest_one_used() -> None:
 async def test_of_a_liar_a_silent_holder_and_an_honest_one_only_the_liar_is_blamed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(blobs, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(blob_transfer, "_PATIENCE_SECONDS", 0.2)
     async with meshed(4) as (liar, silent, honest, reader):
         data = content(9 * CHUNK_BYTES + 5)
         address = await honest.blobs.put(data)
@@ -144,9 +146,9 @@ async def test_of_a_liar_a_silent_holder_and_an_honest_one_only_the_liar_is_blam
         liar.on_request(PROTOCOL, lie, 256)
         silent.on_request(PROTOCOL, stay_silent, 256)
         providers = [silent.peer, liar.peer, honest.peer]
-        with trio.fail_after(blobs._SECONDS / 2):
+        with trio.fail_after(blob_transfer._SECONDS / 2):
             assert bytes(await reader.blobs.fetch(address, providers)) == data
-        assert len(asked) <= 1 + blobs._PARALLEL
+        assert len(asked) <= 1 + blob_transfer._PARALLEL
         assert reader.limits.penalty(liar.peer) > 0
         assert reader.limits.penalty(silent.peer) == 0
         assert reader.limits.penalty(honest.peer) == 0
@@ -186,7 +188,7 @@ async def test_two_providers_with_a_half_each_make_a_whole() -> None:
 @pytest.mark.parametrize("false", [0, CHUNK_BYTES - 1, CHUNK_BYTES, 2 * CHUNK_BYTES - 1])
 async def test_a_false_byte_in_either_chunk_of_a_reply_is_found(false: int) -> None:
     async with meshed(2) as (liar, reader):
-        data = content(2 * CHUNK_BYTES)
+        data = content(6 * CHUNK_BYTES)
         address = await liar.blobs.put(data)
         serve = liar.blobs._serve
 
@@ -220,6 +222,49 @@ async def test_chunks_that_follow_each_other_come_in_one_reply() -> None:
         assert sorted(asked) == [(0, 2), (2, 2), (4, 2)]
 
 
+async def test_a_broken_reply_loses_nothing_of_what_has_come() -> None:
+    async with meshed(3) as (fragile, other, reader):
+        data = content(24 * CHUNK_BYTES)
+        address = await fragile.blobs.put(data)
+        await other.blobs.put(data)
+        asked: list[WantChunk] = []
+
+        async def break_off(stream: Any) -> None:
+            length = int.from_bytes(await read_exactly(stream, 4), "big")
+            reply = await fragile.blobs._serve(reader.peer, request := await read_exactly(stream, length))
+            await write(stream, b"\0" + len(reply).to_bytes(4, "big") + bytes(reply[: 3 * CHUNK_BYTES]))
+            await (abandon(stream) if isinstance(decode_want(request), WantChunk) else finish(stream))
+
+        async def count(sender: str, request: bytes, serve=other.blobs._serve) -> bytes:
+            want = decode_want(request)
+            asked.extend([want] if isinstance(want, WantChunk) else [])
+            return await serve(sender, request)
+
+        fragile.host.set_stream_handler(PROTOCOL, break_off)
+        other.on_request(PROTOCOL, count, 256)
+        assert bytes(await reader.blobs.fetch(address, [fragile.peer, other.peer])) == data
+        assert reader.blobs.bytes_fetched == len(data)
+        assert any(want.number % blob_transfer.MAX_SPAN for want in asked)
+        assert not reader.limits.penalty(fragile.peer)
+
+
+async def test_a_provider_with_too_much_on_its_way_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdml_p2p.requests.MAX_FLYING_BYTES_OF_ONE", 9 * CHUNK_BYTES)
+    async with meshed(2) as (holder, reader):
+        data = content(48 * CHUNK_BYTES)
+        address = await holder.blobs.put(data)
+        fetched: list[bytes] = []
+
+        async def fetch() -> None:
+            fetched.append(bytes(await reader.blobs.fetch(address, [holder.peer])))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(fetch)
+        assert fetched == [data] * 3
+        assert holder.requests.refused[RequestReason.BUSY]
+
+
 async def test_who_holds_nothing_is_not_asked_for_every_chunk() -> None:
     async with meshed(4) as (holder, *empty, reader):
         data = content(24 * CHUNK_BYTES)
@@ -235,7 +280,7 @@ async def test_who_holds_nothing_is_not_asked_for_every_chunk() -> None:
             other.on_request(PROTOCOL, count, 256)
         providers = [empty[0].peer, holder.peer, empty[1].peer]
         assert bytes(await reader.blobs.fetch(address, providers)) == data
-        assert asked <= 1 + blobs._PARALLEL
+        assert asked <= 1 + blob_transfer._PARALLEL
 
 
 async def test_what_is_larger_than_wanted_is_not_fetched() -> None:

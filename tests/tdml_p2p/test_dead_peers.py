@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import trio
 
+from tdml_p2p.blob_transfer import PROTOCOL
 from tdml_p2p.host import Network
 from tdml_p2p.requests import RequestFailed, RequestReason
 from tdml_p2p.tensors import LinkLost, PeerLost, SendTimeout, TensorConfig
@@ -59,7 +60,7 @@ async def test_a_killed_peer_is_lost_in_the_middle_of_a_frame() -> None:
         with pytest.raises(PeerLost):
             await network.tensors.send(peer, SESSION, b"", [], 5)
         with pytest.raises(RequestFailed) as failed:
-            await network.request(peer, "/tdml/blob/2", b"", limit=10, timeout=5)
+            await network.request(peer, PROTOCOL, b"", limit=10, timeout=5)
         assert failed.value.reason == RequestReason.UNREACHABLE
 
 
@@ -71,7 +72,7 @@ async def test_a_frozen_peer_times_out_and_does_not_hold_up_the_end() -> None:
                 await network.tensors.send(peer, SESSION, b"", [], 10)
                 process.send_signal(signal.SIGSTOP)
                 with pytest.raises(RequestFailed) as failed:
-                    await network.request(peer, "/tdml/blob/2", b"", limit=10, timeout=0.3)
+                    await network.request(peer, PROTOCOL, b"", limit=10, timeout=0.3)
                 assert failed.value.reason == RequestReason.TIMEOUT
                 with pytest.raises(SendTimeout):
                     await network.tensors.send(peer, SESSION, b"", [memoryview(bytes(32 << 20))], 0.5)

@@ -26,7 +26,7 @@ from chain.sync import (
     pack_range,
 )
 from chain.transactions import decode_transaction
-from tdml_p2p.blobs import WantChunk, WantIndex, decode_want
+from tdml_p2p.blob_transfer import WantChunk, WantIndex, decode_want
 from tdml_p2p.discovery import FindRecords, TakeRecords
 from tdml_p2p.discovery import decode_message as decode_discovery
 from tdml_p2p.errors import UserError

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 import trio
 
-from tdml_p2p.blobs import BlobUnavailable
+from tdml_p2p.blob_transfer import BlobUnavailable
 from tdml_p2p.host import Network
 from tdml_p2p.swarm.library import Library
 from tdml_p2p.swarm.material import Unavailable
