@@ -1,10 +1,10 @@
 """What audits cost, and how the cost of a token grows with stages, replicas and micro-batches.
 
 Swarms of real peers train a small model. `audits` compares rates of auditing: extra processor seconds of all processes
-for a token, and tokens per second, over those without audits; the steps that count come after the newcomers' first
-cells; their audits may end later, and `audited` tells how many did for each cell. `shapes` has the processor seconds of
-a thousand tokens, and bytes of a cell on wire and chain, as the swarm grows. Processor time is of all processes, chain
-and client included; it counts on a busy machine, tokens per second only within one run.
+for a token, and tokens per second, over those without audits. Newcomers are drawn like everybody there, so that all
+steps cost what they do in the long run; `audited` tells how many audits ended for each cell. `shapes` has the processor
+seconds of a thousand tokens, and bytes of a cell on wire and chain, as the swarm grows. Processor time is of all
+processes, chain and client included; it counts on a busy machine, tokens per second only within one run.
 
 Prints one JSON object. Bytes on the wire are counted where peers can have network namespaces of their own.
 """
@@ -25,17 +25,17 @@ from bench.support.swarm_run import Training, run_swarm
 
 RATES = (0.0, 0.1, 1.0)
 SHAPES = ((1, 1, 8), (2, 1, 8), (4, 1, 8), (2, 2, 8), (2, 1, 4), (2, 1, 16))
-_NEWCOMER_CELLS = 50
+_AUDIT_STEPS = 6
+"""Steps after which as many audits end as are drawn."""
 Run = dict[str, Any]
 
 
 def audits(training: Training, rounds: int, rates: Sequence[float] = RATES) -> dict[str, Run]:
     """Return the cost of auditing at each rate, the first being none, in alternation."""
-    settled = 6 * -(-_NEWCOMER_CELLS // training.microbatches)
     runs: dict[float, list[Run]] = {rate: [] for rate in rates}
     for _ in range(rounds):
         for rate, found in runs.items():
-            found.append(run_swarm(replace(training, audit_rate=rate, warm_up=settled)))
+            found.append(run_swarm(replace(training, audit_rate=rate, is_steady=True, warm_up=_AUDIT_STEPS)))
             print("audits", rate, statistics.median(found[-1]["seconds"]), file=sys.stderr, flush=True)
     rows = {rate: _row(training, found) for rate, found in runs.items()}
     bare = rows[rates[0]]

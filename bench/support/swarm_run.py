@@ -28,14 +28,16 @@ from trainer.presets import preset_of
 Run = dict[str, Any]
 _INSIDE = "bench.support.inside"
 _BEAT_SECONDS = 0.2
+_BASIS_POINTS = 10_000
 
 
 @dataclass(frozen=True)
 class Training:
     """A run: model, shape of the swarm and of a step, steps before and while measuring, audits, further flags.
 
-    An audit rate of 0 stands for one cell in ten thousand, the lowest for which a task's bond is defined. `duty` is the
-    share of the time in which the last worker is let run, from when it serves.
+    An audit rate of 0 stands for one cell in ten thousand, the lowest for which a task's bond is defined. Newcomers are
+    audited as often as the chain's usual parameters say, or, where `is_steady`, like everybody. `duty` is the share of
+    the time in which the last worker is let run, from when it serves.
     """
 
     model: str = "llama-8m"
@@ -47,6 +49,7 @@ class Training:
     warm_up: int = 2
     steps: int = 4
     audit_rate: float = 0.0
+    is_steady: bool = False
     flags: tuple[str, ...] = ()
     duty: float = 1.0
 
@@ -57,8 +60,11 @@ class Training:
 
     @property
     def params(self) -> Params:
-        """The chain's parameters: the usual ones, or such that hardly anything is audited."""
-        return Params() if self.audit_rate else Params(newcomer_rate=1, floor_rate=1)
+        """The chain's parameters: the usual ones, or such that newcomers, or all, are audited less."""
+        usual, rate = Params(), max(1, round(_BASIS_POINTS * self.audit_rate))
+        if self.audit_rate and not self.is_steady:
+            return usual
+        return Params(newcomer_rate=rate, floor_rate=min(rate, usual.floor_rate))
 
     def job(self) -> Job:
         """Return the same work for a rival, cut as the swarm cuts it."""
