@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 import trio
@@ -49,7 +49,7 @@ class Case:
     spares: int
     kill_after: int
     seed: int
-    signal: signal.Signals = signal.SIGKILL
+    signal: Signals = SIGKILL
 
     @property
     def steps(self) -> int:
@@ -178,7 +178,7 @@ def main() -> None:
         cases = {
             "replica": Case(replace(training, replicas=2), 0, options.kill_after, seed),
             "last": Case(training, 1, options.kill_after, seed),
-            "leave": Case(replace(training, replicas=2), 0, options.kill_after, seed, signal.SIGTERM),
+            "leave": Case(replace(training, replicas=2), 0, options.kill_after, seed, SIGTERM),
         }
         for name in options.only:
             found.setdefault(name, []).append(run(cases[name]))
