@@ -224,7 +224,7 @@ class Transfer:
 
     @asynccontextmanager
     async def _reply(self, peer: str, want: WantChunk, size: int) -> AsyncIterator[Reply]:
-        """Ask for chunks until the peer has room for the reply among those on their way here."""
+        """Ask for chunks; for a single one until the peer has room for it beside what is on its way."""
         request = _encoder.encode(want)
         async with AsyncExitStack() as stack:
             while True:
@@ -232,7 +232,7 @@ class Transfer:
                     reply = await stack.enter_async_context(self._requests.reply(peer, PROTOCOL, request, size))
                     break
                 except RequestFailed as error:
-                    if error.reason != RequestReason.BUSY:
+                    if error.reason != RequestReason.BUSY or want.count > 1:
                         raise
                     await trio.sleep(_BUSY_SECONDS)
             yield reply

@@ -30,7 +30,7 @@ MAX_FLYING_BYTES = 128 << 20
 MAX_FLYING_BYTES_OF_ONE = 32 << 20
 """Reply bytes that wait to be read: of all peers, and of one."""
 ALWAYS_BYTES = 4 << 20
-"""A reply that a peer gets whatever waits to be read by others, if it has no other on its way."""
+"""Reply bytes that may wait to be read by one peer, whatever waits for others."""
 _OK, _REFUSED = 0, 1
 _JOINED_BYTES = 60 * 1024
 """Of a reply, what is copied beside its length, to go in one frame with it."""
@@ -166,9 +166,9 @@ class Requests:
 
     def _has_room(self, sender: str, size: int) -> bool:
         """Whether a reply may wait to be read: a peer that does not read keeps no other from its answers."""
-        own = self.flying[sender]
-        fits = own + size <= MAX_FLYING_BYTES_OF_ONE and self.flying.total() + size <= MAX_FLYING_BYTES
-        return fits or (not own and size <= ALWAYS_BYTES)
+        before, after = self.flying[sender], self.flying[sender] + size
+        fits_own = not before or after <= MAX_FLYING_BYTES_OF_ONE
+        return fits_own and (after <= ALWAYS_BYTES or self.flying.total() + size <= MAX_FLYING_BYTES)
 
     async def _run_handler(self, handler: Handler, sender: str, data: bytes) -> tuple[int, bytes | memoryview]:
         try:

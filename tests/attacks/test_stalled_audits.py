@@ -16,7 +16,7 @@ from chain.records import Audit, AuditStatus, Voter
 from chain.state import Duty
 from chain.transactions import Commit, Commitment, Payload, Reveal, reveal_commitment
 from chain.verdicts import BLANK
-from tdml_p2p import blobs
+from tdml_p2p import blob_transfer, blobs
 from tdml_p2p.host import Network
 from tdml_p2p.requests import RequestFailed
 from tdml_p2p.swarm import asking
@@ -87,7 +87,7 @@ async def give(network: Network) -> None:
 async def auditing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Reexecutor, Cell, Hung]]:
     """Give an auditor, and a cell of which a worker that hangs and an honest peer have everything."""
     build_stage(MANIFEST, 0)  # what the first one imports takes seconds
-    monkeypatch.setattr(blobs, "_PATIENCE_SECONDS", 3.0 * SCALE)
+    monkeypatch.setattr(blob_transfer, "_PATIENCE_SECONDS", 3.0 * SCALE)
     monkeypatch.setattr(asking, "PATIENCE_SECONDS", asking.PATIENCE_SECONDS * SCALE)
     async with meshed(3) as (worker, honest, auditor):
         await give(honest)

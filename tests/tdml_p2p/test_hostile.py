@@ -104,7 +104,15 @@ async def test_replies_that_nobody_reads_are_bounded_and_given_up(monkeypatch: p
         assert most <= 2 * size + 100
         async with Network.open(QUICK, key(5), CHAIN) as other:
             await other.connect(victim.addresses[0])
-            assert len(await other.request(victim.peer, "/tdml/large/1", b"", limit=size, timeout=10)) == size
+            replies: list[int] = []
+
+            async def ask() -> None:
+                replies.append(len(await other.request(victim.peer, "/tdml/large/1", b"", limit=size, timeout=10)))
+
+            async with trio.open_nursery() as nursery:  # more than one at a time, as right after two peers have met
+                nursery.start_soon(ask)
+                nursery.start_soon(ask)
+            assert replies == [size, size]
         await until(lambda: not victim.requests.flying)
 
 
