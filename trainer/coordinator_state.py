@@ -9,7 +9,7 @@ from trainer.coordinator_ports import CoordinatorConfig, CoordinatorPorts, Suspi
 from trainer.coordinator_roster import Member, Roster, Status
 from trainer.coordinator_round import Round
 from trainer.joint import other_end
-from trainer.messages import Labels, Message, Prepare, Tokens
+from trainer.messages import MAX_REPLICAS, Labels, Message, Prepare, Tokens
 from trainer.monitors import Monitors, Suspicion, Why
 from trainer.payloads import pack
 
@@ -59,13 +59,17 @@ class SwarmState:
             self.rounds.pop(other, None)
 
     def invite(self, member: Member, holders: tuple[str, ...]) -> None:
-        """Ask a member for the state of the last committed step."""
+        """Ask a member for the state of the last committed step, which `holders` may have.
+
+        Whoever is asked at the same time may lack it as well: who left lately, and whoever gave the run its first
+        state, are named after them.
+        """
         root = self.roots.get((self.step, member.stage), b"")
-        if root and not holders:
-            holders = tuple(peer for peer in self.departed.get(member.stage, ()) if peer != member.peer)
-        if not root or not holders:
-            source_root, source_holders = self.ports.source(self.step, member.stage)
-            root, holders = root or source_root, holders + source_holders
+        source_root, source_holders = self.ports.source(self.step, member.stage)
+        known = (*holders, *(self.departed.get(member.stage, ()) if root else ()))
+        if not root or root == source_root:
+            root, known = root or source_root, (*known, *source_holders)
+        holders = tuple(peer for peer in dict.fromkeys(known) if peer != member.peer)[:MAX_REPLICAS]
         member.status, member.asked = Status.PREPARING, (self.generation, self.step)
         member.asked_at = self.now()
         self.post(member.peer, Prepare(self.generation, self.step, member.stage, root, holders))

@@ -312,7 +312,9 @@ class Swarm:
             self.state.watch(book)
 
     def _on_cell(self, sender: str, message: Passed | CellDone) -> None:
-        book = self._open_book(message)
+        book, member = self._open_book(message), self.state.roster.get(sender)
+        if member.status is not Status.READY:  # its gradients are out of reach of a reduction
+            raise MessageError(Reason.WRONG_SENDER, f"{sender} does not take part")
         is_new = True
         if isinstance(message, Passed):
             is_new = not book.has_passed(message.stage, message.cell)
@@ -320,7 +322,7 @@ class Swarm:
         else:
             book.note_done(sender, message)
         if is_new:  # what is only repeated is no progress
-            self.repairs.heard(self.state.roster.get(sender), isinstance(message, CellDone))
+            self.repairs.heard(member, isinstance(message, CellDone))
         if isinstance(message, CellDone):
             place, seconds = (book.step, message.stage, message.cell), self.state.pace.finished(sender)
             self.state.monitors.note_cell(place, sender, seconds, message.digest)
