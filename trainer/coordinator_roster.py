@@ -25,7 +25,7 @@ class Status(StrEnum):
 
 @dataclass
 class Member:
-    """A seated worker; `asked` is what it was last asked to prepare, (generation, step).
+    """A seated worker; `asked` is what it was last asked to prepare, (generation, step), by question `question`.
 
     `root` is that of the last state it is known to hold: the one it came with, then of each committed step.
     """
@@ -34,6 +34,7 @@ class Member:
     stage: int
     status: Status = Status.ABSENT
     asked: tuple[int, int] = (-1, -1)
+    question: int = 0
     asked_at: float = 0.0
     root: bytes = b""
     failures: int = 0
@@ -98,7 +99,8 @@ class Roster:
     def note_ready(self, sender: str, message: Ready) -> Member:
         """Take a member's answer; raise `MessageError` unless it answers the last question."""
         member = self.get(sender)
-        if member.status is not Status.PREPARING or member.asked != (message.generation, message.step):
+        is_answer = member.question == message.question and member.asked == (message.generation, message.step)
+        if member.status is not Status.PREPARING or not is_answer:
             raise MessageError(Reason.STALE_STEP, f"{sender} answers an old question")
         member.status, member.root = Status.READY, message.root
         return member

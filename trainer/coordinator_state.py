@@ -28,6 +28,7 @@ class SwarmState:
     monitors: Monitors = field(default_factory=Monitors)
     generation: int = -1
     step: int = 0
+    questions: int = 0
     book: StepBook | None = None
     rounds: dict[int, Round] = field(default_factory=dict)
     applies: dict[int, Round] = field(default_factory=dict)
@@ -70,12 +71,15 @@ class SwarmState:
         if not root or root == source_root:
             root, known = root or source_root, (*known, *source_holders)
         holders = tuple(peer for peer in dict.fromkeys(known) if peer != member.peer)[:MAX_REPLICAS]
-        member.status, member.asked = Status.PREPARING, (self.generation, self.step)
+        self.questions += 1
+        member.status, member.asked, member.question = Status.PREPARING, (self.generation, self.step), self.questions
         member.asked_at = self.now()
-        self.post(member.peer, Prepare(self.generation, self.step, member.stage, root, holders))
+        self.post(member.peer, Prepare(self.generation, self.step, member.stage, root, holders, self.questions))
 
     def note_departed(self, member: Member) -> None:
-        """Remember a worker that gave up its seat as a holder of its stage's state."""
+        """Remember a worker that gave up its seat, and held its stage's state, as a holder of it."""
+        if not member.root or member.root != self.roots.get((self.step, member.stage)):
+            return
         known = (peer for peer in self.departed.get(member.stage, ()) if peer != member.peer)
         self.departed[member.stage] = (member.peer, *known)[:_MAX_DEPARTED]
 

@@ -105,8 +105,8 @@ class Swarm:
         """Take the chain's present list of members."""
         self.state.pace.verified.update(members.settled)
         for member in self.state.roster.update(members):
+            self.state.note_departed(member)
             if member.status is Status.READY:
-                self.state.note_departed(member)
                 self.state.ports.report(PeerLeft(self.state.step + 1, member.stage, member.peer, "unseated"))
                 self.repairs.repair(member, "unseated")
 

@@ -24,6 +24,7 @@ StepIndex = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 CellIndex = Annotated[int, msgspec.Meta(ge=0, lt=MAX_CELLS)]
 StageIndex = Annotated[int, msgspec.Meta(ge=0, lt=MAX_STAGES)]
 Attempt = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+Question = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Root = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 MaybeRoot = Annotated[bytes, msgspec.Meta(max_length=32)]
 """A state root, or empty: any state of that step."""
@@ -49,17 +50,22 @@ class _OfCell(_OfStep, frozen=True):
 
 
 class Prepare(_OfStep, frozen=True):
-    """Client to worker: make the state after `step` current, from your ring, the seed or `holders`."""
+    """Client to worker: make the state after `step` current, from your ring, the seed or `holders`.
+
+    The client numbers its questions from 1, so that an answer to an earlier one is not taken for that to a later one.
+    """
 
     stage: StageIndex
     root: MaybeRoot
     holders: Peers
+    question: Question = 0
 
 
 class Ready(_OfStep, frozen=True):
-    """Worker to client: the state after `step` is current, and this is its root."""
+    """Worker to client: the state after `step` is current, and this is its root; `question` is whose answer it is."""
 
     root: Root
+    question: Question = 0
 
 
 class OpenStep(_OfStep, frozen=True):

@@ -80,10 +80,12 @@ class TeamRepairs(Repairs):
                 self._swarm.ports.report(Outvoted(book.step, stage, peer, cells))
 
     def note_round(self, current: Round) -> None:
-        """Leave out a stage's replicas if they cannot agree on what the step leads to."""
+        """Leave out a stage's replicas if they cannot agree on what the step leads to; too few do not differ."""
         if self._swarm.must_reopen or not current.is_complete:
             return
-        if Counter(current.roots.values())[current.root] < self._quorum:
+        if len(current.answers) < self._quorum:
+            self._swarm.must_reopen = True
+        elif Counter(current.roots.values())[current.root] < self._quorum:
             self._dissolve(tuple(current.answers))
 
     def _dissolve(self, team: tuple[str, ...]) -> None:

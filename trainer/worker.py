@@ -169,7 +169,7 @@ class Worker:
                     self._seat.report(wanted, error.reason if isinstance(error, MessageError) else Reason.NO_STATE)
                 return
             if self._seat.wanted is wanted:
-                self._seat.restored(state)
+                self._seat.restored(wanted, state)
 
     async def _run_probe(self, probe: HeldProbe) -> None:
         try:

@@ -87,10 +87,10 @@ class Seat:
 
     # results of computing
 
-    def restored(self, state: StageState) -> None:
+    def restored(self, wanted: Prepare, state: StageState) -> None:
         """Make the wanted state current and tell the client."""
         self.wanted, self.current = None, state
-        self._voice.tell(Ready(self.generation, state.step, state.root))
+        self._voice.tell(Ready(self.generation, state.step, state.root, wanted.question))
 
     def lose_state(self) -> None:
         """Give up the state, as when there was no memory for the next one, until the client has it restored."""

@@ -101,8 +101,11 @@ def test_a_member_is_left_out_for_longer_each_time() -> None:
     roster.update(Members(0, 0, (("a", "b"), ("c",))))
     assert roster.empty_stages() == (0, 1)
     member = roster.get("a")
-    member.status, member.asked = Status.PREPARING, (0, 0)
-    roster.note_ready("a", m.Ready(0, 0, bytes(32)))
+    member.status, member.asked, member.question = Status.PREPARING, (0, 0), 3
+    with pytest.raises(MessageError) as refusal:
+        roster.note_ready("a", m.Ready(0, 0, bytes(32), 2))
+    assert reason_of(refusal) is Reason.STALE_STEP
+    roster.note_ready("a", m.Ready(0, 0, bytes(32), 3))
     assert roster.ready(0) == ("a",)
     assert roster.empty_stages() == (1,)
     pauses = []

@@ -10,13 +10,16 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import msgspec
 import pytest
 import trio
-from swarm_kit import PATIENCE, Kit, assert_same_model, in_virtual_time, manifest_of, tied_manifest, trained
+from swarm_kit import CLIENT, PATIENCE, Kit, assert_same_model, in_virtual_time, manifest_of, tied_manifest, trained
 
-from trainer.coordinator_ports import Members, PeerJoined, PeerLeft
+from trainer.coordinator_ports import Members, Outvoted, PeerJoined, PeerLeft, SplitTeam
+from trainer.manifest import AuditSettings, TaskManifest, complete
 from trainer.payloads import Reason
 from trainer.state import StageState
+from trainer.transport import Faults
 
 SHAPES = {
     "plain 2": manifest_of(stages=2, steps=5, layers=3),
@@ -43,13 +46,16 @@ class Company:
     dice: random.Random
     told: list[tuple[float, str, str]] = field(default_factory=list)
 
-    async def live(self, deaths: float) -> None:
-        """Let up to four things happen, of which a share are deaths."""
+    async def live(self, deaths: float, cuts: float) -> None:
+        """Let up to four things happen, of which a share are deaths and a share are links that break."""
         for number in range(self.dice.choice((1, 2, 3, 4))):
             await trio.sleep(self.dice.uniform(0.05, 3.0))
             stage = self.dice.randrange(len(self.kit.governor.members.stages))
-            if self.dice.random() < deaths:
+            kind = self.dice.random()
+            if kind < deaths:
                 await self.die(stage, self.dice.choice((0.0, 0.2, 1.5)))
+            elif kind < deaths + cuts:
+                await self.cut(stage, self.dice.choice((0.2, 2.0)))
             else:
                 await self.leave(stage, f"n{number}", self.dice.choice((0.0, 0.0, 0.3, 2.0)))
 
@@ -76,15 +82,27 @@ class Company:
         await trio.sleep(away)
         self.kit.start(dead, stage)
 
+    async def cut(self, stage: int, away: float) -> None:
+        """Break the link between a worker and the client, or another worker, for a while."""
+        seats = self.kit.governor.members.stages
+        one = self.dice.choice(seats[stage])
+        other = self.dice.choice([CLIENT, *(peer for peers in seats for peer in peers if peer != one)])
+        if not (self.kit.hub.has(one) and self.kit.hub.has(other)):
+            return
+        self.told.append((trio.current_time(), "cut", f"{one} {other}"))
+        self.kit.hub.cut(one, other)
+        await trio.sleep(away)
+        self.kit.faults.mend(one, other)
 
-def ended(company: Company, deaths: float) -> tuple[StageState, ...]:
+
+def ended(company: Company, deaths: float = 0.0, cuts: float = 0.0) -> tuple[StageState, ...]:
     """Return the states that a company's run ends with; it must end."""
     states: list[tuple[StageState, ...]] = []
 
     async def train() -> None:
         with trio.fail_after(3600):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(company.live, deaths)
+                nursery.start_soon(company.live, deaths, cuts)
                 states.append(await company.kit.train())
                 nursery.cancel_scope.cancel()
 
@@ -93,10 +111,11 @@ def ended(company: Company, deaths: float) -> tuple[StageState, ...]:
     return states[0]
 
 
-def company_of(seed: int, shape: str) -> Company:
+def company_of(seed: int, shape: str, manifest: TaskManifest | None = None) -> Company:
     dice = random.Random(f"{shape} {seed}")
     quick = replace(PATIENCE, tick=0.25, floor=dice.choice((1.0, 3.0)))
-    kit = Kit(SHAPES[shape], replicas=dice.choice((1, 1, 2)), patience=quick)
+    replicas = dice.choice((1, 1, 2) if manifest is None else (3, 3, 4))
+    kit = Kit(manifest or SHAPES[shape], replicas=replicas, faults=Faults(), patience=quick)
     kit.cell_seconds = {peer: dice.choice(PACES) for stage in kit.governor.members.stages for peer in stage}
     return Company(kit, dice)
 
@@ -105,7 +124,7 @@ def company_of(seed: int, shape: str) -> Company:
 def test_whoever_leaves_and_joins_the_model_is_the_same_and_nobody_honest_is_left_out(seed: int) -> None:
     shape = list(SHAPES)[seed % len(SHAPES)]
     company = company_of(seed, shape)
-    assert_same_model(ended(company, deaths=0.0), undisturbed(shape))
+    assert_same_model(ended(company), undisturbed(shape))
     events = company.kit.events
     assert {event.why for event in events if isinstance(event, PeerLeft)} <= {"unseated"}, company.told
     joined = Counter(event.peer for event in events if isinstance(event, PeerJoined))
@@ -121,18 +140,36 @@ def test_whoever_dies_and_comes_back_meanwhile_the_model_is_the_same(seed: int) 
     assert company.kit.seconds < LONG, company.told
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_links_break_meanwhile_the_model_is_the_same(seed: int) -> None:
+    shape = list(SHAPES)[seed % len(SHAPES)]
+    company = company_of(seed, shape)
+    assert_same_model(ended(company, deaths=0.2, cuts=0.4), undisturbed(shape))
+    assert company.kit.seconds < 10 * LONG, company.told  # a broken link between two workers is found by waiting
+
+
+@pytest.mark.parametrize("seed", SEEDS[::4])
+def test_teams_whose_members_come_and_go_do_not_differ(seed: int) -> None:
+    shape = list(SHAPES)[seed // 4 % len(SHAPES)]
+    manifest = msgspec.structs.replace(SHAPES[shape], audit=AuditSettings(redundancy=3), replicas=3, cuts=())
+    company = company_of(seed, shape, complete(manifest))
+    assert_same_model(ended(company, deaths=0.3), undisturbed(shape))
+    assert not [event for event in company.kit.events if isinstance(event, Outvoted | SplitTeam)], company.told
+    assert company.kit.seconds < LONG, company.told
+
+
 @pytest.mark.parametrize("tenths", range(4, 20, 3))
 def test_what_a_worker_finishes_after_it_lost_its_seat_does_not_count(tenths: int) -> None:
     company = company_of(0, "tied 2")
     kit = company.kit = Kit(SHAPES["tied 2"], replicas=1, patience=replace(PATIENCE, tick=0.05))
     kit.cell_seconds = dict.fromkeys(("s0r0", "s1r0"), 0.1)
 
-    async def late(_: float) -> None:
+    async def late(*_: float) -> None:
         await trio.sleep(tenths / 10)
         await company.leave(0, "n0", late=5.0)
 
     company.live = late  # type: ignore[method-assign]
-    assert_same_model(ended(company, deaths=0.0), undisturbed("tied 2"))
+    assert_same_model(ended(company), undisturbed("tied 2"))
     assert company.told[0][1:] == ("left", "s0r0")
     assert kit.coordinator.refused[Reason.WRONG_SENDER]
 
@@ -141,7 +178,7 @@ def test_newcomers_in_all_seats_of_a_stage_are_given_the_state_by_those_who_left
     company = company_of(0, "plain 2")
     kit = company.kit = Kit(SHAPES["plain 2"], replicas=2, patience=replace(PATIENCE, tick=0.25))
 
-    async def exchanged(_: float) -> None:
+    async def exchanged(*_: float) -> None:
         await trio.sleep(0.05)
         kit.governor.members = Members(0, 0, (("s0r0", "s0r1"), ("s1r0", "n0")))
         await trio.sleep(0.3)
@@ -150,5 +187,5 @@ def test_newcomers_in_all_seats_of_a_stage_are_given_the_state_by_those_who_left
             kit.start(newcomer, 1)
 
     company.live = exchanged  # type: ignore[method-assign]
-    assert_same_model(ended(company, deaths=0.0), undisturbed("plain 2"))
+    assert_same_model(ended(company), undisturbed("plain 2"))
     assert kit.seconds < LONG
