@@ -8,7 +8,7 @@ from trainer.coordinator_roster import Member, Status
 from trainer.coordinator_round import Round
 from trainer.coordinator_standstill import Pauses, Standstills
 from trainer.coordinator_state import SwarmState
-from trainer.messages import NotFinite, Reroute
+from trainer.messages import NotFinite, Repeat, Reroute
 from trainer.monitors import Why
 from trainer.payloads import MessageError, Reason
 from trainer.schedule import substitute
@@ -56,7 +56,9 @@ class Repairs:
         self._reduce_seconds: float | None = None
         self._empty_since: dict[int, float] = {}
         self._standstills = Standstills()
-        self._pauses = Pauses(self._patience.tick, self._patience.floor)
+        self._pauses = Pauses[str](self._patience.tick, self._patience.floor)
+        self._broken = Pauses[tuple[str, str]](self._patience.tick, self._patience.floor)
+        """Links between two workers that broke, sender first, over which what was lost is sent again."""
         self._suspected: set[int] = set()
 
     @property
@@ -104,6 +106,8 @@ class Repairs:
         for peer, why in self._pauses.over(now).items():
             if self._swarm.roster.has(peer):
                 self._relieve(book, self._swarm.roster.get(peer), why)
+        for sender, receiver in self._broken.over(now):
+            self._send_again(book, sender, receiver)
         for member in self._swarm.roster.of(Status.READY):
             if self._swarm.pace.is_overdue(member.peer, self._swarm.roster.ready(member.stage), now):
                 self.stall(book, member, _SLOW)
@@ -195,13 +199,12 @@ class Repairs:
                 if each is not None:
                     each.spare(member.peer)
             return
-        self._swarm.drop_round(member.stage)
+        again = self._swarm.drop_round(member.stage)
         if held := book.held(member.stage, member.peer):
             self._swarm.ports.report(Rerouted(book.step, member.stage, member.peer, held, why))
-        # what somebody left who could be spared then is lost as well
-        ready, owners = self._swarm.roster.ready(member.stage), book.owners(member.stage)
-        cells = [cell for cell in book.cells if owners[cell] == member.peer or owners[cell] not in ready]
-        self.reassign(book, member.stage, cells, ())
+        for stage in again:  # what somebody left who could be spared then is lost as well
+            ready, owners = self._swarm.roster.ready(stage), book.owners(stage)
+            self.reassign(book, stage, [cell for cell in book.cells if owners[cell] not in ready], ())
         self._swarm.watch(book)
 
     def stall(self, book: StepBook, member: Member, why: str) -> None:
@@ -257,6 +260,7 @@ class Repairs:
         self._suspected.clear()
         self._standstills.clear()
         self._pauses.clear()
+        self._broken.clear()
 
     def not_finite(self, book: StepBook, member: Member, message: NotFinite) -> None:
         """Have a cell done by others once; raise `StepFailed` if it is not finite there either.
@@ -305,13 +309,14 @@ class Repairs:
         self.leave_out(member, Reason.NOT_FINITE)
 
     def bypass(self, book: StepBook, member: Member, unreachable: Member) -> None:
-        """Lead cells around a broken link between two workers."""
+        """Lead cells around a broken link between two workers, or try it again where there is no way around."""
         if unreachable.status is not Status.READY or member.status is not Status.READY:
             return
         if unreachable.stage == member.stage:
             self.leave_out(unreachable, Reason.PEER_UNREACHABLE)
             return
-        for stuck, other in ((unreachable, member), (member, unreachable)):
+        is_reducing = member.stage in self._swarm.rounds
+        for stuck, other in () if is_reducing else ((unreachable, member), (member, unreachable)):
             shared = set(book.held(other.stage, other.peer))
             cells = [cell for cell in book.held(stuck.stage, stuck.peer) if cell in shared]
             if set(self._swarm.roster.ready(stuck.stage)) - {stuck.peer}:
@@ -321,6 +326,17 @@ class Repairs:
                 self.reassign(book, stuck.stage, cells, (stuck.peer,))
                 self._swarm.watch(book)
                 return
+        self._broken.begin((member.peer, unreachable.peer), Reason.PEER_UNREACHABLE, self._swarm.now())
+
+    def _send_again(self, book: StepBook, sender: str, receiver: str) -> None:
+        """Have a worker send again what another one of another stage lacks of it."""
+        if not (self._swarm.takes_part(sender) and self._swarm.takes_part(receiver)):
+            return
+        stage, lacking = self._swarm.roster.get(sender).stage, self._swarm.roster.get(receiver)
+        if (current := self._swarm.rounds.get(stage)) is not None:
+            self._swarm.post(sender, Repeat(book.generation, book.step, current.request.attempt, receiver))
+        elif cells := set(book.missing(lacking.stage, receiver)) & set(book.held(stage, sender)):
+            self._ask_again(book, lacking, sorted(cells))
 
     def reassign(self, book: StepBook, stage: int, cells: Sequence[int], excluded: tuple[str, ...]) -> None:
         """Give cells to the replicas that would finish them first; without any, they wait for one."""

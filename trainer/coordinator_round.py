@@ -20,6 +20,7 @@ class Round:
         self.waiting = set(self.replicas)
         self.answers: dict[str, Reduced | Summed] = {}
         self._named: dict[str, tuple[str, ...]] = {}
+        self._repeated: set[tuple[str, str]] = set()
 
     @property
     def is_complete(self) -> bool:
@@ -57,10 +58,14 @@ class Round:
         self.answers[sender] = message
         self.since = now
 
-    def note_missing(self, sender: str, message: Fault) -> None:
-        """Take a replica's word on whose partial sums it lacks."""
-        if sender in self.waiting:
-            self._named[sender] = message.peers
+    def note_missing(self, sender: str, message: Fault) -> tuple[str, ...]:
+        """Take a replica's word on whose parts it lacks; return those it names for the first time since the probe."""
+        if sender not in self.waiting:
+            return ()
+        self._named[sender] = message.peers
+        fresh = {(sender, peer) for peer in message.peers} - self._repeated
+        self._repeated |= fresh
+        return tuple(sorted(peer for _, peer in fresh))
 
     def can_spare(self, peer: str) -> bool:
         """Whether the round goes on without `peer`: it contributes nothing, or all others have what it has."""
@@ -80,6 +85,7 @@ class Round:
         """Start the clock again and return whom to ask once more."""
         self.is_probed, self.since = True, now
         self._named.clear()
+        self._repeated.clear()
         return tuple(sorted(self.waiting))
 
     @property

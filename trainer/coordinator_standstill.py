@@ -4,6 +4,9 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import inf
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -70,29 +73,32 @@ class Standstills:
         )
 
 
-class Pauses:
-    """When, and why, workers are asked again: after pauses from `shortest` to `longest` seconds, doubled each time."""
+class Pauses(Generic[Key]):
+    """When, and why, who or what a key names is tried again: after pauses from `shortest` to `longest` seconds.
+
+    Each pause is twice as long as the one before.
+    """
 
     def __init__(self, shortest: float, longest: float) -> None:
         self._shortest = shortest
         self._longest = longest
-        self._due: dict[str, tuple[float, str]] = {}
-        self._next: dict[str, float] = {}
+        self._due: dict[Key, tuple[float, str]] = {}
+        self._next: dict[Key, float] = {}
 
     def clear(self) -> None:
         """Begin a step."""
         self._due.clear()
         self._next.clear()
 
-    def begin(self, peer: str, why: str, now: float) -> None:
-        """Have `peer` asked again after a pause, unless it is in one."""
-        if peer not in self._due:
-            pause = self._next.get(peer, self._shortest)
-            self._due[peer], self._next[peer] = (now + pause, why), min(2 * pause, self._longest)
+    def begin(self, key: Key, why: str, now: float) -> None:
+        """Have `key` asked again after a pause, unless it is in one."""
+        if key not in self._due:
+            pause = self._next.get(key, self._shortest)
+            self._due[key], self._next[key] = (now + pause, why), min(2 * pause, self._longest)
 
-    def over(self, now: float) -> dict[str, str]:
+    def over(self, now: float) -> dict[Key, str]:
         """Return, once, whose pause is over, and why they had it."""
-        found = {peer: why for peer, (due, why) in self._due.items() if now >= due}
-        for peer in found:
-            del self._due[peer]
+        found = {key: why for key, (due, why) in self._due.items() if now >= due}
+        for key in found:
+            del self._due[key]
         return found

@@ -42,6 +42,10 @@ class SwarmState:
         """Return the time in seconds."""
         return self.ports.clock()
 
+    def takes_part(self, peer: str) -> bool:
+        """Whether a peer is a member that takes part."""
+        return self.roster.has(peer) and self.roster.get(peer).status is Status.READY
+
     def active(self, stage: int) -> Round | None:
         """Return the round that a stage's workers are at, None if there is none."""
         return self.applies.get(stage) or self.rounds.get(stage)
@@ -51,13 +55,17 @@ class SwarmState:
         self.rounds.clear()
         self.applies.clear()
 
-    def drop_round(self, stage: int) -> None:
-        """Have a stage reduce again, the other end with it if they share a tensor; nothing is applied till then."""
+    def drop_round(self, stage: int) -> tuple[int, ...]:
+        """Have a stage reduce again, the other end with it if they share a tensor; return these.
+
+        Nothing is applied till then.
+        """
         self.applies.clear()
-        self.rounds.pop(stage, None)
         other = other_end(self.config.manifest, stage)
-        if other is not None:
-            self.rounds.pop(other, None)
+        again = (stage,) if other is None else (stage, other)
+        for each in again:
+            self.rounds.pop(each, None)
+        return again
 
     def invite(self, member: Member, holders: tuple[str, ...]) -> None:
         """Ask a member for the state of the last committed step, which `holders` may have.

@@ -33,6 +33,7 @@ from trainer.messages import (
     Reduce,
     Reduced,
     Relay,
+    Repeat,
     Reroute,
     Summed,
     Tied,
@@ -288,8 +289,8 @@ class Swarm:
             case Fault():
                 self._on_fault(self.state.roster.get(sender), message)
             case (
-                Prepare() | OpenStep() | Tokens() | Labels() | Reroute() | Reduce() | Apply() | Commit() | Finish()
-                | Activation() | Gradient() | Partial() | Tied() | Probe() | Relay()
+                Prepare() | OpenStep() | Tokens() | Labels() | Reroute() | Reduce() | Repeat() | Apply() | Commit()
+                | Finish() | Activation() | Gradient() | Partial() | Tied() | Probe() | Relay()
             ):  # fmt: skip
                 raise MessageError(Reason.UNEXPECTED, type(message).__name__)
             case _:
@@ -337,8 +338,7 @@ class Swarm:
                 if is_given_up or (member.status is Status.PREPARING and is_answer):
                     self.repairs.leave_out(member, fault.reason)
             case Reason.PARTIAL_MISSING:
-                self._open_book(fault)
-                self._round_of(member.peer).note_missing(member.peer, fault)
+                self._on_missing(self._open_book(fault), member, fault)
                 self.repairs.is_getting_on(member.stage)
             case Reason.PEER_UNREACHABLE:
                 book = self._open_book(fault)
@@ -355,6 +355,13 @@ class Swarm:
                         self.state.suspect(member.stage, peer, Why.STATISTICS)
             case _:
                 self.repairs.stall(self._open_book(fault), member, fault.reason)
+
+    def _on_missing(self, book: StepBook, member: Member, fault: Fault) -> None:
+        """Have parts that were lost on their way sent again."""
+        current = self._round_of(member.peer)
+        for peer in current.note_missing(member.peer, fault):
+            if peer != member.peer and self.state.takes_part(peer):
+                self.state.post(peer, Repeat(book.generation, book.step, current.request.attempt, member.peer))
 
     def _on_sum(self, sender: str, message: Summed | Reduced) -> None:
         current = self._round_of(sender)

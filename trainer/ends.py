@@ -28,6 +28,7 @@ from trainer.messages import (
     Probe,
     Reduce,
     Relay,
+    Repeat,
     Reroute,
 )
 from trainer.payloads import TensorPayload
@@ -37,7 +38,7 @@ from trainer.worker import Worker
 from trainer.worker_ports import StateUnavailable, WorkerConfig, WorkerPorts
 
 _OUTWARD = (
-    Prepare | OpenStep | Reroute | Reduce | Apply | Commit | Finish  # of the coordinator
+    Prepare | OpenStep | Reroute | Reduce | Repeat | Apply | Commit | Finish  # of the coordinator
     | Activation | Gradient | Relay  # of the ends
 )  # fmt: skip
 _Place: TypeAlias = tuple[int, int, int]

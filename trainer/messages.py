@@ -181,6 +181,13 @@ class Apply(_OfStep, frozen=True):
     squares: Annotated[tuple[Square, ...], msgspec.Meta(min_length=1, max_length=MAX_STAGES)]
 
 
+class Repeat(_OfStep, frozen=True):
+    """Client to worker: send your part of this attempt to `peer` once more, for whom it was lost on its way."""
+
+    attempt: Attempt
+    peer: PeerText
+
+
 class Reduced(_OfStep, frozen=True):
     """Worker to client: the root of the state that this attempt to reduce, or to apply, leads to."""
 
@@ -224,7 +231,9 @@ class Finish(_Wire, frozen=True):
     """Client to worker: the task is over."""
 
 
-FromClient: TypeAlias = Prepare | OpenStep | Tokens | Labels | Reroute | Reduce | Apply | Commit | Probe | Finish
+FromClient: TypeAlias = (
+    Prepare | OpenStep | Tokens | Labels | Reroute | Reduce | Repeat | Apply | Commit | Probe | Finish
+)
 FromWorker: TypeAlias = Ready | Passed | CellDone | NotFinite | Summed | Reduced | Fault | Probed
 Message: TypeAlias = FromClient | FromWorker | Activation | Gradient | Partial | Tied | Relay
 _Carrier: TypeAlias = Tokens | Labels | Activation | Gradient | Partial | Tied | Probe | Relay

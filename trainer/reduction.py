@@ -7,10 +7,10 @@ a tied tensor joins the stages, the mean is kept until the client says what the 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from trainer.messages import Apply, Partial, Reduce, Summed, Tied
-from trainer.payloads import MessageError, Reason
+from trainer.payloads import MessageError, Reason, TensorPayload
 from trainer.transport import Proof
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def ordered_sum(tensors: Iterable["Tensor"]) -> "Tensor":
     if total is None:
         raise ValueError("a sum needs at least one tensor")
     return total
+
+
+Sent: TypeAlias = tuple[tuple[str, Partial | Tied], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class Reduction:
         self.far: Tensor | None = None
         self.told: Summed | None = None
         self.order: Apply | None = None
+        self.sent: dict[str, Partial | Tied] = {}
+        """This worker's own part by whom it went to."""
         self.parts: dict[str, Part] = {}
         self.far_part: Part | None = None
         self.proof: Proof = ()
@@ -66,9 +71,20 @@ class Reduction:
         return self.request.attempt
 
     @property
+    def place(self) -> tuple[int, int, int]:
+        """Generation, step and attempt."""
+        return self.request.generation, self.request.step, self.request.attempt
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """Contributors whose partial sum is not in yet."""
         return tuple(peer for peer in self.contributors if peer not in self._partials)
+
+    def to_send(self, kind: type[Partial | Tied], stage: int, payload: tuple[TensorPayload]) -> Sent:
+        """Return this worker's part with everybody it goes to, and keep it for who asks again."""
+        part = kind(*self.place, stage, payload)
+        self.sent |= dict.fromkeys(self.others if kind is Partial else self.request.ends, part)
+        return tuple((peer, sent) for peer, sent in self.sent.items() if sent is part)
 
     def check_contributor(self, peer: str) -> None:
         """Raise `MessageError` unless a partial sum of this peer is wanted."""

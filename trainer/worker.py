@@ -37,7 +37,7 @@ class Worker:
         self._report_depth = config.ring_depth
         self._is_joint = config.manifest.is_joint
         self._computer = StageComputer(config, ports)
-        self._outbox = Outbox(transport, lambda to, message: self._seat.undelivered(to, message))
+        self._outbox = Outbox(transport, lambda to, message: self._seat.voice.undelivered(to, message))
         self._seat = Seat(config, transport.peer, self._outbox.post)
         self._intake = Intake(self._seat, ports.offload)
         self._wake = trio.Event()
@@ -154,7 +154,7 @@ class Worker:
             after = await self._computer.apply(current, gradient, () if order is None else order.squares)
         except NotFiniteError:
             reduction.is_failed = True
-            self._seat.report(reduction.request, Reason.NOT_FINITE)
+            self._seat.voice.report(reduction.request, Reason.NOT_FINITE)
             return
         if reduction is self._seat.reduction and order is reduction.order:
             self._seat.applied(reduction, after)
@@ -166,7 +166,9 @@ class Worker:
             except (MessageError, *COMPUTE_ERRORS) as error:
                 if self._seat.wanted is wanted:
                     self._seat.wanted = None
-                    self._seat.report(wanted, error.reason if isinstance(error, MessageError) else Reason.NO_STATE)
+                    self._seat.voice.report(
+                        wanted, error.reason if isinstance(error, MessageError) else Reason.NO_STATE
+                    )
                 return
             if self._seat.wanted is wanted:
                 self._seat.restored(wanted, state)
@@ -191,7 +193,7 @@ class Worker:
             return
         except COMPUTE_ERRORS as error:
             cell.is_failed = True
-            seat.report(work.opened, fault_of(error))
+            seat.voice.report(work.opened, fault_of(error))
             return
         if work is seat.work and work.owns(cell.index):
             seat.computed(work, cell, forward, backward)

@@ -36,6 +36,7 @@ from trainer.messages import (
     Reduce,
     Reduced,
     Relay,
+    Repeat,
     Reroute,
     Summed,
     Tied,
@@ -55,7 +56,8 @@ from trainer.worker_probe import HeldProbe, Probes
 from trainer.worker_step import Cell, CellData, StepRecord, StepWork
 from trainer.worker_voice import Voice
 
-_OfStep: TypeAlias = OpenStep | CellData | Reroute | Reduce | Partial | Tied | Apply | Commit
+_Order: TypeAlias = Prepare | OpenStep | Reroute | Reduce | Repeat | Apply | Commit | Finish
+_OfStep: TypeAlias = OpenStep | CellData | Reroute | Reduce | Repeat | Partial | Tied | Apply | Commit
 
 
 class Seat:
@@ -80,7 +82,7 @@ class Seat:
         self._layout, self._tied_size = stage_layout(config.manifest, self._spec.index), tied.stop - tied.start
         self._me = me
         self._post = post
-        self._voice = Voice(config, post)
+        self.voice = Voice(config, post)
         self._opener, self._cell_bytes = Opener(config), cell_bytes(config.manifest, self._spec.index)
         self._early = EarlyMail(config.early_limit)
         self._probes = Probes(config, me)
@@ -90,34 +92,33 @@ class Seat:
     def restored(self, wanted: Prepare, state: StageState) -> None:
         """Make the wanted state current and tell the client."""
         self.wanted, self.current = None, state
-        self._voice.tell(Ready(self.generation, state.step, state.root, wanted.question))
+        self.voice.tell(Ready(self.generation, state.step, state.root, wanted.question))
 
     def lose_state(self) -> None:
         """Give up the state, as when there was no memory for the next one, until the client has it restored."""
         step = self._next_step
         self.wanted = self.current = self.work = self.reduction = self.pending = None
         self.dropped.clear()
-        self._voice.tell(Fault(self.generation, step, Reason.NO_STATE, ()))
+        self.voice.tell(Fault(self.generation, step, Reason.NO_STATE, ()))
 
     def computed(self, work: StepWork, cell: Cell, forward: Forward | None, backward: Backward | None) -> None:
         """Keep a cell's results and send them on."""
         if forward is not None:
             cell.y, cell.boundaries = forward
-            self._voice.output(work, cell)
+            self.voice.output(work, cell)
         if backward is not None:
             cell.gx, cell.gw = backward
             cell.loss = float(cell.y.mean()) if self._spec.is_last and cell.y is not None else 0.0
-            self._voice.gradient(work, cell)
-            self._voice.done(work, cell)
+            self.voice.gradient(work, cell)
+            self.voice.done(work, cell)
             self._tell_short(work, cell.index)
 
     def summed(self, reduction: Reduction, total: Tensor, payload: tuple[TensorPayload]) -> None:
         """Contribute this worker's partial sum."""
-        reduction.is_summed, request = True, reduction.request
+        reduction.is_summed = True
         reduction.add(self._me, total)
-        partial = Partial(request.generation, request.step, request.attempt, self._spec.index, payload)
-        for peer in reduction.others:
-            self._post(peer, partial)
+        for peer, part in reduction.to_send(Partial, self._spec.index, payload):
+            self._post(peer, part)
 
     def due_probe(self) -> HeldProbe | None:
         """Take out the forward pass to validate that is due on the current state."""
@@ -129,34 +130,24 @@ class Seat:
 
     def averaged(self, reduction: Reduction, gradient: Tensor, tied: Tensor) -> None:
         """Keep the stage's mean gradient, and send its part of the tied tensor to the other end."""
-        reduction.gradient, request = gradient, reduction.request
-        for peer in request.ends:
-            self._post(peer, Tied(request.generation, request.step, request.attempt, self._spec.index, pack(tied)))
+        reduction.gradient = gradient
+        for peer, part in reduction.to_send(Tied, self._spec.index, pack(tied)):
+            self._post(peer, part)
 
     def joined(self, reduction: Reduction, squares: float, digest: bytes) -> None:
         """Tell the client of the gradient that the other stages' steps depend on."""
-        request = reduction.request
-        reduction.told = Summed(request.generation, request.step, request.attempt, squares, digest)
-        self._voice.tell(reduction.told)
+        reduction.told = Summed(*reduction.place, squares, digest)
+        self.voice.tell(reduction.told)
 
     def applied(self, reduction: Reduction, state: StageState) -> None:
         """Hold the state that a complete reduction leads to until the client commits it."""
         self.pending = state
-        self._voice.reduced(reduction.order or reduction.request, state)
+        self.voice.reduced(reduction.order or reduction.request, state)
 
     def not_finite(self, work: StepWork, cell: Cell, found: NotFiniteError) -> None:
         """Tell the client what of a cell is not finite; what came from beside may come again."""
         cell.spoil(found.stage - self._spec.index)
-        self._voice.tell(NotFinite(work.generation, work.step, cell.index, found.stage, found.what))
-
-    def report(self, during: Prepare | OpenStep | Reduce | Apply, reason: Reason, peers: tuple[str, ...] = ()) -> None:
-        """Tell the client what stops this worker."""
-        self._voice.tell(Fault(during.generation, during.step, reason, peers))
-
-    def undelivered(self, to: str, message: Message) -> None:
-        """Tell the client that a neighbour or a replica cannot be reached."""
-        if isinstance(message, Activation | Gradient | Partial):
-            self._voice.tell(Fault(message.generation, message.step, Reason.PEER_UNREACHABLE, (to,)))
+        self.voice.tell(NotFinite(work.generation, work.step, cell.index, found.stage, found.what))
 
     # messages
 
@@ -189,7 +180,7 @@ class Seat:
         """Tell the client of what could not be taken for lack of memory: one of its cells, or all of the step."""
         self.refused[fault_of(error)] += 1
         if isinstance(message, CellData) and self.work is not None:
-            self.report(self.work.opened, fault_of(error))
+            self.voice.report(self.work.opened, fault_of(error))
         elif self.current is not None:
             self.lose_state()
 
@@ -207,7 +198,7 @@ class Seat:
                 self._probes.take(received, message, self.generation, self.current.step)
             case Ready() | Passed() | CellDone() | NotFinite() | Summed() | Reduced() | Fault() | Probed():
                 raise MessageError(Reason.UNEXPECTED, type(message).__name__)
-            case Prepare() | OpenStep() | Reroute() | Reduce() | Apply() | Commit() | Finish():
+            case Prepare() | OpenStep() | Reroute() | Reduce() | Repeat() | Apply() | Commit() | Finish():
                 if received.sender != self._client:
                     raise MessageError(Reason.WRONG_SENDER, received.sender)
                 self._obey(message, received.proof)
@@ -216,7 +207,7 @@ class Seat:
                 assert_never(message)
         return ()
 
-    def _obey(self, message: Prepare | OpenStep | Reroute | Reduce | Apply | Commit | Finish, proof: Proof) -> None:
+    def _obey(self, message: _Order, proof: Proof) -> None:
         match message:
             case Prepare():
                 self._on_prepare(message)
@@ -226,6 +217,8 @@ class Seat:
                 self._on_reroute(message)
             case Reduce():
                 self._on_reduce(message, proof)
+            case Repeat():
+                self._on_repeat(message)
             case Apply():
                 self._on_apply(message, proof)
             case Commit():
@@ -267,7 +260,7 @@ class Seat:
         """Tell the client of lack of memory once what there was room for is done: it takes all the rest elsewhere."""
         if work.is_short and not work.has_unfinished(cell):
             work.is_short = False
-            self.report(work.opened, Reason.MEMORY_FULL)
+            self.voice.report(work.opened, Reason.MEMORY_FULL)
 
     def _work_for(self, received: Received, message: CellData) -> StepWork | None:
         """Return the step that a tensor is of, None while it is ahead of that or of its route."""
@@ -285,7 +278,7 @@ class Seat:
             return
         if work.owns(cell.index):
             cell.is_failed = False  # as when there was no memory for it a moment ago
-            self._voice.again(work, cell, message.stage)
+            self.voice.again(work, cell, message.stage)
         elif was_mine and cell.is_in_flight:
             cell.y = None
             self.dropped.append(cell)
@@ -305,11 +298,18 @@ class Seat:
         if message != reduction.request:
             raise MessageError(Reason.DUPLICATE, f"attempt {message.attempt}")
         if reduction.told is not None:
-            self._voice.tell(reduction.told)
+            self.voice.tell(reduction.told)
         elif self.pending is not None:
-            self._voice.reduced(message, self.pending)
+            self.voice.reduced(message, self.pending)
         else:
-            self.report(message, Reason.PARTIAL_MISSING, reduction.awaited)
+            self.voice.report(message, Reason.PARTIAL_MISSING, reduction.awaited)
+
+    def _on_repeat(self, message: Repeat) -> None:
+        self._open_work(message)
+        if self.reduction is None or message.attempt != self.reduction.attempt:
+            raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
+        if (part := self.reduction.sent.get(message.peer)) is not None:
+            self._post(message.peer, part)
 
     def _on_apply(self, message: Apply, proof: Proof) -> None:
         self._open_work(message)
@@ -325,9 +325,9 @@ class Seat:
         elif message != reduction.order:
             raise MessageError(Reason.DUPLICATE, f"attempt {message.attempt}")
         elif self.pending is not None:
-            self._voice.reduced(message, self.pending)
+            self.voice.reduced(message, self.pending)
         else:
-            self.report(message, Reason.PARTIAL_MISSING)
+            self.voice.report(message, Reason.PARTIAL_MISSING)
 
     def _on_part(self, received: Received, message: Partial | Tied, opened: Opened | None) -> None:
         """Take a replica's partial sum, or the other end's gradient of the tied tensor."""
@@ -337,10 +337,10 @@ class Seat:
             return
         part = opened or self._opener.open(message, self.current)
         if not part.is_finite:
-            self.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
+            self.voice.report(reduction.request, Reason.NOT_FINITE, (received.sender,))
             raise MessageError(Reason.NOT_FINITE, f"a sum of {received.sender}")
         if part.is_odd:
-            self.report(reduction.request, Reason.ODD_STATISTICS, (received.sender,))
+            self.voice.report(reduction.request, Reason.ODD_STATISTICS, (received.sender,))
         address = received.proof[0][0] if received.proof else b""
         add = reduction.add if isinstance(message, Partial) else reduction.add_far
         add(received.sender, part.tensor, address)
@@ -378,7 +378,7 @@ class Seat:
 
     # what fits now
 
-    def _open_work(self, message: Reroute | Reduce | Apply | Commit) -> StepWork:
+    def _open_work(self, message: Reroute | Reduce | Repeat | Apply | Commit) -> StepWork:
         if self._is_ahead(message) or self.work is None:
             raise MessageError(Reason.NO_STATE, f"step {message.step} is not open")
         return self.work

@@ -3,7 +3,22 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainer.messages import Activation, Apply, CellDone, Gradient, Message, Passed, Reduce, Reduced
+from trainer.messages import (
+    Activation,
+    Apply,
+    CellDone,
+    Fault,
+    Gradient,
+    Message,
+    OpenStep,
+    Partial,
+    Passed,
+    Prepare,
+    Reduce,
+    Reduced,
+    Tied,
+)
+from trainer.payloads import Reason
 
 if TYPE_CHECKING:
     from trainer.state import StageState
@@ -22,6 +37,15 @@ class Voice:
     def tell(self, message: Message) -> None:
         """Send the client a message."""
         self._post(self._client, message)
+
+    def report(self, during: Prepare | OpenStep | Reduce | Apply, reason: Reason, peers: tuple[str, ...] = ()) -> None:
+        """Tell the client what stops this worker."""
+        self.tell(Fault(during.generation, during.step, reason, peers))
+
+    def undelivered(self, to: str, message: Message) -> None:
+        """Tell the client that a neighbour or a replica cannot be reached."""
+        if isinstance(message, Activation | Gradient | Partial | Tied):
+            self.tell(Fault(message.generation, message.step, Reason.PEER_UNREACHABLE, (to,)))
 
     def reduced(self, request: Reduce | Apply, state: "StageState") -> None:
         """Tell the client of the state that a request leads to."""

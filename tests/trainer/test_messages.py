@@ -29,6 +29,7 @@ SAMPLES: tuple[m.Message, ...] = (
     m.Tied(1, 3, 1, 0, payloads.pack(torch.ones(3))),
     m.NotFinite(1, 3, 0, 1, "output"),
     m.Summed(1, 3, 1, 0.5, ROOT),
+    m.Repeat(1, 3, 1, "s0r1"),
     m.Apply(1, 3, 1, (1, 2), (0.5, 0.25)),
     m.Reduced(1, 3, 1, ROOT),
     m.Commit(1, 3),
