@@ -1,4 +1,4 @@
-"""Speed of `/tdml/tensor/1` against a bare libp2p stream, between two processes on 127.0.0.1.
+"""Speed of `/tdml/tensor/2` against a bare libp2p stream, between two processes on 127.0.0.1.
 
 Prints one JSON object: megabytes per second (10^6) of one-way transfer for several sizes of message, by
 tensor frames, by a bare stream of the same host, and by a bare stream of libp2p's own host with Noise, each

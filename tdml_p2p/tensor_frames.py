@@ -1,4 +1,4 @@
-"""Bytes of `/tdml/tensor/1`: what the sender of a stream writes, and what its receiver writes back.
+"""Bytes of `/tdml/tensor/2`: what the sender of a stream writes, and what its receiver writes back.
 
 Sender: `RECORD_BYTES` of fixed head (magic, version, kind, number of tensors, length of the header, total
 length of the tensors, session), then for a frame the header, one 8-byte length per tensor, the tensors.

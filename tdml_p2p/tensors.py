@@ -34,7 +34,7 @@ from trainer.trace import span
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL = "/tdml/tensor/1"
+PROTOCOL = "/tdml/tensor/2"
 _MAX_CREDIT = 1 << 40
 _JOINED_BYTES = 60 * 1024
 _PROGRESS_BYTES = 64 * 1024

@@ -60,6 +60,8 @@ class Repairs:
         self._broken = Pauses[tuple[str, str]](self._patience.tick, self._patience.floor)
         """Links between two workers that broke, sender first, over which what was lost is sent again."""
         self._suspected: set[int] = set()
+        self._unreached: set[tuple[str, str]] = set()
+        """Pairs of workers of which one could not reach the other in this step."""
 
     @property
     def empty_since(self) -> float | None:
@@ -261,6 +263,7 @@ class Repairs:
         self._standstills.clear()
         self._pauses.clear()
         self._broken.clear()
+        self._unreached.clear()
 
     def not_finite(self, book: StepBook, member: Member, message: NotFinite) -> None:
         """Have a cell done by others once; raise `StepFailed` if it is not finite there either.
@@ -315,28 +318,31 @@ class Repairs:
         if unreachable.stage == member.stage:
             self.leave_out(unreachable, Reason.PEER_UNREACHABLE)
             return
-        is_reducing = member.stage in self._swarm.rounds
+        self._unreached |= {(member.peer, unreachable.peer), (unreachable.peer, member.peer)}
+        is_reducing = {member.stage, unreachable.stage} <= self._swarm.rounds.keys()
         for stuck, other in () if is_reducing else ((unreachable, member), (member, unreachable)):
-            shared = set(book.held(other.stage, other.peer))
-            cells = [cell for cell in book.held(stuck.stage, stuck.peer) if cell in shared]
-            if set(self._swarm.roster.ready(stuck.stage)) - {stuck.peer}:
+            useless = [p for p in self._swarm.roster.ready(stuck.stage) if (p, other.peer) in self._unreached]
+            if set(self._swarm.roster.ready(stuck.stage)) - set(useless):
+                shared = set(book.held(other.stage, other.peer))
+                cells = [cell for cell in book.held(stuck.stage, stuck.peer) if cell in shared]
                 self._swarm.ports.report(
                     Rerouted(book.step, stuck.stage, stuck.peer, tuple(cells), Reason.PEER_UNREACHABLE)
                 )
-                self.reassign(book, stuck.stage, cells, (stuck.peer,))
+                self.reassign(book, stuck.stage, cells, tuple(useless))
                 self._swarm.watch(book)
                 return
         self._broken.begin((member.peer, unreachable.peer), Reason.PEER_UNREACHABLE, self._swarm.now())
 
     def _send_again(self, book: StepBook, sender: str, receiver: str) -> None:
-        """Have a worker send again what another one of another stage lacks of it."""
+        """Have a worker send again what another one of another stage lacks of it; that is no progress of either."""
         if not (self._swarm.takes_part(sender) and self._swarm.takes_part(receiver)):
             return
-        stage, lacking = self._swarm.roster.get(sender).stage, self._swarm.roster.get(receiver)
-        if (current := self._swarm.rounds.get(stage)) is not None:
+        stage, other = self._swarm.roster.get(sender).stage, self._swarm.roster.get(receiver).stage
+        cells = set(book.missing(other, receiver)) & set(book.held(stage, sender))
+        for cell in sorted(cells):
+            self._swarm.post(sender, Reroute(book.generation, book.step, cell, other, receiver))
+        if not cells and (current := self._swarm.rounds.get(stage)) is not None:
             self._swarm.post(sender, Repeat(book.generation, book.step, current.request.attempt, receiver))
-        elif cells := set(book.missing(lacking.stage, receiver)) & set(book.held(stage, sender)):
-            self._ask_again(book, lacking, sorted(cells))
 
     def reassign(self, book: StepBook, stage: int, cells: Sequence[int], excluded: tuple[str, ...]) -> None:
         """Give cells to the replicas that would finish them first; without any, they wait for one."""

@@ -63,7 +63,8 @@ class Round:
         if sender not in self.waiting:
             return ()
         self._named[sender] = message.peers
-        fresh = {(sender, peer) for peer in message.peers} - self._repeated
+        asked = (*self.request.replicas, *self.request.ends) if isinstance(self.request, Reduce) else ()
+        fresh = {(sender, peer) for peer in set(message.peers).intersection(asked)} - self._repeated
         self._repeated |= fresh
         return tuple(sorted(peer for _, peer in fresh))
 
@@ -100,7 +101,7 @@ class Round:
         any replica has the sum, since that is cheapest; else those whose sums the others miss.
         """
         named = {other for peer, others in self._named.items() for other in others if other != peer}
-        missed = self.waiting if self.answers else named & set(self.replicas)
+        missed = self.waiting if self.answers else named & self.waiting
         return tuple(sorted(self.silent or missed))
 
 

@@ -152,6 +152,20 @@ def test_the_silent_ones_are_suspected_first() -> None:
     assert current.suspects() == ("b", "c")
 
 
+def test_who_was_spared_is_not_suspected_and_strangers_are_not_asked_to_repeat() -> None:
+    current = reduction()
+    assert current.note_missing("a", missing("c", "stranger")) == ("c",)
+    assert current.note_missing("a", missing("c", "b")) == ("b",)
+    assert current.note_missing("b", missing("c")) == ("c",)
+    assert current.suspects() == ("c",)
+    current.note_missing("c", missing("b"))
+    assert current.suspects() == ("b", "c")
+    current.spare("c")
+    assert current.suspects() == ("b",)
+    current.probe(5.0)
+    assert current.note_missing("a", missing("b")) == ("b",)
+
+
 def test_all_computing_are_not_suspected() -> None:
     current = reduction()
     for peer in "ab":

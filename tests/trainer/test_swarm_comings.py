@@ -17,7 +17,9 @@ import trio
 from swarm_kit import CLIENT, PATIENCE, Kit, assert_same_model, in_virtual_time, manifest_of, tied_manifest, trained
 
 from trainer.coordinator_ports import Members, Outvoted, PeerJoined, PeerLeft, SplitTeam
+from trainer.coordinator_repair import StageLost
 from trainer.manifest import AuditSettings, TaskManifest, complete
+from trainer.messages import Partial, Repeat, Reroute
 from trainer.payloads import Reason
 from trainer.state import StageState
 from trainer.transport import Faults
@@ -187,4 +189,39 @@ def test_newcomers_in_all_seats_of_a_stage_are_given_the_state_by_those_who_left
             kit.start(newcomer, 1)
 
     assert_same_model(ended(company, exchanged), undisturbed("plain 2"))
+    assert kit.seconds < LONG
+
+
+def cut_for_good(kit: Kit, *links: tuple[str, str]) -> Callable[[], Awaitable[None]]:
+    """Return what breaks links in the first step and never mends them."""
+
+    async def cut() -> None:
+        await trio.sleep(0.05)
+        for link in links:
+            kit.hub.cut(*link)
+
+    return cut
+
+
+@pytest.mark.parametrize("shape", ["plain 2", "tied 2"])
+def test_a_link_between_only_workers_that_stays_broken_ends_the_run_by_name(shape: str) -> None:
+    company = company_of(0, shape)
+    patience = replace(PATIENCE, tick=0.25, floor=1.0, first=2.0, empty=60.0)
+    kit = company.kit = Kit(SHAPES[shape], replicas=1, patience=patience)
+    with pytest.raises(ExceptionGroup) as failure:
+        ended(company, cut_for_good(kit, ("s0r0", "s1r0")))
+    assert failure.group_contains(StageLost)
+    assert kit.seconds < 4 * 60.0
+    assert len([m for _, _, m in kit.hub.log if isinstance(m, Reroute | Repeat)]) < 1000
+
+
+@pytest.mark.parametrize("links", [[("s0r0", "s1r0")], [("s0r0", "s1r0"), ("s0r0", "s1r1")]], ids=["one", "both"])
+@pytest.mark.parametrize("dies", ["", "s1r1"])
+def test_there_is_a_way_around_links_that_stay_broken(links: list[tuple[str, str]], dies: str) -> None:
+    """Also where a stage computes again whose neighbours have reduced: what it lacks are inputs then, not sums."""
+    company = company_of(0, "plain 2")
+    kit = company.kit = Kit(SHAPES["plain 2"], replicas=2, faults=Faults(), patience=replace(PATIENCE, tick=0.25))
+    if dies:
+        kit.faults.crash(dies, after=1, of=Partial, before=True)
+    assert_same_model(ended(company, cut_for_good(kit, *links)), undisturbed("plain 2"))
     assert kit.seconds < LONG
