@@ -5,7 +5,7 @@ are left out: they depend on kernels and links.
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from trainer.families import family_of
 from trainer.manifest import TaskManifest
@@ -15,6 +15,13 @@ from trainer.tensor_shapes import Form, gradient_of, input_of
 from trainer.worker_ports import DEFAULT_MEMORY_LIMIT
 
 _FLOAT = 4
+DEPTH = 16
+"""Steps that may be unsettled at once where they are short: an audit settles six to eight blocks after its step."""
+_LEAST_DEPTH = 4
+_AUDIT_SECONDS = 16.0
+"""What an audit takes from its step's claim to its end, blocks being a second apart, and as much again."""
+_FAST_FLOPS = 1e12
+"""Operations per second of a fast worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,18 @@ def footprint(manifest: TaskManifest, index: int) -> Footprint:
     cells = -(-manifest.microbatches // (manifest.replicas // manifest.audit.redundancy))
     states = 3 * trained * (2 + manifest.audit.depth)
     return Footprint(step=cells * cell_bytes(manifest, index), resident=weights + states + 2 * trained)
+
+
+def depth_of(manifest: TaskManifest) -> int:
+    """Return how many steps a run may be ahead of its audits, each of which is a state in the memory of every worker.
+
+    As many as fast workers do in the time of an audit: large models do fewer, and theirs are the states that take room.
+    """
+    family = family_of(manifest.family)
+    weights = max(family.layout(manifest.config, manifest.stage(index)).total for index in manifest.seated)
+    share = manifest.replicas // manifest.audit.redundancy
+    seconds = 6.0 * weights * manifest.positions * manifest.microbatches / share / _FAST_FLOPS
+    return max(_LEAST_DEPTH, min(DEPTH, ceil(_AUDIT_SECONDS / seconds)))
 
 
 def cell_bytes(manifest: TaskManifest, index: int) -> int:

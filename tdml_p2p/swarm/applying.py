@@ -162,7 +162,9 @@ def _too_large(manifest: TaskManifest, memory: int, held: int) -> tuple[str | No
 
 
 def _unlike(task: Task, manifest: TaskManifest, kernel: bytes) -> str | None:
-    """Return why results of this machine would not be comparable; None if they would."""
+    """Return why a task is not what its manifest says, or results of this machine not comparable; None if they are."""
+    if task.depth > manifest.audit.depth:
+        return f"it may be {task.depth} steps ahead of its audits, and its manifest says {manifest.audit.depth}"
     if (manifest.precision == BF16) != bool(task.kernel):
         return (
             f"its precision is {manifest.precision}, and on chain it names {'a' if task.kernel else 'no'} kernel class"

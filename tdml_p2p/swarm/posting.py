@@ -16,7 +16,7 @@ from chain.state import Task
 from chain.transactions import MAX_PATIENCE, CloseTask, Faucet, Payload, PostTask
 from tdml_p2p.errors import UserError
 from tdml_p2p.swarm.journal import Journal, read_journal, write_journal
-from tdml_p2p.swarm.preparation import DEPTH, Prepared
+from tdml_p2p.swarm.preparation import Prepared
 from trainer.checkpoint import Checkpoint, CheckpointError, resume
 from trainer.manifest import TaskManifest, encode_manifest
 
@@ -193,9 +193,9 @@ class Poster:
             microbatches=manifest.microbatches,
             price=self._price,
             escrow=0,
-            worker_bond=least_bond(params, self._price, rate, DEPTH * manifest.microbatches),
+            worker_bond=least_bond(params, self._price, rate, manifest.audit.depth * manifest.microbatches),
             audit_rate=rate,
-            depth=DEPTH,
+            depth=manifest.audit.depth,
             lifetime=LIFETIME_BLOCKS,
             patience=patience_blocks(manifest, params.block_interval_ms),
             redundancy=manifest.audit.redundancy,

@@ -16,6 +16,7 @@ from trainer.checkpoint import Checkpoint, refuse_occupied, resume, starting_fro
 from trainer.data import Batches, Corpus, HeldBack, RunData, Validation, split_off, validation_of
 from trainer.ends import drawn_ends, keeping
 from trainer.errors import CheckpointError, CheckpointReason, DataError, DataReason, TrainerError
+from trainer.footprint import DEPTH, depth_of
 from trainer.image_run import ImageRun, ImageSource, begin, go_on, takes_images
 from trainer.manifest import AuditSettings, OptimizerSettings, TaskManifest, complete
 from trainer.precision import FP32
@@ -28,8 +29,6 @@ from trainer.tokens import Tokenizer, tokenizer_for
 _LEAST_BYTES = 4 << 20
 _TOKEN_BYTES = 16
 _CACHE = ".tokens"
-DEPTH = 16
-"""Steps that may be unsettled at once: an audit settles six to eight blocks after its step."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,8 @@ def _begun(train: TrainConfig) -> Prepared:
     manifest = complete(msgspec.structs.replace(_draft(train, model), tokenizer=tokenizer.name, lora=lora))
     if train.private_layers:
         manifest = keeping(manifest, train.private_layers)
+    audit = msgspec.structs.replace(manifest.audit, depth=depth_of(manifest))
+    manifest = msgspec.structs.replace(manifest, audit=audit)
     if tokenizer.vocabulary > manifest.vocabulary:
         raise DataError(
             DataReason.VOCABULARY,

@@ -10,9 +10,10 @@ from msgspec.structs import replace
 from tests.trainer.image_samples import resnet_manifest
 from tests.trainer.training_samples import small_manifest
 from trainer import messages as m
-from trainer.footprint import available_bytes, footprint, largest, why_not
+from trainer.footprint import DEPTH, available_bytes, depth_of, footprint, largest, why_not
 from trainer.manifest import TaskManifest, complete
 from trainer.payloads import Dtype, TensorPayload, pack
+from trainer.presets import preset_of
 from trainer.stage import build_stage, stage_layout
 from trainer.state import initial_state
 from trainer.tensor_shapes import Form, gradient_of, input_of
@@ -106,3 +107,15 @@ def test_without_a_bound_of_its_own_a_step_has_the_usual_one(monkeypatch: pytest
     assert "usual" in str(why_not(MANIFEST, 0, None))
     assert why_not(MANIFEST, largest(MANIFEST).total, None) is None
     assert (available_bytes() or 1) > 0
+
+
+def test_large_models_keep_fewer_states_since_their_steps_are_long() -> None:
+    def depth(name: str, **more: Any) -> int:
+        found = preset_of(name)
+        draft = TaskManifest(found.family, found.config, stages=2, batch=8, microbatches=8, sequence=128)
+        return depth_of(complete(replace(draft, **more)))
+
+    assert depth("llama-tiny") == depth("llama-8m") == DEPTH
+    assert 4 < depth("llama-100m") < DEPTH
+    assert depth("llama-100m", sequence=1024) == 4
+    assert depth("llama-100m", sequence=1024, replicas=8) > depth("llama-100m", sequence=1024)
