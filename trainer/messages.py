@@ -287,6 +287,8 @@ def decode_message(header: Buffer, tensors: Sequence[Buffer]) -> Message:
         message = _decoder.decode(header)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise MessageError(Reason.MALFORMED, str(error)) from None
+    if _encoder.encode(message) != header:  # what is signed is these bytes, and judges have the message only
+        raise MessageError(Reason.MALFORMED, "not in its one canonical form")
     if not isinstance(message, _Carrier):
         if tensors:
             raise MessageError(Reason.TENSOR_COUNT, f"{len(tensors)} where none belongs")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from trainer.families import family_of
 from trainer.layout import Shape
 from trainer.manifest import TaskManifest
-from trainer.messages import Activation, Gradient, Labels, Partial, Tokens
+from trainer.messages import Activation, Gradient, Labels, Partial, Tied, Tokens
 from trainer.payloads import Dtype, MessageError, Reason
 from trainer.worker_step import CellData
 
@@ -52,7 +52,9 @@ def check_shape(manifest: TaskManifest, message: CellData) -> None:
         raise MessageError(Reason.TENSOR_KIND, f"{payload.dtype}, not {wanted.dtype}")
 
 
-def check_wire(manifest: TaskManifest, message: Partial) -> None:
-    """Raise `MessageError` unless the tensor is encoded as the manifest says."""
-    if message.payload[0].dtype is not manifest.wire:
+def check_part(manifest: TaskManifest, message: Partial | Tied, size: int) -> None:
+    """Raise `MessageError` unless a part has `size` numbers, and a sum is encoded as the manifest says."""
+    if message.payload[0].shape != (size,):
+        raise MessageError(Reason.TENSOR_SHAPE)
+    if isinstance(message, Partial) and message.payload[0].dtype is not manifest.wire:
         raise MessageError(Reason.TENSOR_KIND, f"{message.payload[0].dtype}, not {manifest.wire}")

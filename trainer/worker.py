@@ -195,7 +195,8 @@ class Worker:
             cell.is_failed = True
             seat.voice.report(work.opened, fault_of(error))
             return
-        if work is seat.work and work.owns(cell.index):
+        is_whole = forward is not None or cell.y is not None  # else it went to another worker and back meanwhile
+        if work is seat.work and work.owns(cell.index) and is_whole:
             seat.computed(work, cell, forward, backward)
         elif half is Half.FORWARD:
             self._computer.drop(work, [cell])

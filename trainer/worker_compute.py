@@ -192,6 +192,8 @@ class StageComputer:
     async def _from_holders(self, wanted: Prepare) -> StageState | None:
         if not wanted.holders or not wanted.root:
             return None
+        if not wanted.step and not self._manifest.initial and wanted.stage in self._manifest.seated:
+            raise MessageError(Reason.STATE_MISMATCH, "a run begins with the state that its seed gives")
         try:
             state = await self._ports.fetch_state(wanted.root, wanted.holders)
         except (StateUnavailable, StageError):

@@ -46,7 +46,7 @@ from trainer.payloads import MessageError, Reason, TensorPayload, pack
 from trainer.reduction import Part, Reduction
 from trainer.stage import Backward, Forward, stage_layout
 from trainer.state import StageState
-from trainer.tensor_shapes import check_shape, check_wire
+from trainer.tensor_shapes import check_part, check_shape
 from trainer.transport import Lost, Proof, Received
 from trainer.worker_compute import NotFiniteError
 from trainer.worker_intake import Opened, Opener
@@ -243,6 +243,8 @@ class Seat:
             raise MessageError(Reason.DUPLICATE)
         if self.current is None or (message.generation, message.step) != (self.generation, self._next_step):
             raise MessageError(Reason.NO_STATE)
+        if len(message.routes) != self._config.manifest.microbatches:
+            raise MessageError(Reason.UNKNOWN_CELL, f"{len(message.routes)} routes")
         self.work = StepWork(message, self._me, self._spec, self._client, self._config.manifest.quorum)
 
     def _on_tensor(self, received: Received, message: CellData, opened: Opened | None) -> None:
@@ -288,6 +290,8 @@ class Seat:
         work = self._open_work(message)
         if len(message.owners) != len(work.routes):
             raise MessageError(Reason.UNKNOWN_CELL)
+        if bool(message.ends) != (self._other_end is not None):  # its auditors would find such a step false
+            raise MessageError(Reason.UNEXPECTED, "the other end")
         if self.reduction is not None and message.attempt <= self.reduction.attempt:
             self._answer_again(message, self.reduction)
             return
@@ -355,10 +359,7 @@ class Seat:
             return None
         if message.attempt < reduction.attempt:
             raise MessageError(Reason.STALE_STEP, f"attempt {message.attempt}")
-        if message.payload[0].shape != (self._layout.total if is_sum else self._tied_size,):
-            raise MessageError(Reason.TENSOR_SHAPE)
-        if isinstance(message, Partial):
-            check_wire(self._config.manifest, message)
+        check_part(self._config.manifest, message, self._layout.total if is_sum else self._tied_size)
         return reduction
 
     def _on_commit(self, message: Commit) -> None:
@@ -375,8 +376,6 @@ class Seat:
         if isinstance(message, Tokens | Labels) or received.sender == self._client:
             raise MessageError(Reason.UNKNOWN_CELL, "the client sends after it has routed")
         self._early.hold(received, message)
-
-    # what fits now
 
     def _open_work(self, message: Reroute | Reduce | Repeat | Apply | Commit) -> StepWork:
         if self._is_ahead(message) or self.work is None:

@@ -11,9 +11,9 @@ from chain.engine import ChainEngine, SubmitRefused
 from chain.state import State, Task
 from chain.transactions import TakeSeat
 from tdml_p2p.swarm.admission import WrongAnswer
+from tdml_p2p.swarm.terms import unlike
 from trainer.faults import COMPUTE_ERRORS, lacks_memory
 from trainer.manifest import TaskManifest
-from trainer.precision import BF16
 from trainer.worker_ports import Compute
 
 log = structlog.get_logger(__name__)
@@ -163,12 +163,8 @@ def _too_large(manifest: TaskManifest, memory: int, held: int) -> tuple[str | No
 
 def _unlike(task: Task, manifest: TaskManifest, kernel: bytes) -> str | None:
     """Return why a task is not what its manifest says, or results of this machine not comparable; None if they are."""
-    if task.depth > manifest.audit.depth:
-        return f"it may be {task.depth} steps ahead of its audits, and its manifest says {manifest.audit.depth}"
-    if (manifest.precision == BF16) != bool(task.kernel):
-        return (
-            f"its precision is {manifest.precision}, and on chain it names {'a' if task.kernel else 'no'} kernel class"
-        )
+    if (problem := unlike(task, manifest)) is not None:
+        return problem
     if task.kernel not in (b"", kernel):
         return f"its results are exact in kernel class {task.kernel.hex()} only, this machine is of {kernel.hex()}"
     return None

@@ -7,8 +7,8 @@ from chain.records import Audit, ClaimRecord
 from chain.state import State
 from tdml_p2p.swarm.inputs import Senders, Wanted
 from tdml_p2p.swarm.reexecution import Cell, Claimed
+from tdml_p2p.swarm.terms import unlike
 from trainer.manifest import TaskManifest
-from trainer.precision import BF16
 
 
 def audited_cell(
@@ -16,7 +16,7 @@ def audited_cell(
 ) -> Cell | None:
     """Return the cell of an audit of a task that the state knows; `others` may hold its material, too."""
     task = state.task(audit.task)
-    if task is None or len(manifest.seated) != task.stages or (manifest.precision == BF16) != bool(task.kernel):
+    if task is None or unlike(task, manifest) is not None:
         return None
     wanted = Wanted(audit.task, audit.generation, audit.step, manifest.seated[audit.stage], audit.cell)
     stages: dict[int, list[str]] = {}

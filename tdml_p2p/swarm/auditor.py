@@ -50,10 +50,13 @@ _LANES = ("open", "reveal", "commit", "judge")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A re-execution, None where the material was kept back, and the reveal that its commitment binds."""
+    """A re-execution, None where the material was kept back, and the reveal that its commitment binds.
+
+    There is no cell where the task's manifest was kept back, or says otherwise than the task.
+    """
 
     execution: Execution | None
-    cell: Cell
+    cell: Cell | None
     reveal: Reveal
     doubt: Doubt | None
 
@@ -158,25 +161,27 @@ class Auditor:
 
     async def _commit(self, duty: Duty, audit: Audit) -> None:
         cell = self._describe(audit)
-        if cell is None:
-            raise Unavailable("the task's manifest is not here yet")
         execution: Execution | None = None
         with self._limit(duty) as may_report:
             try:
+                if cell is None:
+                    raise Unavailable("the task's manifest is not here yet, or says otherwise than the task")
                 execution = await self._reexecutor.run(cell, self._keeper(duty, audit, cell))
             except Unavailable:
                 if not may_report():
                     raise
         shared = own = BLANK
-        if execution is not None and not _is_of_another_cell(execution, cell, audit):
-            shared = own = await trio.to_thread.run_sync(execution.sketch, audit.key)
-            if duty.round:
-                own = await trio.to_thread.run_sync(execution.sketch, duty.key)
-        is_other = execution is not None and await self._reexecutor.is_other_kernel(cell)
+        is_other, doubt = False, None
+        if cell is not None and execution is not None:
+            if not _is_of_another_cell(execution, cell, audit):
+                shared = own = await trio.to_thread.run_sync(execution.sketch, audit.key)
+                if duty.round:
+                    own = await trio.to_thread.run_sync(execution.sketch, duty.key)
+            is_other = await self._reexecutor.is_other_kernel(cell)
+            doubt = Doubt(self._reexecutor, cell, execution)
         reveal = Reveal(
             duty.audit, duty.round, secrets.token_bytes(32), shared, own, False, execution is None, is_other
         )
-        doubt = Doubt(self._reexecutor, cell, execution) if execution is not None else None
         self._answers[duty.audit, duty.round] = Answer(execution, cell, reveal, doubt)
         while len(self._answers) > _KEPT_EXECUTIONS:
             del self._answers[next(iter(self._answers))]
@@ -242,7 +247,7 @@ class Auditor:
 
     async def _look(self, answer: Answer, opening: Opening, worker: str, seconds: float) -> Finding:
         """Return whether the opened trace names false inputs or results, and whether claimed ones are missing."""
-        if answer.execution is None:
+        if answer.execution is None or answer.cell is None:
             return Finding(missing=True)
         opened = opening.trace
         if answer.cell.is_transition:
@@ -287,7 +292,7 @@ def _turn(state: State, duty: Duty) -> tuple[int, bytes]:
 def _is_misled(answer: Answer, audited: Reveal, opening: Opening) -> bool:
     """Whether a voter that has the opened inputs finds that the auditor was given others, as signed as these."""
     cell, opened = answer.cell, opening.trace
-    if not audited.shown or answer.reveal.round != 2 or answer.execution is None or cell.is_transition:
+    if not audited.shown or answer.reveal.round != 2 or answer.execution is None or cell is None or cell.is_transition:
         return False
     if has_other_inputs(answer.execution, opened):
         return False

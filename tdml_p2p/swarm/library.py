@@ -8,6 +8,7 @@ from tdml_p2p.swarm.material import Buffer, Unavailable
 from trainer.manifest import MAX_MANIFEST_BYTES, ManifestError, TaskManifest, decode_manifest
 
 MAX_TENSOR_BYTES = 8 << 30
+_MOST_REFUSED = 1024
 
 
 class Library:
@@ -17,6 +18,8 @@ class Library:
         self._network = network
         self._local = local
         self._manifests: dict[bytes, TaskManifest] = {}
+        self._refused: dict[bytes, str] = {}
+        """Why manifests of these addresses are none: they are not looked at again."""
 
     def manifest(self, address: bytes) -> TaskManifest | None:
         """Return a manifest that was learned before."""
@@ -31,16 +34,21 @@ class Library:
         found = self._manifests.get(address)
         if found is not None:
             return found
+        if (refused := self._refused.get(address)) is not None:
+            raise Unavailable(f"the manifest is refused: {refused}")
         data = await self.fetch(address, holders, MAX_MANIFEST_BYTES)
         try:
             return self._manifests.setdefault(address, decode_manifest(bytes(data)))
         except ManifestError as error:
+            self._refused[address] = str(error)
+            while len(self._refused) > _MOST_REFUSED:
+                del self._refused[next(iter(self._refused))]
             raise Unavailable(f"the manifest is refused: {error}") from None
 
-    async def learn(self, address: bytes, task: bytes, client: str) -> None:
-        """Fetch and remember a manifest; raise `Unavailable` when no holder has a valid one."""
+    async def learn(self, address: bytes, task: bytes, others: Sequence[str]) -> None:
+        """Fetch and remember a manifest, from who announces the task or `others`; raise `Unavailable`."""
         holders = [record.peer for record in await self._network.discovery.find(f"task/{task.hex()}")]
-        await self.read(address, [*holders, client])
+        await self.read(address, [*holders, *others])
 
     async def fetch(self, address: bytes, holders: Sequence[str], limit: int = MAX_TENSOR_BYTES) -> Buffer:
         """Return a blob, from this peer's own memory if it is there; raise `Unavailable`."""

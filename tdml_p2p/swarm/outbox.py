@@ -59,15 +59,23 @@ class Outbox:
                 await self._send(payload)
 
     async def _send(self, payload: Batch) -> None:
-        """Submit one payload; what there is no room for goes into the next batch, what is not owed is dropped."""
+        """Submit one payload; what there is no room for goes into the next batch, what is not owed is dropped.
+
+        The chain takes all of a payload or nothing: the entries of a refused one are submitted one by one, so that none
+        is lost for what another task's client has had this peer do.
+        """
         try:
             await self._submit(payload)
         except SubmitRefused as error:
             log.warning("duty refused", kind=type(payload).__name__, reason=error.reason)
+            entries: tuple[Entry, ...] = payload.claims if isinstance(payload, SubmitClaims) else payload.entries
             if error.reason in _NO_ROOM:
                 await trio.sleep(_RETRY_SECONDS)
-                for entry in payload.claims if isinstance(payload, SubmitClaims) else payload.entries:
+                for entry in entries:
                     self.put(entry)
+            elif len(entries) > 1:
+                for single in (_package([entry]) for entry in entries):
+                    await self._send(*single)
 
 
 def _package(entries: list[Entry]) -> list[Batch]:

@@ -204,9 +204,10 @@ class SwarmService:
             log.warning("the seat ends with its lease", task=task.hex(), reason=error.reason)
 
     async def _learn(self, task: Task) -> None:
-        """Fetch a task's manifest from its client or whoever announces it, at every block until it is here."""
+        """Fetch a task's manifest from its client, workers or whoever announces it, at every block until it is here."""
+        workers = [peer_id(worker.account) for worker in self._engine.state.workers(task.id) if worker.is_seated]
         try:
-            await self.library.learn(task.manifest, task.id, peer_id(task.client))
+            await self.library.learn(task.manifest, task.id, [peer_id(task.client), *workers])
         except Unavailable as error:
             log.info("manifest not available yet", task=task.id.hex(), reason=str(error))
             self._wanted.discard(task.manifest)
@@ -239,6 +240,12 @@ class SwarmService:
         log.info("working", task=task.id.hex(), stage=index)
         try:
             await session.run(self._compute, self.library.fetch)
+        except Exception:
+            # Whatever a client has had its worker do costs this seat, not the peer; what auditors may ask for stays.
+            log.exception("a seat failed", task=task.id.hex())
+            session.stop()
+            await self._leave(task.id, "its session failed")
+            return
         finally:
             transport.close()
         log.info("task finished", task=task.id.hex(), steps=session.steps)

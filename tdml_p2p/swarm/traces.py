@@ -79,8 +79,11 @@ class TraceBook:
     def add(self, record: StepRecord, before: bytes, after: StateManifest) -> Claim:
         """Keep a committed step and return its claim. Hashes tensors: slow.
 
-        A step in which no cell is ours is claimed too: who claims nothing where cells are missing loses its seat.
+        A step in which no cell is ours is claimed too: who claims nothing where cells are missing loses its seat. One
+        that a client has done again in a generation stays as it was claimed, which is what its audits ask for.
         """
+        if (known := self._steps.get((record.generation, record.step))) is not None:
+            return known.claim
         cells = {cell.cell: self._kept(record, cell, before) for cell in record.cells}
         transition = self._transition(record, cells, before, after)
         own = tuple(leaf(kept.salt, kept.trace) for kept in cells.values())

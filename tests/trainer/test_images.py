@@ -202,6 +202,7 @@ REFUSED: dict[str, tuple[dict[str, object], ManifestReason]] = {
     "compression": ({"compression": "bf16"}, ManifestReason.BAD_COMPRESSION),
     "depths": ({"config": {"depths": "2"}}, ManifestReason.BAD_CONFIG),
     "numbers": ({"config": {"hidden_sizes": "8,x"}}, ManifestReason.BAD_CONFIG),
+    "blocks": ({"config": {"depths": "1024,1", "hidden_sizes": "8,8"}}, ManifestReason.BAD_CONFIG),
     "none": ({"config": {"depths": "0,1"}}, ManifestReason.BAD_CONFIG),
     "kind": ({"config": {"layer_type": "wide"}}, ManifestReason.BAD_CONFIG),
     "stranger": ({"config": {"hidden_size": 8}}, ManifestReason.UNKNOWN_SETTING),

@@ -112,6 +112,18 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     assert refused(m.encode_header(m.Activation(1, 3, 0, 0, huge)), [b""]) is payloads.Reason.TENSOR_LENGTH
 
 
+def test_a_header_in_another_form_than_the_canonical_one_is_refused() -> None:
+    """A sender signs a header's bytes, and judges of a step have the message only, which they encode again."""
+    reduce = msgspec.msgpack.encode(["Reduce", 1, 3, 1, [PEER], [PEER], []])
+    assert m.decode_message(reduce, []) == m.Reduce(1, 3, 1, (PEER,), (PEER,), ())
+    assert refused(msgspec.msgpack.encode(["Reduce", 1, 3, 1, [PEER], [PEER]]), []) is payloads.Reason.MALFORMED
+    assert reduce[8] == 1
+    assert refused(reduce[:8] + b"\xcc\x01" + reduce[9:], []) is payloads.Reason.MALFORMED
+    header = m.encode_header(m.Activation(1, 3, 0, 0, X))
+    place = header.index(b"\x01\x03")
+    assert refused(header[:place] + b"\xcc\x01" + header[place + 1 :], [bytes(24)]) is payloads.Reason.MALFORMED
+
+
 def test_data_inside_a_header_is_refused() -> None:
     header = msgspec.msgpack.encode(["Partial", 1, 3, 1, 0, [["fp32", [1], b"\0\0\0\0"]]])
     assert refused(header, [bytes(4)]) is payloads.Reason.TENSOR_LENGTH

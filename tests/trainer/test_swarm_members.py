@@ -325,3 +325,23 @@ def test_lack_of_memory_at_any_moment_is_a_fault_that_the_worker_survives(
     # an only worker that gave its state up is asked again after the floor of all deadlines
     longest = 10 if replicas > 1 else kit.patience.floor + 1
     assert max(event.seconds for event in kit.events if isinstance(event, StepDone)) < longest
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_cell_that_goes_away_and_back_while_it_is_computed_is_done_again(at: int) -> None:
+    """Its tensors are let go meanwhile: what comes out of the computation is half a cell."""
+    kit = Kit(MANIFEST, replicas=1)
+    plain, count = kit.compute("s0r0"), 0
+
+    async def compute(work: Callable[[], T], /) -> T:
+        nonlocal count
+        count += 1
+        if count == at:
+            for cell in range(MANIFEST.microbatches):
+                for peer in ("elsewhere", "s0r0"):
+                    kit.hub.inject(CLIENT, "s0r0", m.Reroute(0, 1, cell, 0, peer))
+        return await plain(work)
+
+    kit.computes["s0r0"] = compute
+    assert_same_model(trained(kit), undisturbed())
+    assert len(steps_of(kit)) == MANIFEST.steps

@@ -276,6 +276,33 @@ def test_forgotten_states_are_gone() -> None:
     Bench().run(script)
 
 
+def test_a_run_begins_with_no_other_state_than_its_seed_gives() -> None:
+    """Its auditors know that one only: who began with another would be convicted for the first step."""
+
+    async def script(bench: Bench) -> None:
+        state = initial_state(MANIFEST, 0)
+        other = StageState(0, state.weights + 1.0, state.m, state.v)
+        bench.holder = {other.root: other}
+        await bench.say(m.Prepare(0, 0, 0, other.root, (CLIENT,)))
+        assert await bench.hear() == m.Fault(0, 0, Reason.STATE_MISMATCH, ())
+        await bench.say(m.Prepare(0, 0, 0, state.root, (CLIENT,)))
+        assert await bench.hear() == m.Ready(0, 0, state.root)
+
+    Bench().run(script)
+
+
+@pytest.mark.parametrize("routes", [ROUTES[:1], (*ROUTES, *ROUTES)])
+def test_a_step_has_as_many_cells_as_the_manifest_says(routes: tuple[tuple[str, ...], ...]) -> None:
+    async def script(bench: Bench) -> None:
+        await bench.step(1)
+        await bench.say(m.OpenStep(0, 2, routes))
+        assert bench.worker.refused == {Reason.UNKNOWN_CELL: 1}
+        await bench.open(2)
+        assert bench.worker.refused == {Reason.UNKNOWN_CELL: 1}
+
+    Bench().run(script)
+
+
 def test_a_fetched_state_must_have_the_wanted_root() -> None:
     async def script(bench: Bench) -> None:
         state = initial_state(MANIFEST, 0)
@@ -343,6 +370,7 @@ REFUSALS: list[tuple[str, str, m.Message, Reason]] = [
     ),
     ("partial-of-the-wrong-stage", TWIN, m.Partial(0, 2, 1, 1, payloads.pack(torch.zeros(4))), Reason.WRONG_STAGE),
     ("reduce-unfinished-cells", CLIENT, m.Reduce(0, 2, 1, (ME, ME), (ME,)), Reason.UNKNOWN_CELL),
+    ("reduce-with-another-end", CLIENT, m.Reduce(0, 2, 1, (TWIN, TWIN), (TWIN, ME), (NEXT,)), Reason.UNEXPECTED),
     ("reduce-other-cells", CLIENT, m.Reduce(0, 2, 1, (TWIN,), (TWIN, ME)), Reason.UNKNOWN_CELL),
     ("reduce-without-me", CLIENT, m.Reduce(0, 2, 1, (TWIN, TWIN), (TWIN,)), Reason.UNEXPECTED),
     ("reduce-unlisted-owner", CLIENT, m.Reduce(0, 2, 1, (TWIN, TWIN), (ME,)), Reason.UNEXPECTED),

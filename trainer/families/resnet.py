@@ -22,6 +22,8 @@ MOMENTUM = 0.1
 """What a cell's statistics count in the running ones: torch's default, which `transformers` does not change."""
 _ELEMENT_COST = 20  # batch norm and activation of one element, in multiply-adds
 _REDUCTION = 4
+_MOST_BLOCKS = 1024
+"""As many as the decoders' layers; what is refused is looked at as well, by every peer."""
 _PREFIX = "resnet.encoder.stages"
 _STEM = "resnet.embedder.embedder"
 _DEFAULTS: Config = {
@@ -105,6 +107,8 @@ class ResNet:
             raise refuse(f"The model setting {unknown[0][:64]!r} is not known.", ManifestReason.UNKNOWN_SETTING)
         given = {**_DEFAULTS, **config}
         widths, depths = (_numbers(key, given[key]) for key in _LISTS)
+        if sum(depths) > _MOST_BLOCKS:
+            raise refuse(f"The model has {sum(depths)} blocks; at most {_MOST_BLOCKS} are taken.")
         if len(widths) != len(depths):
             raise refuse("The model's depths and hidden_sizes must be equally many numbers.")
         checked: Config = {

@@ -84,7 +84,7 @@ async def test_a_manifest_is_learned_from_whoever_announces_its_task(library: Li
     network.announced[f"task/{TASK.hex()}"] = ["b", "me"]
     network.held[MANIFEST.address] = encode_manifest(MANIFEST)
     assert library.manifest(MANIFEST.address) is None
-    await library.learn(MANIFEST.address, TASK, "client")
+    await library.learn(MANIFEST.address, TASK, ["client"])
     assert library.manifest(MANIFEST.address) == MANIFEST
     assert network.asked == [(MANIFEST.address, ("b", "client"), MAX_MANIFEST_BYTES)]
 
@@ -93,13 +93,17 @@ async def test_a_manifest_is_learned_from_whoever_announces_its_task(library: Li
 async def test_a_manifest_that_is_none_is_not_learned(library: Library, network: FakeNetwork, data: bytes) -> None:
     network.held[address_of(data)] = data
     with pytest.raises(Unavailable, match="the manifest is refused"):
-        await library.learn(address_of(data), TASK, "client")
+        await library.learn(address_of(data), TASK, ["client"])
     assert library.manifest(address_of(data)) is None
+    asked = len(network.asked)
+    with pytest.raises(Unavailable, match="the manifest is refused"):
+        await library.learn(address_of(data), TASK, ["client"])
+    assert len(network.asked) == asked  # nobody is made to look at it at every block
 
 
 async def test_a_manifest_that_nobody_has_is_not_learned(library: Library) -> None:
     with pytest.raises(Unavailable, match="nobody has it"):
-        await library.learn(MANIFEST.address, TASK, "client")
+        await library.learn(MANIFEST.address, TASK, ["client"])
 
 
 def test_an_own_manifest_is_known(library: Library) -> None:

@@ -99,6 +99,27 @@ async def test_a_transaction_carries_no_more_than_it_may(
     assert ledger.entries() == entries
 
 
+@pytest.mark.parametrize("make", [make for make, _ in MAKERS])
+async def test_what_is_refused_takes_nothing_else_along(
+    make: "Callable[[int], Entry]", autojump_clock: trio.testing.MockClock
+) -> None:
+    ledger, bad = Ledger(), make(2)
+
+    async def submit(payload: Payload) -> bytes:
+        if bad in entries_of(payload):
+            raise SubmitRefused(Reason.WRONG_STATE)
+        return await ledger.submit(payload)
+
+    outbox = Outbox(submit)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        for number in range(4):
+            outbox.put(make(number))
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert ledger.entries() == [make(0), make(1), make(3)]
+
+
 async def test_nothing_is_sent_while_nothing_is_owed(autojump_clock: trio.testing.MockClock) -> None:
     ledger = Ledger()
     async with running(ledger) as outbox:

@@ -23,6 +23,7 @@ from tdml_p2p.swarm.private import SentBook
 from tdml_p2p.swarm.reexecution import Execution, Reexecutor, results_of
 from tdml_p2p.tensor_sessions import Frame
 from tests.tdml_p2p.swarm.session_kit import CLIENT, CLIENT_KEY, TASK, Run, inline, without_threads
+from tests.tdml_p2p.swarm.task_samples import terms_of
 from tests.trainer.swarm_kit import PATIENCE, TIED, FakeGovernor, batches_of, manifest_of
 from trainer.content import address_of
 from trainer.coordinator import Coordinator
@@ -294,7 +295,7 @@ def test_an_audit_on_chain_is_of_the_stage_after_the_clients() -> None:
         account = workers[place].account
         audit = SimpleNamespace(task=TASK, generation=0, step=1, stage=place, cell=3, worker=account, opening=None)
         claim = SimpleNamespace(claim=SimpleNamespace(state_before=bytes(32)))
-        task = SimpleNamespace(stages=2, client=CLIENT_KEY.account, kernel=b"")
+        task = SimpleNamespace(client=CLIENT_KEY.account, **terms_of(run.manifest))
         state = SimpleNamespace(task=lambda _, task=task: task, workers=lambda _: workers)
         cell = audited_cell(*cast(Any, (audit, claim, state, run.manifest)))
         assert cell is not None

@@ -20,6 +20,7 @@ from tdml_p2p.swarm.admission import WrongAnswer
 from tdml_p2p.swarm.applying import Applicant
 from tdml_p2p.swarm.leaving import Leaving
 from tdml_p2p.swarm.service import SwarmService
+from tests.tdml_p2p.swarm.task_samples import terms_of
 from tests.trainer.training_samples import small_manifest
 from trainer.footprint import largest
 from trainer.kernel import kernel_class
@@ -90,7 +91,7 @@ def applicant(chain: Chain, memory: int = 0, wrong: str = "") -> Applicant:
 async def test_a_machine_that_computes_wrongly_does_not_apply() -> None:
     chain = Chain()
     peer = applicant(chain, wrong="gw is off")
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=1)), MANIFEST)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(MANIFEST))), MANIFEST)
     assert not chain.sent
     assert peer.declined == {TASK: "this machine computes wrongly: gw is off"}
 
@@ -110,7 +111,7 @@ async def test_a_machine_that_cannot_compute_the_known_answers_declines(error: E
 
     chain = Chain()
     peer = Applicant(cast(ChainEngine, chain), at_once, 0, prove)
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=1)), MANIFEST)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(MANIFEST))), MANIFEST)
     assert not chain.sent
     assert peer.declined == {TASK: said}
 
@@ -147,18 +148,20 @@ async def test_a_machine_of_another_kernel_class_does_not_apply_and_says_which_i
     ):
         chain = Chain()
         peer = applicant(chain)
-        await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=kernel, depth=1)), manifest)
+        await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(manifest, kernel=kernel))), manifest)
         assert said in peer.declined.get(TASK, "")
         assert [payload.kernel for payload in chain.sent] == ([] if said else [own])  # type: ignore[attr-defined]
 
 
-async def test_a_peer_does_not_apply_for_a_task_that_may_fill_its_memory_with_states() -> None:
-    chain, allowed = Chain(), MANIFEST.audit.depth
+@pytest.mark.parametrize("field", ["stages", "replicas", "microbatches", "redundancy", "depth"])
+async def test_a_peer_does_not_apply_for_a_task_that_says_otherwise_than_its_manifest(field: str) -> None:
+    """The chain counts by the one and workers compute by the other: an honest one would pay for the difference."""
+    chain, terms = Chain(), terms_of(MANIFEST)
     peer = applicant(chain)
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=allowed + 1)), MANIFEST)
-    assert f"its manifest says {allowed}" in peer.declined[TASK]
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms | {field: terms[field] + 1})), MANIFEST)
+    assert "its manifest" in peer.declined[TASK]
     assert not chain.sent
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=allowed)), MANIFEST)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms)), MANIFEST)
     assert [type(payload) for payload in chain.sent] == [TakeSeat]
 
 
@@ -166,10 +169,10 @@ async def test_a_peer_that_cannot_pay_applies_again_later() -> None:
     chain = Chain(refuses=True)
     peer = applicant(chain)
     assert peer.begin(TASK)
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=1)), MANIFEST)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(MANIFEST))), MANIFEST)
     assert peer.begin(TASK)
     chain.refuses = False
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=1)), MANIFEST)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(MANIFEST))), MANIFEST)
     assert not peer.begin(TASK)
     assert [type(payload) for payload in chain.sent] == [TakeSeat]
     assert peer.answers == {TASK: 2}
@@ -186,7 +189,7 @@ async def test_a_peer_does_not_apply_for_what_it_cannot_hold(monkeypatch: pytest
         monkeypatch.setattr("trainer.footprint.available_bytes", lambda free=free: free)
         chain = Chain()
         peer = applicant(chain, memory)
-        await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=1)), MANIFEST)
+        await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(MANIFEST))), MANIFEST)
         assert said in peer.declined.get(TASK, "")
         assert len(chain.sent) == (not said)
         assert len(peer.declined) == bool(said)
@@ -221,7 +224,7 @@ class Seats:
             for task in tasks:
                 if self.applicant.begin(task):
                     nursery.start_soon(
-                        self.applicant.apply, cast(Task, SimpleNamespace(id=task, kernel=b"", depth=1)), MANIFEST
+                        self.applicant.apply, cast(Task, SimpleNamespace(id=task, **terms_of(MANIFEST))), MANIFEST
                     )
         return [cast(TakeSeat, payload).task for payload in self.chain.sent[sent:]]
 
@@ -302,7 +305,7 @@ async def test_a_seat_that_nobody_tells_about_is_not_waited_for_for_ever_and_one
 async def test_what_is_too_large_in_any_case_is_not_tried_again() -> None:
     peer = applicant(Chain(), largest(MANIFEST).total - 1)
     assert peer.begin(TASK)
-    await peer.apply(cast(Task, SimpleNamespace(id=TASK, kernel=b"", depth=1)), MANIFEST)
+    await peer.apply(cast(Task, SimpleNamespace(id=TASK, **terms_of(MANIFEST))), MANIFEST)
     assert not peer.reserved
     assert not peer.begin(TASK)
 

@@ -78,6 +78,15 @@ def test_a_gradient_that_is_computed_again_after_a_rollback_is_of_both_claims() 
     assert [(claim.generation, cell) for claim, cell in claims] == [(0, 3), (1, 3)]
 
 
+def test_a_step_that_is_done_again_in_one_generation_stays_as_it_was_claimed() -> None:
+    book = TraceBook(TASK, b"secret")
+    claim = book.add(step_of(1, cell_of(1, 3)), BEFORE, AFTER)
+    opened = book.opening((0, 1, 3), bytes(32), bytes(32))
+    assert book.add(step_of(1, cell_of(2, 3), cell_of(2, 2)), BEFORE, AFTER) == claim
+    assert book.opening((0, 1, 3), bytes(32), bytes(32)) == opened
+    assert book.cell(0, 1, 2) is None
+
+
 def test_kept_tensors_are_served_by_their_address() -> None:
     book = book_of(1)
     for address in addresses(kept_of(book, 1, 3)):
