@@ -167,9 +167,12 @@ class Auditor:
                 if cell is None:
                     raise Unavailable("the task's manifest is not here yet, or says otherwise than the task")
                 execution = await self._reexecutor.run(cell, self._keeper(duty, audit, cell))
-            except Unavailable:
+            except Exception as error:
+                # What cannot be executed is no better than what cannot be had: who said nothing would be absent.
+                if not isinstance(error, Unavailable):
+                    log.exception("an audit cannot be executed", audit=duty.audit.hex())
                 if not may_report():
-                    raise
+                    raise Unavailable(str(error) or type(error).__name__) from error
         shared = own = BLANK
         is_other, doubt = False, None
         if cell is not None and execution is not None:

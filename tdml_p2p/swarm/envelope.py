@@ -63,9 +63,16 @@ def statement(task: bytes, header: bytes, address: bytes) -> bytes:
 
 
 def is_proven(task: bytes, sender: str, header: bytes, proof: tuple[bytes, bytes]) -> bool:
-    """Whether `proof` (address, signature) is `sender`'s for a tensor of the message with this header."""
+    """Whether `proof` (address, signature) is `sender`'s for a tensor of the message with this header.
+
+    Nobody has signed under what is no peer's name.
+    """
     address, signature = proof
-    return verify(account_of(sender), statement(task, header, address), signature)
+    try:
+        account = account_of(sender)
+    except ValueError:
+        return False
+    return verify(account, statement(task, header, address), signature)
 
 
 def receipt(task: bytes, key: PrivateKey, proofs: tuple[bytes, ...]) -> Receipts:

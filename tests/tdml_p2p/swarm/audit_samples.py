@@ -106,6 +106,8 @@ class FakeReexecutor:
 
     seconds: dict[int, float] = field(default_factory=dict)
     failures: dict[int, Exception] = field(default_factory=dict)
+    broken: dict[int, Exception] = field(default_factory=dict)
+    """What executing a cell raises, every time."""
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
     silent: set[bytes] = field(default_factory=set)
@@ -125,6 +127,8 @@ class FakeReexecutor:
         await trio.sleep(self.seconds.get(number, 0.0))
         if number in self.lost:
             raise Unavailable("gone with its worker")
+        if number in self.broken:
+            raise self.broken[number]
         if number in self.failures:
             raise self.failures.pop(number)
         return execution_of(number)

@@ -488,6 +488,25 @@ async def test_a_manifest_that_nobody_gives_is_material_like_any_other(autojump_
     assert not bench.reexecutor.started
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("no peer's name"), RuntimeError("no such instruction")])
+async def test_what_cannot_be_executed_is_reported_when_the_time_is_nearly_over(
+    error: Exception, autojump_clock: trio.testing.MockClock
+) -> None:
+    bench = Bench()
+    bench.reexecutor.broken = {0: error}
+    audit = audit_of(0)
+    async with running(bench):
+        bench.show(audit)
+        await bench.pass_blocks(audit.deadline // 3)
+        assert not bench.commitments()
+        await bench.pass_blocks(audit.deadline - 1)
+        assert bench.commitments() == [name_of(0)]
+        bench.show(opened(0, opening_of(0)))
+        await trio.testing.wait_all_tasks_blocked()
+    (reveal,) = bench.reveals()
+    assert is_blank(reveal)
+
+
 async def test_material_that_never_comes_is_reported_when_the_time_is_nearly_over(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -512,10 +531,11 @@ async def test_a_fault_costs_one_audit_and_not_the_peer() -> None:
     async with running(bench):
         bench.show(audit_of(0), audit_of(1))
         await trio.testing.wait_all_tasks_blocked()
+        assert bench.commitments() == [name_of(1)]
         bench.show()
         await trio.testing.wait_all_tasks_blocked()
-    assert bench.commitments() == [name_of(1)]
-    assert bench.reexecutor.started == [0, 1]
+    assert bench.commitments() == [name_of(1), name_of(0)]  # it was tried again with the next block
+    assert bench.reexecutor.started == [0, 1, 0]
 
 
 async def test_an_audit_waits_for_the_manifest_of_its_task() -> None:

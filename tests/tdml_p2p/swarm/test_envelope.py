@@ -27,6 +27,7 @@ PROOFS = tuple(bytes([number]) * 64 for number in range(3))
 
 def test_a_proof_holds_for_what_was_signed() -> None:
     assert is_proven(TASK, PEER, HEADER, (ADDRESS, SIGNATURE))
+    assert not is_proven(TASK, "nobody's name", HEADER, (ADDRESS, SIGNATURE))
 
 
 @pytest.mark.parametrize(
